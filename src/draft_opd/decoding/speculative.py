@@ -1,0 +1,226 @@
+"""The decode loop: draft a block, verify it in one target forward, commit, repeat.
+
+Without a drafter the same loop is the target decoding alone, one token a round: the baseline
+of every speed-up runs on the same kernels and the same cache.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from draft_opd.decoding.sampling import Sampling
+from draft_opd.decoding.verification import verify_greedy, verify_sampled
+from draft_opd.drafters.base import Drafter
+from draft_opd.errors import UserError
+from draft_opd.rollout.trace import Round, committed, tau
+from draft_opd.target import Target
+
+# Called after every round with the row's index, the tokens committed and the round.
+OnRound = Callable[[int, list[int], Round], None]
+
+
+@dataclass
+class Generation:
+    """What one prompt became. `token_ids` is the response, its stop token included."""
+
+    prompt_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    finish_reason: str = "length"
+
+    @property
+    def tau(self) -> float:
+        return tau(self.rounds)
+
+
+@dataclass
+class Timing:
+    """Seconds spent, summed over rounds; `prefill` is the prompts' forward."""
+
+    prefill: float = 0.0
+    draft: float = 0.0
+    verify: float = 0.0
+    rest: float = 0.0
+
+    @property
+    def decode(self) -> float:
+        return self.draft + self.verify + self.rest
+
+
+def _synchronize(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def speculate(
+    target: Target,
+    drafter: Drafter | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    draft_length: int | None = None,
+    sampling: Sampling | None = None,
+    stop_ids: Iterable[int] | None = None,
+    seed: int = 0,
+    timing: Timing | None = None,
+    on_round: OnRound | None = None,
+) -> list[Generation]:
+    """Decodes a batch of prompts; every row accepts what it accepts.
+
+    Args:
+        drafter: None decodes with the target alone.
+        prompts: token ids, one list a row, none empty.
+        draft_length: tokens proposed a round; at most, and by default, what was trained.
+        sampling: greedy by default.
+        stop_ids: tokens that end a row; by default the target's.
+        timing: filled in when given (this adds a device synchronisation a phase).
+
+    Raises:
+        UserError: an empty prompt, one that leaves no room in the context, a draft length that the
+            drafter was not trained for, or a drafter that does not fit.
+    """
+    sampling = sampling or Sampling()
+    stops = frozenset(target.stop_ids if stop_ids is None else stop_ids)
+    length = _draft_length(target, drafter, draft_length)
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {i} is empty: at least one token is needed")
+        if len(prompt) >= target.max_positions:
+            raise UserError(
+                f"prompt {i} has {len(prompt)} tokens, the target's context holds "
+                f"{target.max_positions}: shorten it"
+            )
+    results = [Generation(list(p)) for p in prompts]
+    limits = [min(max_new_tokens, target.max_positions - len(p)) for p in prompts]
+    if max_new_tokens < 1 or not prompts:
+        return results
+    device = target.device
+    generator = torch.Generator(device).manual_seed(seed)
+    choose = sampling.chooser(generator)
+    clock = timing or Timing()
+    now = (lambda: _synchronize(device)) if timing is not None else (lambda: 0.0)
+
+    began = now()
+    layers = drafter.target_layers if drafter else ()
+    active = list(range(len(prompts)))
+    cache = target.cache(max(map(len, prompts)) + max(limits) + length + 1)
+    context = None
+    width = max(len(p) for p in prompts) - 1
+    ids = torch.tensor([[*p[:-1]] + [0] * (width + 1 - len(p)) for p in prompts], device=device)
+    if width:
+        out = target.trajectories(ids, layers, cache)
+        features = out.features
+    elif drafter:
+        features = torch.zeros(
+            len(prompts), 0, len(layers) * target.hidden_size, dtype=target.dtype, device=device
+        )
+    if drafter:
+        context = drafter.context(target, ids.view(len(prompts), width), features)
+    clock.prefill += now() - began
+
+    while active:
+        began = now()
+        rows = [results[i] for i in active]
+        anchor_list = [len(r.prompt_ids) + len(r.token_ids) - 1 for r in rows]
+        anchors = torch.tensor(anchor_list, device=device)
+        last = torch.tensor([(r.token_ids or r.prompt_ids)[-1] for r in rows], device=device)
+        # Never run past the context; the last rounds draft less.
+        count = min(length, target.max_positions - 1 - max(anchor_list))
+        if drafter and count:
+            drafted, draft_probs = drafter.propose(target, context, anchors, last, count, choose)
+        else:
+            drafted = last.new_empty(len(rows), 0)
+            draft_probs = None
+        drafted_at = now()
+        clock.draft += drafted_at - began
+
+        block = torch.cat([last[:, None], drafted], 1)
+        positions = anchors[:, None] + torch.arange(block.shape[1], device=device)
+        out = target.extend(block, positions, cache, layers)
+        logits = target.logits(out.hidden)
+        if sampling.greedy:
+            accepted = verify_greedy(drafted, logits)
+            bonus = logits.argmax(-1).gather(1, accepted[:, None])[:, 0]
+        else:
+            probs = sampling.probabilities(logits)
+            if draft_probs is None:
+                draft_probs = probs[:, :0]
+            accepted, bonus = verify_sampled(drafted, draft_probs, probs, generator)
+        verified_at = now()
+        clock.verify += verified_at - drafted_at
+
+        if drafter:
+            drafter.observe(context, target, block, out.features, positions)
+        table = torch.cat([accepted[:, None], bonus[:, None], drafted], 1).tolist()
+        going = []
+        for row, (result, anchor, line) in enumerate(zip(rows, anchor_list, table, strict=True)):
+            room = limits[active[row]] - len(result.token_ids)
+            tokens, kept, ended = committed(line[2:], line[0], line[1], stops, room)
+            result.token_ids += tokens
+            result.rounds.append(Round(anchor, line[2:], kept))
+            if on_round:
+                on_round(active[row], tokens, result.rounds[-1])
+            if ended:
+                result.finish_reason = ended
+            else:
+                going.append(row)
+        if len(going) < len(rows):
+            keep = torch.tensor(going, dtype=torch.long, device=device)
+            cache.select(keep)
+            if drafter:
+                drafter.select(context, keep)
+            active = [active[i] for i in going]
+        clock.rest += now() - verified_at
+    return results
+
+
+def _draft_length(target: Target, drafter: Drafter | None, asked: int | None) -> int:
+    if drafter is None:
+        return 0
+    drafter.check_target(target)
+    length = drafter.draft_length if asked is None else asked
+    if not 1 <= length <= drafter.draft_length:
+        raise UserError(
+            f"draft length {length} is out of range: this drafter proposes "
+            f"1 to {drafter.draft_length} tokens"
+        )
+    return length
+
+
+def generate(
+    target: Target,
+    drafter: Drafter | None,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    draft_length: int | None = None,
+    seed: int = 0,
+    on_round: OnRound | None = None,
+) -> Generation:
+    """Decodes one prompt speculatively; see `speculate`. The text is the target's own.
+
+    >>> import draft_opd as d
+    >>> target = d.Target.from_pretrained("embedded")
+    >>> d.generate(target, None, [1, 2, 3], max_new_tokens=2).finish_reason
+    'length'
+    """
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    return speculate(
+        target,
+        drafter,
+        [list(prompt_ids)],
+        max_new_tokens=max_new_tokens,
+        draft_length=draft_length,
+        sampling=sampling,
+        seed=seed,
+        on_round=on_round,
+    )[0]

@@ -1,0 +1,97 @@
+"""Acceptance rules of speculative decoding, as pure functions over tensors.
+
+Shapes: N rounds, K drafted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accepted_prefix(matches: Tensor) -> Tensor:
+    """[N, K] booleans -> [N] length of the leading run of True."""
+    return matches.long().cumprod(-1).sum(-1)
+
+
+def verify_greedy(drafted: Tensor, target_logits: Tensor) -> Tensor:
+    """Greedy verification: accept while the drafted token is the target's argmax.
+
+    Args:
+        drafted: [N, K] token ids.
+        target_logits: [N, K + 1, V]; row k scores offset k + 1 given the drafted tokens before.
+
+    Returns:
+        [N] accepted lengths, 0..K. The bonus token is the argmax at the accepted length.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+    """
+    _check(drafted, target_logits, drafted.shape[-1] + 1)
+    return accepted_prefix(drafted == target_logits[:, : drafted.shape[1]].argmax(-1))
+
+
+def verify_sampled(
+    drafted: Tensor,
+    draft_probs: Tensor,
+    target_probs: Tensor,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Speculative sampling with the exact residual (Leviathan et al. 2023, algorithm 1).
+
+    Accepts d_k with probability min(1, p_k(d_k) / q_k(d_k)); at the first rejection draws the
+    bonus from max(p_k - q_k, 0) renormalised, after a full accept from p_{K+1}. With a one-hot
+    q (a drafter that takes its argmax) this is "draw y ~ p, accept while d = y".
+
+    Args:
+        drafted: [N, K] token ids, drawn from `draft_probs`.
+        draft_probs: [N, K, V].
+        target_probs: [N, K + 1, V].
+        generator: source of randomness.
+
+    Returns:
+        accepted [N] in 0..K, bonus [N] token ids.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+    """
+    rounds, length = drafted.shape
+    _check(drafted, target_probs, length + 1)
+    _check(drafted, draft_probs, length)
+    ratio = acceptance_probability(drafted, draft_probs, target_probs[:, :length])
+    coin = torch.rand(ratio.shape, generator=generator, device=ratio.device, dtype=ratio.dtype)
+    accepted = accepted_prefix(coin < ratio)
+    bonus_probs = bonus_distribution(accepted, draft_probs, target_probs)
+    bonus = torch.multinomial(bonus_probs, 1, generator=generator)[:, 0]
+    return accepted, bonus
+
+
+def acceptance_probability(drafted: Tensor, draft_probs: Tensor, target_probs: Tensor) -> Tensor:
+    """min(1, p(d) / q(d)) for every offset: [N, K], [N, K, V], [N, K, V] -> [N, K]."""
+    q = draft_probs.gather(-1, drafted[..., None])[..., 0]
+    p = target_probs.gather(-1, drafted[..., None])[..., 0]
+    # A token with q = 0 cannot have been drawn; the guard only avoids 0 / 0.
+    return torch.where(q > 0, (p / q.clamp_min(torch.finfo(q.dtype).tiny)).clamp_max(1.0), 0.0)
+
+
+def bonus_distribution(accepted: Tensor, draft_probs: Tensor, target_probs: Tensor) -> Tensor:
+    """Distribution [N, V] of the bonus token after `accepted` [N] drafted tokens."""
+    rounds, length, _ = draft_probs.shape
+    rows = torch.arange(rounds, device=accepted.device)
+    p = target_probs[rows, accepted]
+    if length == 0:
+        return p
+    q = draft_probs[rows, accepted.clamp_max(length - 1)]
+    q = torch.where((accepted < length)[:, None], q, torch.zeros_like(q))
+    residual = (p - q).clamp_min(0.0)
+    mass = residual.sum(-1, keepdim=True)
+    # p == q up to rounding: such a draft is rejected with probability ~0, p is as good.
+    return torch.where(mass > 0, residual / mass.clamp_min(torch.finfo(p.dtype).tiny), p)
+
+
+def _check(drafted: Tensor, scores: Tensor, rows: int) -> None:
+    if drafted.ndim != 2 or scores.ndim != 3 or scores.shape[:2] != (len(drafted), rows):
+        raise ValueError(
+            f"drafted {list(drafted.shape)} needs scores [{len(drafted)}, {rows}, V], "
+            f"got {list(scores.shape)}"
+        )

@@ -1,0 +1,94 @@
+"""Attention of packed draft blocks: every block sees its own prefix and itself, nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Below this many queries the dense mask is small and flex_attention's overhead does not pay.
+FLEX_MINIMUM = 1024
+
+
+@dataclass
+class Visibility:
+    """Who sees what: block i, at anchors[:, i], sees context slots before its anchor.
+
+    anchors [batch, A]; `size` tokens a block; `context` slots stand before the blocks' own keys.
+    A causal block sees itself from left to right only; `window` bounds the distance to a key in
+    layers of kind sliding_attention (which are causal inside the block, as engines serve them).
+    """
+
+    anchors: Tensor
+    size: int
+    context: int
+    causal: bool = False
+    window: int | None = None
+    _made: dict = field(default_factory=dict)
+
+    def rule(self, kind: str):
+        """mask_mod(batch, head, query, key) for flex_attention; also builds the dense mask."""
+        anchors, size, context = self.anchors, self.size, self.context
+        sliding = kind == "sliding_attention"
+        causal, window = self.causal or sliding, self.window if sliding else None
+
+        def visible(b, h, q, k):
+            block, offset = q // size, q % size
+            anchor = anchors[b, block]
+            own = k - context
+            inside = (k >= context) & (own // size == block)
+            if causal:
+                inside = inside & (own % size <= offset)
+            before = (k < context) & (k < anchor)
+            if window is not None:
+                before = before & (anchor + offset - k < window)
+            return inside | before
+
+        return visible
+
+    def dense(self, kind: str) -> Tensor:
+        """Boolean mask [batch, 1, A * size, context + A * size]."""
+        if kind not in self._made:
+            batch, count = self.anchors.shape
+            device = self.anchors.device
+            q = torch.arange(count * self.size, device=device)[None, :, None]
+            k = torch.arange(self.context + count * self.size, device=device)[None, None, :]
+            b = torch.arange(batch, device=device)[:, None, None]
+            self._made[kind] = self.rule(kind)(b, None, q, k)[:, None]
+        return self._made[kind]
+
+    def sparse(self, kind: str):
+        """The same as flex_attention's BlockMask."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        if ("sparse", kind) not in self._made:
+            batch, count = self.anchors.shape
+            queries = count * self.size
+            self._made["sparse", kind] = create_block_mask(
+                self.rule(kind), batch, None, queries, self.context + queries,
+                device=self.anchors.device,
+            )  # fmt: skip
+        return self._made["sparse", kind]
+
+
+@cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, kind: str) -> Tensor:
+    """q [batch, heads, A * size, d]; k, v [batch, kv_heads, context + A * size, d] -> like q.
+
+    SDPA with a dense mask; flex_attention on CUDA when there are many blocks.
+    """
+    if q.is_cuda and q.shape[2] >= FLEX_MINIMUM:
+        return _compiled_flex()(q, k, v, block_mask=visibility.sparse(kind), enable_gqa=True)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visibility.dense(kind))

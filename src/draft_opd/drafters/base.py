@@ -1,0 +1,201 @@
+"""What every drafter family offers; nothing outside a family's file asks which one it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from draft_opd.errors import UserError
+from draft_opd.files import replace_folder
+
+if TYPE_CHECKING:
+    from draft_opd.target import Target
+
+# Picks draft tokens from logits [..., V]: returns ids [...] and, when the draft is sampled,
+# the distribution [..., V] they were drawn from (None for argmax in greedy decoding).
+Choose = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+FAMILIES: dict[str, type[Drafter]] = {}
+
+
+class Drafter(nn.Module):
+    """A trainable drafter for one target.
+
+    A *context* holds what the drafter keeps of a batch of token sequences that the target has
+    already run on (for DFlash, projected keys and values by position). It is opaque to callers.
+    """
+
+    family: ClassVar[str]
+    target_layers: tuple[int, ...]  # 0-based target layers whose outputs are the features
+    draft_length: int  # K, tokens proposed per round as trained
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        FAMILIES[cls.family] = cls
+
+    # -- what a family implements ---------------------------------------------------------
+
+    @classmethod
+    def create(cls, target: Target, **options: Any) -> Drafter:
+        """A fresh, randomly initialised drafter that fits `target`."""
+        raise NotImplementedError
+
+    @classmethod
+    def matches(cls, config: dict) -> bool:
+        """Whether a config.json belongs to this family."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: dict) -> Drafter:
+        raise NotImplementedError
+
+    def config_dict(self) -> dict:
+        """config.json, with every key any reader of the layout needs."""
+        raise NotImplementedError
+
+    def check_target(self, target: Target) -> None:
+        """Raises `UserError` when this drafter cannot serve `target`."""
+        raise NotImplementedError
+
+    def context(self, target: Target, ids: Tensor, features: Tensor) -> Any:
+        """ids [batch, L], features [batch, L, F] of whole right-padded rows -> context."""
+        raise NotImplementedError
+
+    def observe(
+        self, context: Any, target: Target, ids: Tensor, features: Tensor, positions: Tensor
+    ) -> None:
+        """Adds tokens the target has just run on ([batch, m], F features each) to a context.
+
+        What it knew of those positions is overwritten; later positions are forgotten.
+        """
+        raise NotImplementedError
+
+    def replay(
+        self, target: Target, context: Any, anchors: Tensor, ids: Tensor, drafted: Tensor
+    ) -> Tensor:
+        """Drafts again, with gradient, exactly as at inference.
+
+        anchors, ids [batch, A]: anchor positions and the tokens there; drafted [batch, A, K]: what
+        was proposed then. Returns hidden states [batch, A, K, H] for `head_weight`.
+        """
+        raise NotImplementedError
+
+    def propose(
+        self,
+        target: Target,
+        context: Any,
+        anchors: Tensor,
+        ids: Tensor,
+        draft_length: int,
+        choose: Choose,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Drafts one block per row; anchors, ids [batch]. Returns ids [batch, K] and
+        distributions [batch, K, V] (or None), as `choose` gave them."""
+        raise NotImplementedError
+
+    def select(self, context: Any, rows: Tensor) -> None:
+        """Keeps only the given batch rows of a context."""
+        raise NotImplementedError
+
+    def head_weight(self, target: Target) -> Tensor:
+        """LM head [V, H] that turns `replay`'s hidden states into logits."""
+        raise NotImplementedError
+
+    # -- common -----------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @staticmethod
+    def from_pretrained(
+        path_or_id: str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> Drafter:
+        """Loads a drafter folder or hub id of any family.
+
+        Raises `UserError` for anything that is not one: no config, an unknown layout, missing,
+        misnamed or misshapen tensors, or weights that are not safetensors.
+        """
+        folder = find_folder(path_or_id, "drafter")
+        config = read_config(folder, "drafter")
+        for family in FAMILIES.values():
+            if family.matches(config):
+                break
+        else:
+            raise UserError(
+                f"'{path_or_id}' is not a drafter we know: its config.json names "
+                f"{config.get('architectures')}; known families: {', '.join(FAMILIES)}"
+            )
+        drafter = family.from_config(config)
+        weights = folder / "model.safetensors"
+        if not weights.exists():
+            raise UserError(f"drafter '{folder}' has no model.safetensors (no other format is read)")
+        try:
+            tensors = load_file(weights)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"'{weights}' is not a readable safetensors file ({error})") from error
+        expected = drafter.state_dict()
+        for name in sorted(set(expected) | set(tensors)):
+            if name not in tensors:
+                raise UserError(f"'{weights}' lacks the tensor '{name}'")
+            if name not in expected:
+                raise UserError(f"'{weights}' has an unknown tensor '{name}'")
+            if expected[name].shape != tensors[name].shape:
+                raise UserError(
+                    f"'{weights}': tensor '{name}' is {list(tensors[name].shape)}, "
+                    f"the config asks for {list(expected[name].shape)}"
+                )
+        drafter.load_state_dict(tensors)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return drafter.to(device=device, dtype=dtype or torch.float32).eval()
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes config.json and model.safetensors; the folder appears whole or not at all."""
+        with replace_folder(Path(folder)) as temporary:
+            config = self.config_dict()
+            dtype = dtype or next(self.parameters()).dtype
+            config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
+            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            tensors = {k: v.to(dtype).cpu().contiguous() for k, v in self.state_dict().items()}
+            save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+
+
+def find_folder(path_or_id: str | Path, kind: str) -> Path:
+    """A local folder as it is; otherwise the hub snapshot of that id."""
+    path = Path(path_or_id)
+    if path.is_dir():
+        return path
+    text = str(path_or_id)
+    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise UserError(f"{kind} '{text}' is not a folder: give a model folder or a hub id")
+    try:
+        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:
+        raise UserError(
+            f"{kind} '{text}' is neither a local folder nor a reachable hub id "
+            f"({type(error).__name__})"
+        ) from error
+
+
+def read_config(folder: Path, kind: str) -> dict:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{kind} folder '{folder}' has no config.json") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"'{path}' is not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"'{path}' must hold a JSON object")
+    return config

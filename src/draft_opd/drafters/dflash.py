@@ -1,0 +1,305 @@
+"""DFlash: a block of masks filled in one forward, conditioned on the target's hidden states.
+
+Layout and mathematics are those of the published z-lab checkpoints: features of several
+target layers are projected and normed once, and enter every draft layer as additional keys
+and values; the block [anchor token, MASK x K] attends to them and, in both directions, to
+itself; embeddings and LM head are the target's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3MLP,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
+from draft_opd.cache import PositionCache
+from draft_opd.drafters.attention import Visibility, attend
+from draft_opd.drafters.base import Choose, Drafter
+from draft_opd.errors import UserError
+from draft_opd.target import Target
+
+
+def default_target_layers(num_target_layers: int, count: int) -> tuple[int, ...]:
+    """`count` layers spread from the second to the third-last (0-based), as z-lab does."""
+    if count == 1:
+        return (num_target_layers // 2,)
+    span = num_target_layers - 4
+    return tuple(round(1 + i * span / (count - 1)) for i in range(count))
+
+
+class DFlashAttention(nn.Module):
+    def __init__(self, config: Qwen3Config, layer: int):
+        super().__init__()
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.head_dim = config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=bias)
+        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.kind = config.layer_types[layer]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def keys_values(self, x: Tensor, rotary) -> tuple[Tensor, Tensor]:
+        """[batch, tokens, H] -> rotated keys and values, each [batch, kv_heads, tokens, d]."""
+        k = self.k_norm(self._split(self.k_proj(x))).transpose(1, 2)
+        v = self._split(self.v_proj(x)).transpose(1, 2)
+        return apply_rotary_pos_emb(k, k, *rotary)[0], v
+
+    def forward(self, x: Tensor, context_k: Tensor, context_v: Tensor, rotary, visibility):
+        q = self.q_norm(self._split(self.q_proj(x))).transpose(1, 2)
+        q = apply_rotary_pos_emb(q, q, *rotary)[0]
+        k, v = self.keys_values(x, rotary)
+        keys, values = torch.cat([context_k, k], 2), torch.cat([context_v, v], 2)
+        out = attend(q, keys, values, visibility, self.kind)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class DFlashLayer(nn.Module):
+    def __init__(self, config: Qwen3Config, layer: int):
+        super().__init__()
+        self.self_attn = DFlashAttention(config, layer)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x: Tensor, context_k: Tensor, context_v: Tensor, rotary, visibility):
+        x = x + self.self_attn(self.input_layernorm(x), context_k, context_v, rotary, visibility)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+@dataclass
+class DFlashOptions:
+    """Shape of a new drafter; None means "as the target has it"."""
+
+    num_layers: int = 1
+    block_size: int = 16
+    target_layers: tuple[int, ...] | None = None
+    num_target_features: int | None = None
+    mask_token_id: int | None = None
+    intermediate_size: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+
+
+class DFlashDrafter(Drafter):
+    """See the module docstring. `config` is a Qwen3Config with the z-lab keys."""
+
+    family = "dflash"
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        options = getattr(config, "dflash_config", None) or {}
+        self.config = config
+        self.block_size: int = getattr(config, "block_size", None) or options.get("block_size", 16)
+        self.draft_length = self.block_size - 1
+        self.mask_token_id: int = options["mask_token_id"]
+        layers = options.get("target_layer_ids") or default_target_layers(
+            config.num_target_layers, config.num_hidden_layers
+        )
+        self.target_layers = tuple(layers)
+        self.causal = bool(getattr(config, "is_causal", options.get("causal", False)))
+        hidden = config.hidden_size
+        self.fc = nn.Linear(len(self.target_layers) * hidden, hidden, bias=False)
+        self.hidden_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(
+            DFlashLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.rotary = Qwen3RotaryEmbedding(config=config)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    # -- configuration ----------------------------------------------------------------------
+
+    @classmethod
+    def matches(cls, config: dict) -> bool:
+        return "DFlashDraftModel" in (config.get("architectures") or [])
+
+    @classmethod
+    def from_config(cls, config: dict) -> DFlashDrafter:
+        options = config.get("dflash_config")
+        if not isinstance(options, dict) or not isinstance(options.get("mask_token_id"), int):
+            raise UserError(
+                "the DFlash config.json has no dflash_config.mask_token_id "
+                "(only the z-lab layout is read)"
+            )
+        if not options.get("target_layer_ids") and not config.get("num_target_layers"):
+            raise UserError("the DFlash config.json names neither target layers nor their number")
+        return cls(Qwen3Config.from_dict({**config, "model_type": "qwen3"}))
+
+    @classmethod
+    def create(cls, target: Target, **options) -> DFlashDrafter:
+        """A new drafter for `target`; options are the fields of `DFlashOptions`."""
+        o, t = DFlashOptions(**options), target.config
+        count = o.num_target_features or min(5, max(1, target.num_layers - 3))
+        layers = tuple(o.target_layers or default_target_layers(target.num_layers, count))
+        heads = o.num_attention_heads or t.num_attention_heads
+        config = Qwen3Config(
+            vocab_size=target.vocab_size,
+            hidden_size=target.hidden_size,
+            intermediate_size=o.intermediate_size or t.intermediate_size,
+            num_hidden_layers=o.num_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=o.num_key_value_heads or min(heads, t.num_key_value_heads),
+            head_dim=o.head_dim or getattr(t, "head_dim", None) or t.hidden_size // heads,
+            rms_norm_eps=getattr(t, "rms_norm_eps", 1e-6),
+            max_position_embeddings=target.max_positions,
+            rope_parameters=dict(_rope(t)),
+            tie_word_embeddings=False,
+            attention_bias=False,
+        )
+        config.block_size = o.block_size
+        config.num_target_layers = target.num_layers
+        mask = o.mask_token_id if o.mask_token_id is not None else find_mask_token(target)
+        config.dflash_config = {"mask_token_id": mask, "target_layer_ids": list(layers)}
+        drafter = cls(config)
+        drafter.check_target(target)
+        return drafter.to(target.device)
+
+    def config_dict(self) -> dict:
+        config = self.config.to_dict()
+        rope = _rope(self.config)
+        config.update(
+            architectures=["DFlashDraftModel"],
+            model_type="qwen3",
+            block_size=self.block_size,
+            num_target_layers=self.config.num_target_layers,
+            is_causal=self.causal,
+            # transformers 4 and the engines that follow it read these two.
+            rope_theta=rope.get("rope_theta", 10000.0),
+            rope_scaling=None if rope.get("rope_type", "default") == "default" else dict(rope),
+        )
+        config["dflash_config"] = {
+            **(getattr(self.config, "dflash_config", None) or {}),
+            "mask_token_id": self.mask_token_id,
+            "target_layer_ids": list(self.target_layers),
+            "block_size": self.block_size,
+        }
+        return config
+
+    def check_target(self, target: Target) -> None:
+        def fail(what: str, ours: object, theirs: object) -> None:
+            raise UserError(
+                f"this drafter does not fit target '{target.name}': {what} {ours} "
+                f"against the target's {theirs}"
+            )
+
+        if self.config.hidden_size != target.hidden_size:
+            fail("hidden size", self.config.hidden_size, target.hidden_size)
+        if self.config.vocab_size != target.vocab_size:
+            fail("vocabulary of", self.config.vocab_size, target.vocab_size)
+        layers = list(self.target_layers)
+        if layers != sorted(set(layers)):
+            raise UserError(f"tapped target layers {layers} must be ascending and unique")
+        if layers[0] < 0 or layers[-1] > target.num_layers - 2:
+            # The last layer's output is normed in some engines and not in others.
+            fail("tapped layers", layers, f"usable layers 0..{target.num_layers - 2}")
+        if not 0 <= self.mask_token_id < target.vocab_size:
+            fail("mask token", self.mask_token_id, f"vocabulary of {target.vocab_size}")
+        if self.block_size < 2:
+            raise UserError(f"block size {self.block_size} is too small: it must be at least 2")
+
+    # -- drafting ---------------------------------------------------------------------------
+
+    def _rotary(self, like: Tensor, positions: Tensor):
+        return self.rotary(like, positions)
+
+    def _project(self, features: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Features [batch, m, F] -> keys and values of every draft layer."""
+        hidden = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
+        rotary = self._rotary(hidden, positions)
+        return [layer.self_attn.keys_values(hidden, rotary) for layer in self.layers]
+
+    def context(self, target: Target, ids: Tensor, features: Tensor) -> PositionCache:
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+        pairs = self._project(features, positions)
+        return PositionCache.of([k for k, _ in pairs], [v for _, v in pairs])
+
+    def observe(self, context, target, ids, features, positions) -> None:
+        context.prepare(positions, int(positions.max()) + 1)
+        for i, (k, v) in enumerate(self._project(features, positions)):
+            context.update(k, v, i)
+
+    def select(self, context: PositionCache, rows: Tensor) -> None:
+        context.select(rows)
+
+    def head_weight(self, target: Target) -> Tensor:
+        return target.head.weight
+
+    def _blocks(self, target: Target, context, anchors: Tensor, ids: Tensor, length: int) -> Tensor:
+        """anchors, ids [batch, A] -> hidden states [batch, A, length, H] of the mask slots."""
+        batch, count = anchors.shape
+        size = length + 1
+        tokens = ids.new_full((batch, count, size), self.mask_token_id)
+        tokens[:, :, 0] = ids
+        offsets = torch.arange(size, device=ids.device)
+        positions = (anchors[:, :, None] + offsets).flatten(1)  # [batch, A * size]
+        x = target.embed(tokens.flatten(1)).to(self.fc.weight.dtype)
+        visible = min(int(anchors.max()), context.keys[0].shape[2]) if context.keys else 0
+        visibility = Visibility(
+            anchors=anchors,
+            size=size,
+            context=visible,
+            causal=self.causal,
+            window=getattr(self.config, "sliding_window", None),
+        )
+        rotary = self._rotary(x, positions)
+        for layer, k, v in zip(self.layers, context.keys, context.values, strict=True):
+            x = layer(x, k[:, :, :visible], v[:, :, :visible], rotary, visibility)
+        return self.norm(x).view(batch, count, size, -1)[:, :, 1:]
+
+    def replay(self, target, context, anchors, ids, drafted) -> Tensor:
+        # The masks are filled in parallel: what was drafted does not enter.
+        return self._blocks(target, context, anchors, ids, drafted.shape[2])
+
+    def propose(self, target, context, anchors, ids, draft_length, choose: Choose):
+        hidden = self._blocks(target, context, anchors[:, None], ids[:, None], draft_length)
+        return choose(F.linear(hidden[:, 0].to(target.dtype), self.head_weight(target)))
+
+
+def _rope(config) -> dict:
+    rope = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
+    if "full_attention" in rope:  # one entry per layer type
+        rope = rope["full_attention"]
+    return {"rope_theta": getattr(config, "rope_theta", None) or 10000.0, **rope}
+
+
+def find_mask_token(target: Target) -> int:
+    """A token id that never occurs in text, to stand for MASK.
+
+    In this order: the tokenizer's own mask token, an unused row of the embedding table, a
+    special token that neither starts, ends nor pads text.
+    """
+    tokenizer = target.tokenizer
+    if tokenizer is not None:
+        if tokenizer.mask_token_id is not None:
+            return tokenizer.mask_token_id
+        if len(tokenizer) < target.vocab_size:
+            return len(tokenizer)
+        used = {tokenizer.bos_token_id, tokenizer.eos_token_id, *target.stop_ids}
+        used |= {tokenizer.pad_token_id}
+        template = tokenizer.chat_template or ""
+        for token_id, token in sorted(tokenizer.added_tokens_decoder.items()):
+            if token.special and token_id not in used and token.content not in str(template):
+                return token_id
+    raise UserError(
+        f"target '{target.name}' has no spare token for MASK: set model.mask_token_id in the recipe"
+    )

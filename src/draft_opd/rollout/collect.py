@@ -1,0 +1,119 @@
+"""Prompts -> trajectories, decoded by a local target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from draft_opd.decoding.sampling import Sampling
+from draft_opd.decoding.speculative import speculate
+from draft_opd.drafters.base import Drafter
+from draft_opd.errors import UserError
+from draft_opd.files import make_folder
+from draft_opd.rollout.prompts import Prompt
+from draft_opd.rollout.trajectory import Trajectory, TrajectoryWriter
+from draft_opd.target import Target
+
+
+def decode_trajectories(
+    target: Target,
+    requests: list[tuple[str, list[int]]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    drafter: Drafter | None = None,
+) -> Iterator[list[Trajectory]]:
+    """Decodes (id, prompt ids) pairs in length-sorted batches, yielding each batch when done."""
+    sampling = sampling or Sampling()
+    ordered = sorted(requests, key=lambda r: len(r[1]))
+    for start in range(0, len(ordered), batch_size):
+        batch = ordered[start : start + batch_size]
+        made = speculate(
+            target,
+            drafter,
+            [ids for _, ids in batch],
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed + start,
+        )
+        yield [
+            Trajectory(
+                ids,
+                g.token_ids,
+                name,
+                g.finish_reason,
+                sampling.temperature,
+                sampling.top_k,
+                sampling.top_p,
+                seed + start,
+            )
+            for (name, ids), g in zip(batch, made, strict=True)
+        ]
+
+
+def collect(
+    target: Target,
+    prompts: list[Prompt],
+    out: Path,
+    *,
+    max_new_tokens: int = 512,
+    samples: int = 1,
+    batch_size: int = 16,
+    sampling: Sampling | None = None,
+    thinking: bool | None = None,
+    seed: int = 0,
+    drafter: Drafter | None = None,
+    progress: Callable[[int, int, int], None] | None = None,
+) -> Path:
+    """Writes `out/trajectories.jsonl`; what is already there is not generated again.
+
+    `progress(done, total, tokens)` is called after every batch. Raises `UserError` when the folder
+    holds trajectories of other prompts under the same ids, or a prompt does not fit the context.
+    """
+    if samples > 1 and (sampling is None or sampling.greedy):
+        raise UserError("samples > 1 needs temperature > 0: greedy samples would all be equal")
+    path = make_folder(out) / "trajectories.jsonl"
+    writer = TrajectoryWriter(path)
+    try:
+        todo, seen = [], set()
+        for prompt in prompts:
+            ids = prompt.ids(target, thinking)
+            if len(ids) >= target.max_positions:
+                raise UserError(
+                    f"prompt {prompt.id} has {len(ids)} tokens, the target's context holds "
+                    f"{target.max_positions}: shorten or remove it"
+                )
+            for sample in range(samples):
+                name = prompt.id if samples == 1 else f"{prompt.id}-{sample}"
+                if name in seen:
+                    raise UserError(f"two prompts have the id '{name}': ids must be unique")
+                seen.add(name)
+                if name not in writer.done:
+                    todo.append((name, ids))
+                elif writer.done[name] != ids:
+                    raise UserError(
+                        f"'{path}' already holds another prompt under the id '{name}': "
+                        "use another --out"
+                    )
+        done, tokens = len(seen) - len(todo), 0
+        if progress:
+            progress(done, len(seen), 0)
+        for batch in decode_trajectories(
+            target,
+            todo,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            sampling=sampling,
+            seed=seed,
+            drafter=drafter,
+        ):
+            writer.write(batch)
+            done += len(batch)
+            tokens += sum(len(t.response_ids) for t in batch)
+            if progress:
+                progress(done, len(seen), tokens)
+    finally:
+        writer.close()
+    return path

@@ -1,0 +1,129 @@
+"""Trajectories (prompt + the target's own response) and the JSONL files that hold them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from draft_opd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A verified response of the target, stop token included, and how it was sampled."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    id: str = ""
+    finish_reason: str = "stop"
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    meta: dict = field(default_factory=dict)
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.prompt_ids, *self.response_ids]
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    """Yields (line number, object); `UserError` names the first line that is not one."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"'{path}' does not exist") from None
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read ({error.strerror})") from error
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise UserError(f"{path}:{number}: not UTF-8 text") from None
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: must be a JSON object, one a line")
+        yield number, row
+
+
+def _ids(row: dict, key: str, where: str, vocab_size: int | None) -> list[int]:
+    ids = row.get(key)
+    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+        raise UserError(f"{where}: '{key}' must be a list of token ids")
+    if not ids:
+        raise UserError(f"{where}: '{key}' is empty; remove the line")
+    if vocab_size is not None and max(ids) >= vocab_size:
+        raise UserError(
+            f"{where}: token id {max(ids)} is outside the target's vocabulary of {vocab_size}; "
+            "was this file made with another target?"
+        )
+    return ids
+
+
+def read_trajectories(
+    path: str | Path, vocab_size: int | None = None, limit: int | None = None
+) -> list[Trajectory]:
+    """Reads a trajectories file (or the folder that holds `trajectories.jsonl`).
+
+    Raises `UserError` naming file and line for anything malformed: an empty response too.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "trajectories.jsonl"
+    result = []
+    known = set(Trajectory.__dataclass_fields__) - {"prompt_ids", "response_ids", "id", "meta"}
+    for number, row in read_jsonl(path):
+        where = f"{path}:{number}"
+        result.append(
+            Trajectory(
+                _ids(row, "prompt_ids", where, vocab_size),
+                _ids(row, "response_ids", where, vocab_size),
+                str(row.get("id", number)),
+                **{k: row[k] for k in known if k in row},
+            )
+        )
+        if limit is not None and len(result) == limit:
+            break
+    if not result:
+        raise UserError(f"'{path}' holds no trajectories")
+    return result
+
+
+class TrajectoryWriter:
+    """Appends trajectories so that a kill costs at most the line being written.
+
+    On opening, a torn last line is cut off, and `done` lists the ids that are already there.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.done: dict[str, list[int]] = {}
+        if path.exists():
+            self._repair()
+            for _, row in read_jsonl(path):
+                self.done[str(row.get("id"))] = row.get("prompt_ids")
+        self._file = open(path, "a", encoding="utf-8")
+
+    def _repair(self) -> None:
+        with open(self.path, "rb+") as file:
+            data = file.read()
+            whole = data.rfind(b"\n") + 1
+            if whole != len(data):
+                file.truncate(whole)
+
+    def write(self, trajectories: Iterable[Trajectory]) -> None:
+        for trajectory in trajectories:
+            row = {"id": trajectory.id, **asdict(trajectory)}
+            self._file.write(json.dumps(row) + "\n")
+            self.done[trajectory.id] = trajectory.prompt_ids
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()

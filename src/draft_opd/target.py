@@ -1,0 +1,274 @@
+"""The frozen target: forward over trajectories, cached decoding, branch forward."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from draft_opd.cache import PositionCache
+from draft_opd.errors import UserError
+
+EMBEDDED = "embedded"
+
+
+def resolve_path(path_or_id: str) -> str:
+    """`embedded` becomes the folder of the shipped target; anything else stays as it is."""
+    if str(path_or_id) == EMBEDDED:
+        return str(Path(__file__).parent / "embedded" / "model")
+    return str(path_or_id)
+
+
+@dataclass
+class TargetOutput:
+    """`hidden` [batch, tokens, H], normed, ready for the LM head; `features` [batch, tokens, F]:
+    the tapped layers' outputs side by side, None when no layer was tapped."""
+
+    hidden: Tensor
+    features: Tensor | None
+
+
+class Target:
+    """A frozen transformers causal LM.
+
+    Positions are absolute and every row starts at position 0 (right padding): a token sees
+    exactly the cached slots at or before its own position.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer=None, name: str = ""):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.config = model.config.get_text_config()
+        self.decoder = model.get_decoder()
+        self.head = model.get_output_embeddings()
+        self.num_layers: int = self.config.num_hidden_layers
+        self.hidden_size: int = self.config.hidden_size
+        self.vocab_size: int = self.head.weight.shape[0]
+        self.max_positions: int = getattr(self.config, "max_position_embeddings", None) or 1 << 30
+        self._check_supported()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+    ) -> Target:
+        """Loads a model folder or hub id (`embedded`: the shipped target), frozen.
+
+        `dtype` defaults to float32 on a CPU and to the stored type elsewhere. Raises
+        `UserError` when there is no such model or it is not a plain causal LM.
+        """
+        path = resolve_path(path_or_id)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype is None:
+            dtype = torch.float32 if device.type == "cpu" else "auto"
+        elif isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        try:
+            AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except Exception as error:
+            line = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+            raise UserError(
+                f"target '{path_or_id}' cannot be loaded ({line}): give a model folder with "
+                f"config.json and safetensors, a hub id, or '{EMBEDDED}'"
+            ) from error
+        return cls(model.to(device), tokenizer, str(path_or_id))
+
+    def _check_supported(self) -> None:
+        """Refuses models whose logits are not `head(hidden)`: our losses rely on it."""
+        ids = torch.arange(3, device=self.device)[None]
+        with torch.inference_mode():
+            logits = self.model(input_ids=ids, use_cache=False).logits
+            ours = self.head(self.trajectories(ids).hidden)
+        if not torch.allclose(logits.float(), ours.float(), rtol=1e-2, atol=1e-2):
+            raise UserError(
+                f"target '{self.name}' transforms its logits after the LM head "
+                "(soft-capping or scaling), which is not supported yet"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end a response: the generation config's, else the tokenizer's."""
+        eos = getattr(self.model.generation_config, "eos_token_id", None)
+        if eos is None:
+            eos = self.config.eos_token_id
+        if eos is None and self.tokenizer is not None:
+            eos = self.tokenizer.eos_token_id
+        if eos is None:
+            return frozenset()
+        return frozenset([eos] if isinstance(eos, int) else eos)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[...] token ids -> [..., H] input embeddings."""
+        return self.model.get_input_embeddings()(ids)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V]."""
+        return self.head(hidden)
+
+    def cache(self, capacity: int = 0) -> PositionCache:
+        return PositionCache(capacity)
+
+    @contextmanager
+    def _taps(self, layers: Sequence[int]):
+        """Collects the outputs of 0-based decoder layers in ascending order."""
+        found: dict[int, Tensor] = {}
+
+        def hook(index):
+            def keep(_module, _inputs, output):
+                found[index] = output[0] if isinstance(output, tuple) else output
+
+            return keep
+
+        handles = [self.decoder.layers[i].register_forward_hook(hook(i)) for i in set(layers)]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _mask(self, visible: Tensor, query: Tensor, key: Tensor):
+        """Additive mask [batch, 1, queries, keys] from a boolean one; per layer type if needed."""
+
+        def additive(allowed: Tensor) -> Tensor:
+            zero = torch.zeros((), dtype=self.dtype, device=allowed.device)
+            return torch.where(allowed, zero, torch.finfo(self.dtype).min)[:, None]
+
+        types = set(getattr(self.config, "layer_types", None) or ["full_attention"])
+        if types == {"full_attention"}:
+            return additive(visible)
+        masks = {"full_attention": additive(visible)}
+        if "sliding_attention" in types:
+            near = query[:, :, None] - key[:, None, :] < self.config.sliding_window
+            masks["sliding_attention"] = additive(visible & near)
+        if types - set(masks):
+            raise UserError(
+                f"target '{self.name}' has layers of kind {sorted(types - set(masks))}; only full "
+                "and sliding attention are supported"
+            )
+        return masks
+
+    def _forward(self, ids: Tensor, layers: Sequence[int], **kwargs) -> TargetOutput:
+        with self._taps(layers) as found:
+            hidden = self.decoder(input_ids=ids, **kwargs).last_hidden_state
+        features = torch.cat([found[i] for i in layers], -1) if layers else None
+        return TargetOutput(hidden, features)
+
+    @torch.no_grad()
+    def trajectories(
+        self, ids: Tensor, layers: Sequence[int] = (), cache: PositionCache | None = None
+    ) -> TargetOutput:
+        """One forward over right-padded rows [batch, tokens], filling `cache` when given.
+
+        What is computed at padding is meaningless, but no real token sees it.
+        """
+        batch, width = ids.shape
+        if cache is not None:
+            positions = torch.arange(width, device=ids.device).expand(batch, -1)
+            return self.extend(ids, positions, cache, layers)
+        return self._forward(ids, layers, use_cache=False)
+
+    @torch.no_grad()
+    def extend(
+        self, ids: Tensor, positions: Tensor, cache: PositionCache, layers: Sequence[int] = ()
+    ) -> TargetOutput:
+        """Runs tokens [batch, m] at absolute `positions` [batch, m] against the cache.
+
+        Used to prefill and to verify a block. Tokens see cached slots at or before their own
+        position; their keys are written to the slots of their positions, over whatever was there.
+        """
+        visible = int(positions.max()) + 1
+        cache.prepare(positions, visible)
+        key = torch.arange(visible, device=ids.device)[None]
+        mask = self._mask(key[:, None, :] <= positions[:, :, None], positions, key)
+        return self._forward(
+            ids,
+            layers,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+
+    @torch.no_grad()
+    def branches(
+        self, ids: Tensor, positions: Tensor, branch: Tensor, prefix: Tensor, cache: PositionCache
+    ) -> Tensor:
+        """Scores many drafted continuations of cached trajectories in one forward.
+
+        ids, positions, branch, prefix: [batch, m]. Tokens with the same `branch` number belong
+        together (negative: padding); such a token sees the first `prefix` cached slots and the
+        tokens of its own branch at or before its position. The cache is not changed.
+        Returns hidden states [batch, m, H].
+        """
+        width = int(prefix.max()) if prefix.numel() else 0
+        cache.prepare(positions, width, branch=True)
+        slots = torch.arange(width, device=ids.device)[None]
+        own = (branch[:, :, None] == branch[:, None, :]) & (
+            positions[:, None, :] <= positions[:, :, None]
+        )
+        visible = torch.cat([slots[:, None, :] < prefix[:, :, None], own], -1)
+        key = torch.cat([slots.expand(len(ids), -1), positions], -1)
+        return self._forward(
+            ids,
+            (),
+            position_ids=positions,
+            attention_mask=self._mask(visible, positions, key),
+            past_key_values=cache,
+            use_cache=True,
+        ).hidden
+
+    def chat_ids(self, messages: list[dict], thinking: bool | None = None) -> list[int]:
+        """Messages through the chat template, ready for the response to begin."""
+        extra = {} if thinking is None else {"enable_thinking": thinking}
+        text = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, **extra
+        )
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def describe(self) -> dict:
+        """What `inspect` prints."""
+        return {
+            "architecture": type(self.model).__name__,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "vocab_size": self.vocab_size,
+            "context": self.max_positions,
+            "stop_ids": sorted(self.stop_ids),
+        }
+
+
+def is_target_folder(path: Path) -> bool:
+    """Whether a folder's config names a causal LM."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+        return any("CausalLM" in a for a in config.get("architectures") or [])
+    except (OSError, ValueError, AttributeError):
+        return False

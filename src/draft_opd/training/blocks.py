@@ -1,0 +1,72 @@
+"""Draft blocks packed over a batch: anchors, labels, validity, and replaying them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draft_opd.drafters.base import Drafter
+from draft_opd.rollout.trace import Round
+from draft_opd.target import Target
+from draft_opd.training.data import Batch
+from draft_opd.training.losses import chunked_score
+
+
+@dataclass
+class Blocks:
+    """A anchors a row (padded), K offsets each.
+
+    anchors [batch, A]; present [batch, A]; drafted [batch, A, K]; accepted [batch, A];
+    labels [batch, A, K]: the trajectory's tokens; valid [batch, A, K]: offset within the text.
+    """
+
+    anchors: Tensor
+    present: Tensor
+    drafted: Tensor
+    accepted: Tensor
+    labels: Tensor
+    valid: Tensor
+
+
+def pack(
+    batch: Batch, anchors: Sequence[Sequence[int]], rounds: Sequence[Sequence[Round]], length: int
+) -> Blocks:
+    """Packs chosen anchors a row; `rounds` gives what was drafted there (empty: nothing known)."""
+    rows, width = len(anchors), max(1, max(map(len, anchors)))
+    at = torch.zeros(rows, width, dtype=torch.long)
+    present = torch.zeros(rows, width, dtype=torch.bool)
+    drafted = torch.zeros(rows, width, length, dtype=torch.long)
+    accepted = torch.zeros(rows, width, dtype=torch.long)
+    for i, row in enumerate(anchors):
+        at[i] = int(batch.starts[i])  # padding drafts at the first anchor, unsupervised
+        at[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        present[i, : len(row)] = True
+        for j, r in enumerate(rounds[i]):
+            drafted[i, j, : len(r.drafted)] = torch.tensor(r.drafted, dtype=torch.long)
+            accepted[i, j] = r.accepted
+    at, present, drafted, accepted = (
+        x.to(batch.device) for x in (at, present, drafted, accepted)
+    )
+    where = at[:, :, None] + torch.arange(1, length + 1, device=batch.device)
+    valid = (where <= batch.ends[:, None, None]) & present[:, :, None]
+    rowwise = torch.arange(rows, device=batch.device)[:, None, None]
+    labels = batch.ids[rowwise, where.clamp_max(batch.ids.shape[1] - 1)]
+    return Blocks(at, present, drafted, accepted, labels, valid)
+
+
+def replay_hidden(target: Target, drafter: Drafter, batch: Batch, blocks: Blocks) -> Tensor:
+    """The drafter's hidden states [batch, A, K, H] at the blocks, with gradient."""
+    context = drafter.context(target, batch.ids, batch.features)
+    ids = batch.ids.gather(1, blocks.anchors)
+    return drafter.replay(target, context, blocks.anchors, ids, blocks.drafted)
+
+
+def label_scores(score, target: Target, drafter: Drafter, hidden: Tensor, blocks: Blocks) -> Tensor:
+    """A score against the trajectory's tokens, dense [batch, A, K], zero where not valid."""
+    values = chunked_score(
+        score, hidden[blocks.valid], drafter.head_weight(target), labels=blocks.labels[blocks.valid]
+    )
+    return torch.zeros_like(blocks.valid, dtype=values.dtype).masked_scatter(blocks.valid, values)

@@ -1,0 +1,184 @@
+"""Recipes: one typed tree a run, from YAML and KEY=VALUE pairs. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from draft_opd.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Data(_Section):
+    """What to train and to evaluate on."""
+
+    trajectories: str = Field(description="trajectories.jsonl or its folder, from `collect`")
+    heldout: str = Field(description="trajectories that τ is measured on, never trained on")
+    limit: int | None = Field(None, ge=1, description="use only the first N trajectories")
+    heldout_limit: int | None = Field(64, ge=1)
+    max_length: int | None = Field(None, ge=8, description="cut trajectories to N tokens")
+    cache_features: Literal["none", "memory"] = Field(
+        "none", description="keep the target's features after the first forward"
+    )
+    cache_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+
+class Model(_Section):
+    """A new drafter; `options` are the family's own (see `DFlashOptions`)."""
+
+    family: str = "dflash"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Optim(_Section):
+    """AdamW; cosine schedule with linear warm-up."""
+
+    learning_rate: float = Field(6e-4, gt=0)
+    final_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate / peak")
+    warmup: float = Field(0.04, ge=0, le=1, description="part of the steps")
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = Field(1.0, gt=0, description="gradient norm")
+
+
+class Sft(_Section):
+    """Stage 1: cross-entropy at random anchors."""
+
+    anchors: int = Field(16, ge=1, description="random anchors a trajectory and step")
+    decay: float | None = Field(
+        None, gt=0, description="γ_sft in exp(-(k-1)/γ); default 7, 5, 4 for blocks of 16, 10, 8"
+    )
+
+
+class Objective(_Section):
+    """What OPD minimises at the replayed anchors."""
+
+    kind: Literal["acceptance_aware", "cross_entropy", "expected_length"] = "acceptance_aware"
+    gamma: float = Field(0.8, gt=0, le=1, description="position decay of the rejected stream")
+    accepted_weight: float = Field(1.0, ge=0)
+    rejected_weight: float = Field(1.0, ge=0)
+    normalization: Literal["streams", "tokens"] = "streams"
+    supervision_temperature: float = Field(1.0, gt=0, description="temperature of p in the loss")
+    trajectory_weight: float = Field(
+        0.0, ge=0, description="adds this times the SFT loss over the whole replayed block"
+    )
+
+
+class Opd(_Section):
+    """Stage 2: Draft-OPD."""
+
+    rollout: Literal["hindsight", "live"] = "hindsight"
+    anchors: Literal["trace", "random"] = Field(
+        "trace", description="replay where rounds began, or as many random positions"
+    )
+    max_anchors: int = Field(16, ge=1, description="anchors a trajectory and step, drawn evenly")
+    trace_every: int = Field(1, ge=1, description="steps a hindsight trace is used for")
+    objective: Objective = Objective()
+
+
+class Evaluation(_Section):
+    every: int = Field(50, ge=1, description="steps between measurements of held-out τ")
+
+
+class Recipe(_Section):
+    """A run of one stage."""
+
+    target: str
+    drafter: str | None = Field(None, description="start from this folder or hub id")
+    out: str
+    data: Data
+    model: Model = Model()
+    steps: int = Field(ge=1)
+    batch_size: int = Field(16, ge=1, description="trajectories a forward")
+    accumulate: int = Field(1, ge=1, description="forwards an optimiser step")
+    seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    draft_length: int | None = Field(None, ge=1, description="K; default: what the drafter has")
+    optim: Optim = Optim()
+    sft: Sft = Sft()
+    opd: Opd = Opd()
+    evaluation: Evaluation = Evaluation()
+    save_every: int | None = Field(None, ge=1, description="steps; default: as evaluation.every")
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.save_interval % self.opd.trace_every:
+            raise ValueError(
+                f"save_every ({self.save_interval}) must be a multiple of opd.trace_every "
+                f"({self.opd.trace_every}), so that a resumed run has the same traces"
+            )
+        objective = self.opd.objective
+        if objective.accepted_weight + objective.rejected_weight == 0:
+            raise ValueError("accepted_weight and rejected_weight cannot both be 0")
+        return self
+
+    @property
+    def save_interval(self) -> int:
+        return self.save_every or self.evaluation.every
+
+
+def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
+    """Reads a recipe and applies `a.b=value` pairs (values are YAML). Raises `UserError`."""
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"recipe '{path}' does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"recipe '{path}' is not readable YAML ({_one_line(error)})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe '{path}' must hold KEY: VALUE pairs")
+    for pair in overrides:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"'{pair}' is not KEY=VALUE")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"the value in '{pair}' is not valid YAML") from None
+        *parents, last = key.split(".")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise UserError(f"'{key}': '{name}' is a value, not a section")
+        node[last] = value
+    return parse_recipe(tree, str(path))
+
+
+def parse_recipe(tree: dict, where: str = "recipe") -> Recipe:
+    """Validates a recipe's tree; `UserError` names the first wrong key and the nearest right one."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "recipe"
+        if first["type"] == "extra_forbidden":
+            known = _keys_at(first["loc"][:-1])
+            near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0.4)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+            raise UserError(f"{where}: unknown key '{key}'; {hint}") from None
+        if first["type"] == "missing":
+            raise UserError(f"{where}: the key '{key}' is missing") from None
+        message = first["msg"].removeprefix("Value error, ")
+        shown = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+        raise UserError(f"{where}: '{key}': {message}{shown}") from None
+
+
+def _keys_at(path: tuple) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for name in path:
+        model = model.model_fields[name].annotation
+    return list(model.model_fields)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,114 @@
+"""Batches of trajectories with what the target says about them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from draft_opd.cache import PositionCache
+from draft_opd.rollout.hindsight import pad_rows
+from draft_opd.rollout.trajectory import Trajectory
+from draft_opd.target import Target
+
+
+@dataclass
+class Batch:
+    """ids [batch, L] right-padded; features [batch, L, F]; hidden [batch, L, H] before the LM head.
+
+    `cache` holds the target's keys and values of the trajectories, when asked for.
+    """
+
+    trajectories: list[Trajectory]
+    ids: Tensor
+    features: Tensor
+    hidden: Tensor
+    cache: PositionCache | None = None
+
+    @property
+    def starts(self) -> Tensor:
+        """[batch] index of the first anchor, the last prompt token."""
+        return torch.tensor([len(t.prompt_ids) - 1 for t in self.trajectories], device=self.device)
+
+    @property
+    def ends(self) -> Tensor:
+        """[batch] index of the last token."""
+        return torch.tensor([len(t.ids) - 1 for t in self.trajectories], device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.ids.device
+
+
+class BatchSource:
+    """Runs the target over trajectories, or remembers what it said the first time."""
+
+    def __init__(
+        self,
+        target: Target,
+        layers: Sequence[int],
+        remember: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        self.target, self.layers = target, tuple(layers)
+        self.remember, self.dtype = remember, dtype
+        self._known: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+
+    def batch(self, trajectories: list[Trajectory], with_cache: bool = False) -> Batch:
+        ids = pad_rows([t.ids for t in trajectories], self.target.device)
+        keys = [(t.id, len(t.ids)) for t in trajectories]
+        if self.remember and not with_cache and all(k in self._known for k in keys):
+            pairs = [self._known[k] for k in keys]
+            features, hidden = (
+                torch.nn.utils.rnn.pad_sequence([p[i] for p in pairs], batch_first=True)
+                .to(self.target.device)
+                .to(self.target.dtype)
+                for i in (0, 1)
+            )
+            return Batch(trajectories, ids, features, hidden)
+        cache = self.target.cache(ids.shape[1]) if with_cache else None
+        out = self.target.trajectories(ids, self.layers, cache)
+        if self.remember:
+            for row, key in enumerate(keys):
+                self._known[key] = tuple(
+                    x[row, : key[1]].to(self.dtype, copy=True).cpu()
+                    for x in (out.features, out.hidden)
+                )
+        return Batch(trajectories, ids, out.features, out.hidden, cache)
+
+
+def batch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Batches of one epoch, a pure function of (seed, epoch): shuffled, then sorted by length
+    within pools of 8 batches so that little is padded. An incomplete last batch is dropped."""
+    rng = random.Random(f"{seed}/{epoch}")
+    order = rng.sample(range(len(lengths)), len(lengths))
+    size = min(batch_size, len(lengths))
+    batches = []
+    for start in range(0, len(order), 8 * size):
+        pool = sorted(order[start : start + 8 * size], key=lambda i: lengths[i])
+        batches += [pool[i : i + size] for i in range(0, len(pool) - size + 1, size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def batch_at(lengths: Sequence[int], batch_size: int, seed: int, index: int) -> list[int]:
+    """The trajectories of the index-th batch since the start of the run."""
+    per_epoch = len(batch_order(lengths, batch_size, seed, 0))
+    return batch_order(lengths, batch_size, seed, index // per_epoch)[index % per_epoch]
+
+
+def cut(trajectory: Trajectory, max_length: int | None) -> Trajectory | None:
+    """At most `max_length` tokens; None when nothing of the response is left."""
+    room = len(trajectory.response_ids)
+    if max_length is not None:
+        room = min(room, max_length - len(trajectory.prompt_ids))
+    if room < 1:
+        return None
+    if room == len(trajectory.response_ids):
+        return trajectory
+    return replace(
+        trajectory, response_ids=trajectory.response_ids[:room], finish_reason="length"
+    )

@@ -1,0 +1,356 @@
+"""One loop for both stages: batches, schedule, held-out τ, metrics, checkpoints, resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+import yaml
+
+from draft_opd.drafters.base import FAMILIES, Drafter
+from draft_opd.errors import UserError
+from draft_opd.files import make_folder, write_json, write_text
+from draft_opd.rollout.hindsight import walk
+from draft_opd.rollout.trace import Round, tau
+from draft_opd.rollout.trajectory import Trajectory, read_trajectories
+from draft_opd.target import Target
+from draft_opd.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from draft_opd.training.config import Recipe
+from draft_opd.training.data import Batch, BatchSource, batch_at, cut
+from draft_opd.training.opd import (
+    hindsight_rollout,
+    live_rollout,
+    needs_target_cache,
+    opd_loss,
+)
+from draft_opd.training.sft import sft_loss
+
+Stage = Literal["sft", "opd"]
+OnMetrics = Callable[[dict], None]
+
+
+@dataclass
+class RunResult:
+    """Held-out τ at the end and at its best; `best` and `last` are drafter folders."""
+
+    out: Path
+    tau: float
+    best_tau: float
+    best_step: int
+    step: int
+    supervised: int
+    seconds: float
+
+    @property
+    def best(self) -> Path:
+        return self.out / "best"
+
+    @property
+    def last(self) -> Path:
+        return self.out / "last"
+
+
+def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
+    """Linear warm-up, then cosine to `final_ratio` of the peak, for step 0..steps-1."""
+    o = recipe.optim
+    warm = max(1, round(o.warmup * steps))
+    if step < warm:
+        return o.learning_rate * (step + 1) / warm
+    part = (step - warm) / max(1, steps - warm)
+    return o.learning_rate * (o.final_ratio + (1 - o.final_ratio) * (1 + math.cos(math.pi * part)) / 2)
+
+
+class Run:
+    """A stage of training, from recipe to checkpoints. `train()` does it."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        recipe: Recipe,
+        *,
+        target: Target | None = None,
+        resume: bool = False,
+        on_metrics: OnMetrics | None = None,
+    ):
+        self.stage, self.recipe, self.on_metrics = stage, recipe, on_metrics
+        self.out = Path(recipe.out)
+        self._check_folder(resume)
+        if stage == "opd" and not recipe.drafter:
+            raise UserError("opd starts from a trained drafter: set `drafter` in the recipe")
+        # Trajectories before the target: a bad file should not cost a model's loading time.
+        self.train_set = self._read(recipe.data.trajectories, recipe.data.limit)
+        self.held_out = self._read(recipe.data.heldout, recipe.data.heldout_limit)
+        self.target = target or Target.from_pretrained(
+            recipe.target, trust_remote_code=recipe.trust_remote_code
+        )
+        self._check_ids()
+        resuming = resume and (self.out / "last" / "training").is_dir()
+        source = str(self.out / "last") if resuming else recipe.drafter
+        torch.manual_seed(recipe.seed)
+        if source:
+            self.drafter = Drafter.from_pretrained(source, device=self.target.device)
+            self.drafter.check_target(self.target)
+        else:
+            self.drafter = self._create()
+        self.length = recipe.draft_length or self.drafter.draft_length
+        if self.length > self.drafter.draft_length:
+            raise UserError(
+                f"draft_length {self.length} exceeds what the drafter was built for "
+                f"({self.drafter.draft_length})"
+            )
+        o = recipe.optim
+        self.optimizer = torch.optim.AdamW(
+            self.drafter.parameters(),
+            lr=o.learning_rate,
+            betas=o.betas,
+            weight_decay=o.weight_decay,
+        )
+        self.progress = Progress()
+        if resuming:
+            self.progress = load_checkpoint(self.out / "last", self.optimizer, self.drafter)
+        remember = recipe.data.cache_features == "memory"
+        dtype = getattr(torch, recipe.data.cache_dtype)
+        layers = self.drafter.target_layers
+        self.source = BatchSource(self.target, layers, remember, dtype)
+        # The yardstick is never rounded: its features stay in the target's own type.
+        self.yardstick = BatchSource(self.target, layers, remember, self.target.dtype)
+        self._rollouts: list[tuple[Batch, list[list[Round]]]] = []
+        self._prepare_folder()
+
+    # -- setting up -------------------------------------------------------------------------
+
+    def _check_folder(self, resume: bool) -> None:
+        saved = self.out / "recipe.yaml"
+        if saved.exists() and not resume:
+            raise UserError(
+                f"'{self.out}' already holds a run: continue it with --resume or set another `out`"
+            )
+        if resume and saved.exists():
+            before = yaml.safe_load(saved.read_text())
+            now = self.recipe.model_dump(mode="json")
+            changed = sorted(_differences(before, now))
+            if changed:
+                raise UserError(
+                    f"cannot resume '{self.out}': the recipe changed in {', '.join(changed)}"
+                )
+
+    def _read(self, path: str, limit: int | None) -> list[Trajectory]:
+        found = read_trajectories(path, limit=limit)
+        kept = [t for t in (cut(t, self.recipe.data.max_length) for t in found) if t]
+        if not kept:
+            raise UserError(
+                f"'{path}': max_length {self.recipe.data.max_length} leaves no response token, "
+                "so the loss mask would be all zeros"
+            )
+        if any(not t.prompt_ids for t in kept):
+            raise UserError(f"'{path}': a prompt is empty, so the loss mask would be all ones")
+        return kept
+
+    def _check_ids(self) -> None:
+        size, room = self.target.vocab_size, self.target.max_positions
+        for name, rows in (("trajectories", self.train_set), ("heldout", self.held_out)):
+            for t in rows:
+                if max(t.ids) >= size:
+                    raise UserError(
+                        f"data.{name}: trajectory {t.id} has token id {max(t.ids)}, the target's "
+                        f"vocabulary ends at {size - 1}: was it collected from another target?"
+                    )
+                if len(t.ids) > room:
+                    raise UserError(
+                        f"data.{name}: trajectory {t.id} has {len(t.ids)} tokens, the target's "
+                        f"context holds {room}: set data.max_length"
+                    )
+        if {t.id for t in self.train_set} & {t.id for t in self.held_out} and {
+            tuple(t.prompt_ids) for t in self.train_set
+        } & {tuple(t.prompt_ids) for t in self.held_out}:
+            raise UserError("data.heldout shares prompts with data.trajectories: τ would flatter")
+
+    def _create(self) -> Drafter:
+        family = FAMILIES.get(self.recipe.model.family)
+        if family is None:
+            raise UserError(
+                f"unknown drafter family '{self.recipe.model.family}'; known: {', '.join(FAMILIES)}"
+            )
+        try:
+            return family.create(self.target, **self.recipe.model.options)
+        except TypeError as error:
+            raise UserError(f"model.options: {error}") from None
+
+    def _prepare_folder(self) -> None:
+        make_folder(self.out)
+        write_text(
+            self.out / "recipe.yaml",
+            yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False),
+        )
+        write_json(
+            self.out / "run.json",
+            {
+                "kind": "run",
+                "stage": self.stage,
+                "command": sys.argv,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "device": str(self.target.device),
+                "threads": torch.get_num_threads(),
+                "drafter_parameters": sum(p.numel() for p in self.drafter.parameters()),
+            },
+        )
+        metrics = self.out / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= self.progress.step and self.progress.step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                break  # a line torn by a kill: everything behind it is redone
+        write_text(metrics, "".join(f"{line}\n" for line in kept))
+
+    # -- training ---------------------------------------------------------------------------
+
+    def train(self) -> RunResult:
+        """Runs to the last step; on a fresh run step 0 is evaluated first."""
+        r = self.recipe
+        if self.progress.step == 0:
+            self._evaluate(0)
+        last_tau = self.progress.extra.get("tau", 0.0)
+        while self.progress.step < r.steps:
+            step = self.progress.step
+            began = time.perf_counter()
+            figures = self._step(step)
+            self.progress.step = step + 1
+            self.progress.supervised += figures["supervised"]
+            self.progress.seconds += time.perf_counter() - began
+            self._record({"step": step + 1, **figures, "seconds": time.perf_counter() - began})
+            done = step + 1 == r.steps
+            if done or (step + 1) % r.evaluation.every == 0:
+                last_tau = self._evaluate(step + 1)
+            if done or (step + 1) % r.save_interval == 0:
+                save_checkpoint(self.out / "last", self.drafter, self.optimizer, self.progress)
+        p = self.progress
+        return RunResult(
+            self.out, last_tau, p.best_tau, p.best_step, p.step, p.supervised, p.seconds
+        )
+
+    def _record(self, line: dict) -> None:
+        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.on_metrics:
+            self.on_metrics(line)
+
+    def _autocast(self):
+        enabled = self.recipe.precision == "bfloat16"
+        return torch.autocast(self.target.device.type, torch.bfloat16, enabled=enabled)
+
+    def _trajectories(self, index: int) -> list[Trajectory]:
+        lengths = [len(t.ids) for t in self.train_set]
+        chosen = batch_at(lengths, self.recipe.batch_size, self.recipe.seed, index)
+        return [self.train_set[i] for i in chosen]
+
+    def _step(self, step: int) -> dict:
+        r = self.recipe
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, r.steps, r)
+        total: dict[str, float] = {}
+        parts = []
+        for part in range(r.accumulate):
+            index = step * r.accumulate + part
+            batch_and_trace = self._rollout(step, index) if self.stage == "opd" else None
+            self.drafter.train()
+            seed = f"{r.seed}/{index}"
+            with self._autocast():
+                if batch_and_trace:
+                    loss, figures = opd_loss(
+                        self.target, self.drafter, *batch_and_trace, r.opd,
+                        length=self.length, seed=seed,
+                    )  # fmt: skip
+                else:
+                    batch = self.source.batch(self._trajectories(index))
+                    loss, figures = sft_loss(
+                        self.target, self.drafter, batch, anchors=r.sft.anchors,
+                        length=self.length, decay=r.sft.decay, seed=seed,
+                    )  # fmt: skip
+            (loss / r.accumulate).backward()
+            parts.append({"loss": loss.item(), **figures})
+        norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), r.optim.clip)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"step {step + 1}: the gradient is not finite (loss {parts[-1]['loss']})"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for key in parts[0]:
+            values = [p[key] for p in parts]
+            total[key] = sum(values) if key in ("supervised", "anchors") else sum(values) / len(values)
+        return {**total, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
+
+    def _rollout(self, step: int, index: int) -> tuple[Batch, list[list[Round]]]:
+        """Batch and traces for one forward; traces of `trace_every` steps are made together."""
+        r = self.recipe
+        with_cache = needs_target_cache(r.opd.objective)
+        self.drafter.eval()
+        if r.opd.rollout == "live":
+            fresh, traces = live_rollout(
+                self.target, self.drafter, self._trajectories(index), self.length
+            )
+            return self.source.batch(fresh, with_cache), traces
+        if r.opd.trace_every == 1:
+            batch = self.source.batch(self._trajectories(index), with_cache)
+            return batch, hindsight_rollout(self.target, self.drafter, batch, self.length)
+        if not self._rollouts:
+            count = r.opd.trace_every * r.accumulate
+            indices = range(index, min(index + count, r.steps * r.accumulate))
+            groups = [self._trajectories(i) for i in indices]
+            joint = self.source.batch([t for g in groups for t in g])
+            traces = hindsight_rollout(self.target, self.drafter, joint, self.length)
+            for group in groups:
+                self._rollouts.append((group, traces[: len(group)]))
+                traces = traces[len(group) :]
+        group, traces = self._rollouts.pop(0)
+        return self.source.batch(group, with_cache), traces
+
+    # -- measuring --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def held_out_traces(self) -> list[list[Round]]:
+        """Exact rounds of greedy speculative decoding on the held-out texts."""
+        self.drafter.eval()
+        traces: list[list[Round]] = []
+        for start in range(0, len(self.held_out), 32):
+            batch = self.yardstick.batch(self.held_out[start : start + 32])
+            context = self.drafter.context(self.target, batch.ids, batch.features)
+            traces += walk(
+                self.target, self.drafter, batch.trajectories, batch.ids, context, self.length
+            )
+        return traces
+
+    def _evaluate(self, step: int) -> float:
+        value = tau([r for trace in self.held_out_traces() for r in trace])
+        self._record({"step": step, "tau": value})
+        self.progress.extra["tau"] = value
+        if value > self.progress.best_tau:
+            self.progress.best_tau, self.progress.best_step = value, step
+            self.drafter.save_pretrained(self.out / "best")
+        return value
+
+
+def _differences(before: object, now: object, path: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            found
+            for key in sorted(set(before) | set(now))
+            for found in _differences(
+                before.get(key), now.get(key), f"{path}.{key}" if path else key
+            )
+        ]
+    return [] if before == now else [path]
