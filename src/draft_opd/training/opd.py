@@ -91,7 +91,7 @@ def teacher_states(target: Target, batch: Batch, blocks: Blocks) -> Tensor:
     width = int(flat.sum(1).max())
     if not width:
         return states
-    order = (~flat).long().argsort(1, stable=True)[:, :width]  # run tokens first, in order
+    order = (~flat).long().argsort(dim=1, stable=True)[:, :width]  # run tokens first, in order
     real = flat.gather(1, order)
     block = order // length
 
