@@ -1,30 +1,34 @@
 """Draft-OPD: speculative-decoding drafters that learn from their own mistakes."""
 
-from draft_opd.decoding.speculative import Generation, generate, speculate
-from draft_opd.decoding.verification import verify_greedy, verify_sampled
-from draft_opd.drafters import Drafter
-from draft_opd.errors import UserError
-from draft_opd.rollout.hindsight import hindsight_trace
-from draft_opd.rollout.trace import Round, tau
-from draft_opd.rollout.trajectory import Trajectory, read_trajectories
-from draft_opd.target import Target
-from draft_opd.training.losses import acceptance_aware_loss
+from importlib import import_module
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Drafter",
-    "Generation",
-    "Round",
-    "Target",
-    "Trajectory",
-    "UserError",
-    "acceptance_aware_loss",
-    "generate",
-    "hindsight_trace",
-    "read_trajectories",
-    "speculate",
-    "tau",
-    "verify_greedy",
-    "verify_sampled",
-]
+# Imported on first use: `draft-opd --help` should not wait for torch.
+_HOME = {
+    "Drafter": "drafters",
+    "Generation": "decoding.speculative",
+    "Round": "rollout.trace",
+    "Target": "target",
+    "Trajectory": "rollout.trajectory",
+    "UserError": "errors",
+    "acceptance_aware_loss": "training.losses",
+    "generate": "decoding.speculative",
+    "hindsight_trace": "rollout.hindsight",
+    "read_trajectories": "rollout.trajectory",
+    "speculate": "decoding.speculative",
+    "tau": "rollout.trace",
+    "verify_greedy": "decoding.verification",
+    "verify_sampled": "decoding.verification",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'draft_opd' has no attribute '{name}'")
+    return getattr(import_module(f"draft_opd.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -55,7 +55,7 @@ def verify_sampled(
     Raises:
         ValueError: the shapes do not belong together.
     """
-    rounds, length = drafted.shape
+    length = drafted.shape[1]
     _check(drafted, target_probs, length + 1)
     _check(drafted, draft_probs, length)
     ratio = acceptance_probability(drafted, draft_probs, target_probs[:, :length])

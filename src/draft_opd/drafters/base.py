@@ -140,7 +140,9 @@ class Drafter(nn.Module):
         drafter = family.from_config(config)
         weights = folder / "model.safetensors"
         if not weights.exists():
-            raise UserError(f"drafter '{folder}' has no model.safetensors (no other format is read)")
+            raise UserError(
+                f"drafter '{folder}' has no model.safetensors (no other format is read)"
+            )
         try:
             tensors = load_file(weights)
         except (SafetensorError, OSError) as error:

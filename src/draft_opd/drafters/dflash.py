@@ -116,9 +116,7 @@ class DFlashDrafter(Drafter):
         hidden = config.hidden_size
         self.fc = nn.Linear(len(self.target_layers) * hidden, hidden, bias=False)
         self.hidden_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(
-            DFlashLayer(config, i) for i in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(DFlashLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.rotary = Qwen3RotaryEmbedding(config=config)
         for module in self.modules():

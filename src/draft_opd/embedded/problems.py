@@ -14,14 +14,45 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-NAMES = (
-    "Ada Bruno Chloe Dario Elena Farid Greta Hugo Ines Jonas Kira Luca Mina Noor Otto Petra "
-    "Rosa Sami Tara Viktor"
-).split()
-ITEMS = (
-    "apples marbles stickers books coins shells pencils cards buttons lemons stamps ribbons "
-    "cookies beads tickets"
-).split()
+NAMES = [
+    "Ada",
+    "Bruno",
+    "Chloe",
+    "Dario",
+    "Elena",
+    "Farid",
+    "Greta",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Kira",
+    "Luca",
+    "Mina",
+    "Noor",
+    "Otto",
+    "Petra",
+    "Rosa",
+    "Sami",
+    "Tara",
+    "Viktor",
+]
+ITEMS = [
+    "apples",
+    "marbles",
+    "stickers",
+    "books",
+    "coins",
+    "shells",
+    "pencils",
+    "cards",
+    "buttons",
+    "lemons",
+    "stamps",
+    "ribbons",
+    "cookies",
+    "beads",
+    "tickets",
+]
 PLACES = ("market", "school", "harbour", "library", "station", "garden", "museum", "bakery")
 
 
@@ -209,7 +240,9 @@ def _shopping(s: _Story) -> Problem:
         if i:
             text += " " + _add(w, total, cost)
         s.step(
-            w.pick(f"{name} buys {n} {item} for {price} euros each.", f"{n} {item} cost {price} each."),
+            w.pick(
+                f"{name} buys {n} {item} for {price} euros each.", f"{n} {item} cost {price} each."
+            ),
             w.pick(f"the {item} cost ", f"for the {item} we pay ", f"{n} {item} at {price} euros: ")
             + text,
             f"{n} {item}: {n} * {price} = {cost}.",
@@ -239,7 +272,8 @@ def _journey(s: _Story) -> Problem:
                 f"For {hours} hours the speed is {speed} km per hour.",
                 f"{name} goes {hours} hours at {speed} km per hour.",
             ),
-            w.pick(f"{hours} hours at {speed} km each: ", f"this part is {hours} hours long. ") + text,
+            w.pick(f"{hours} hours at {speed} km each: ", f"this part is {hours} hours long. ")
+            + text,
             f"{hours} * {speed} = {hours * speed} km.",
         )
         total += hours * speed

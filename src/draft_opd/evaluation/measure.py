@@ -13,7 +13,7 @@ from draft_opd.target import Target
 
 
 def acceptance_by_position(rounds: Sequence[Round]) -> list[float]:
-    """Share of rounds whose offset k was accepted, k = 1..K (offsets behind the end count as not)."""
+    """Share of rounds whose offset k was accepted, k = 1..K (behind the end: not)."""
     length = max((len(r.drafted) for r in rounds), default=0)
     return [sum(r.accepted >= k for r in rounds) / len(rounds) for k in range(1, length + 1)]
 

@@ -15,23 +15,32 @@ class Task:
     prompts: list[Prompt]
 
 
-def load_tasks(names: str | None, prompts: str | None, limit: int | None) -> list[Task]:
+def load_tasks(
+    names: str | None, prompts: str | None, limit: int | None = None, skip: int = 0
+) -> list[Task]:
     """`names`: comma-separated, each `embedded` (its held-out prompts) or NAME=FILE.jsonl;
     `prompts`: one file. Everything is read before any model is loaded; raises `UserError`."""
+
+    def read(label: str, path: str) -> Task:
+        found = read_prompts(path, limit and limit + skip)[skip:]
+        if not found:
+            raise UserError(f"--skip {skip} leaves no prompts of '{path}'")
+        return Task(label, found)
+
     if not names and not prompts:
         raise UserError("nothing to evaluate on: give --tasks or --prompts")
     tasks = []
     for name in filter(None, (names or "").split(",")):
         label, equals, path = name.partition("=")
         if equals:
-            tasks.append(Task(label, read_prompts(path, limit)))
+            tasks.append(read(label, path))
         elif name == EMBEDDED:
-            tasks.append(Task(name, read_prompts(f"{EMBEDDED}:heldout", limit)))
+            tasks.append(read(name, f"{EMBEDDED}:heldout"))
         else:
             raise UserError(
                 f"unknown task '{name}': use '{EMBEDDED}' or NAME=FILE.jsonl with a line like "
                 '{"question": "..."} a prompt'
             )
     if prompts:
-        tasks.append(Task("prompts", read_prompts(prompts, limit)))
+        tasks.append(read("prompts", prompts))
     return tasks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,9 +10,9 @@ from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.speculative import speculate
 from draft_opd.drafters.base import Drafter
 from draft_opd.errors import UserError
-from draft_opd.files import make_folder
+from draft_opd.files import make_folder, write_json
 from draft_opd.rollout.prompts import Prompt
-from draft_opd.rollout.trajectory import Trajectory, TrajectoryWriter
+from draft_opd.rollout.trajectory import Trajectory, TrajectoryWriter, read_trajectories
 from draft_opd.target import Target
 
 
@@ -76,6 +77,8 @@ def collect(
         raise UserError("samples > 1 needs temperature > 0: greedy samples would all be equal")
     path = make_folder(out) / "trajectories.jsonl"
     writer = TrajectoryWriter(path)
+    about = {"target": target.name, "sampling": (sampling or Sampling()).model_dump(), "seed": seed}
+    write_json(out / "collect.json", {**about, "max_new_tokens": max_new_tokens})
     try:
         todo, seen = [], set()
         for prompt in prompts:
@@ -117,3 +120,22 @@ def collect(
     finally:
         writer.close()
     return path
+
+
+def summary(path: Path) -> dict:
+    """What a trajectories file holds, in figures."""
+    rows = read_trajectories(path)
+    ends = Counter(t.finish_reason for t in rows)
+    prompt, response = (
+        sum(len(getattr(t, name)) for t in rows) for name in ("prompt_ids", "response_ids")
+    )
+    return {
+        "kind": "trajectories",
+        "path": str(path),
+        "trajectories": len(rows),
+        "prompt_tokens": prompt,
+        "response_tokens": response,
+        "mean_response": response / len(rows),
+        "longest": max(len(t.ids) for t in rows),
+        "finish_reasons": dict(ends),
+    }

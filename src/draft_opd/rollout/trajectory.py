@@ -108,7 +108,7 @@ class TrajectoryWriter:
             self._repair()
             for _, row in read_jsonl(path):
                 self.done[str(row.get("id"))] = row.get("prompt_ids")
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
 
     def _repair(self) -> None:
         with open(self.path, "rb+") as file:

@@ -47,9 +47,7 @@ def pack(
         for j, r in enumerate(rounds[i]):
             drafted[i, j, : len(r.drafted)] = torch.tensor(r.drafted, dtype=torch.long)
             accepted[i, j] = r.accepted
-    at, present, drafted, accepted = (
-        x.to(batch.device) for x in (at, present, drafted, accepted)
-    )
+    at, present, drafted, accepted = (x.to(batch.device) for x in (at, present, drafted, accepted))
     where = at[:, :, None] + torch.arange(1, length + 1, device=batch.device)
     valid = (where <= batch.ends[:, None, None]) & present[:, :, None]
     rowwise = torch.arange(rows, device=batch.device)[:, None, None]

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from draft_opd.errors import UserError
 
+EMBEDDED_RECIPE = Path(__file__).parent.parent / "embedded" / "recipe.yaml"
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -125,9 +127,12 @@ class Recipe(_Section):
         return self.save_every or self.evaluation.every
 
 
-def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
-    """Reads a recipe and applies `a.b=value` pairs (values are YAML). Raises `UserError`."""
-    path = Path(path)
+def load_recipe(path: str | Path, overrides: list[str] = (), stage: str | None = None) -> Recipe:
+    """Reads a recipe, lays `stages.<stage>` over it, applies `a.b=value` pairs (values are YAML).
+
+    `embedded` is the demo's recipe. Raises `UserError`.
+    """
+    path = EMBEDDED_RECIPE if str(path) == "embedded" else Path(path)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -136,6 +141,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
         raise UserError(f"recipe '{path}' is not readable YAML ({_one_line(error)})") from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe '{path}' must hold KEY: VALUE pairs")
+    tree = _for_stage(tree, stage, path)
     for pair in overrides:
         key, equals, text = pair.partition("=")
         if not equals or not key:
@@ -154,8 +160,24 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     return parse_recipe(tree, str(path))
 
 
+def _for_stage(tree: dict, stage: str | None, path: Path) -> dict:
+    stages = tree.pop("stages", None) or {}
+    if not isinstance(stages, dict) or set(stages) - {"sft", "opd"}:
+        raise UserError(f"recipe '{path}': 'stages' holds the sections 'sft' and 'opd' only")
+    return _laid_over(tree, stages.get(stage) or {})
+
+
+def _laid_over(below: dict, above: dict) -> dict:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _laid_over(old, value) if both else value
+    return merged
+
+
 def parse_recipe(tree: dict, where: str = "recipe") -> Recipe:
-    """Validates a recipe's tree; `UserError` names the first wrong key and the nearest right one."""
+    """Validates a tree; `UserError` names the first wrong key and the nearest right one."""
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:

@@ -109,6 +109,4 @@ def cut(trajectory: Trajectory, max_length: int | None) -> Trajectory | None:
         return None
     if room == len(trajectory.response_ids):
         return trajectory
-    return replace(
-        trajectory, response_ids=trajectory.response_ids[:room], finish_reason="length"
-    )
+    return replace(trajectory, response_ids=trajectory.response_ids[:room], finish_reason="length")

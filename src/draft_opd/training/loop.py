@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +50,16 @@ class RunResult:
     supervised: int
     seconds: float
 
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return {
+            "kind": "run",
+            "path": str(self.out),
+            "best": str(self.best),
+            "last": str(self.last),
+            **{k: v for k, v in asdict(self).items() if k != "out"},
+        }
+
     @property
     def best(self) -> Path:
         return self.out / "best"
@@ -66,7 +76,9 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
     if step < warm:
         return o.learning_rate * (step + 1) / warm
     part = (step - warm) / max(1, steps - warm)
-    return o.learning_rate * (o.final_ratio + (1 - o.final_ratio) * (1 + math.cos(math.pi * part)) / 2)
+    return o.learning_rate * (
+        o.final_ratio + (1 - o.final_ratio) * (1 + math.cos(math.pi * part)) / 2
+    )
 
 
 class Run:
@@ -291,7 +303,9 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         for key in parts[0]:
             values = [p[key] for p in parts]
-            total[key] = sum(values) if key in ("supervised", "anchors") else sum(values) / len(values)
+            total[key] = (
+                sum(values) if key in ("supervised", "anchors") else sum(values) / len(values)
+            )
         return {**total, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
 
     def _rollout(self, step: int, index: int) -> tuple[Batch, list[list[Round]]]:

@@ -60,9 +60,7 @@ def live_rollout(
     return fresh, [g.rounds for g in made]
 
 
-def choose_rounds(
-    traces: list[list[Round]], limit: int, seed: str
-) -> list[list[Round]]:
+def choose_rounds(traces: list[list[Round]], limit: int, seed: str) -> list[list[Round]]:
     """At most `limit` rounds a trajectory, drawn without replacement, in order."""
     rng = random.Random(seed)
     return [

@@ -59,4 +59,7 @@ def sft_loss(
     hidden = replay_hidden(target, drafter, batch, blocks)
     decay = decay or default_decay(length + 1)
     loss = decayed_cross_entropy(target, drafter, hidden, blocks, decay)
-    return loss, {"supervised": int(blocks.valid.sum()), "perplexity": math.exp(min(loss.item(), 50))}
+    return loss, {
+        "supervised": int(blocks.valid.sum()),
+        "perplexity": math.exp(min(loss.item(), 50)),
+    }

@@ -1,0 +1,438 @@
+"""The command line: one command a job. What commands do lives elsewhere; this asks and shows."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from draft_opd.console import Screen, facts, table
+from draft_opd.errors import UserError
+
+app = typer.Typer(
+    name="draft-opd",
+    help="Trains speculative-decoding drafters on their own mistakes (Draft-OPD).",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+TargetName = Annotated[
+    str, typer.Option("--target", help="Folder, hub id, or 'embedded' (the shipped target).")
+]
+DrafterName = Annotated[str, typer.Option("--drafter", help="Drafter folder or hub id.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: best there is.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32 or bfloat16; default: float32 on CPU, else as stored.")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that ships with the target.")
+]
+Length = Annotated[
+    int | None, typer.Option("--draft-length", help="Tokens drafted a round; default: all.")
+]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="0 keeps all tokens.")]
+TopP = Annotated[float, typer.Option(help="1 keeps all tokens.")]
+Thinking = Annotated[
+    bool | None, typer.Option("--thinking/--no-thinking", help="For templates that know it.")
+]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest response.")]
+Config = Annotated[Path, typer.Option("--config", help="Recipe, YAML.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override recipe keys.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+
+
+def example(text: str) -> str:
+    return f"Example: {text}"
+
+
+def _sampling(temperature: float, top_k: int, top_p: float, draft: str = "sample"):
+    from pydantic import ValidationError
+
+    from draft_opd.decoding.sampling import Sampling
+
+    try:
+        return Sampling(temperature=temperature, top_k=top_k, top_p=top_p, draft=draft)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        raise UserError(f"--{name} {first['input']}: {first['msg'].lower()}") from None
+
+
+def _target(name: str, device: str | None, dtype: str | None, trust: bool):
+    import torch
+
+    from draft_opd.target import Target
+
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype}: choose float32, bfloat16 or float16")
+    try:
+        where = torch.device(device) if device else None
+        if where is not None:
+            torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {device}: not usable here ({str(error).splitlines()[0]})"
+        ) from None
+    return Target.from_pretrained(name, dtype=dtype, device=where, trust_remote_code=trust)
+
+
+def _drafter(name: str, target):
+    from draft_opd.drafters import Drafter
+
+    drafter = Drafter.from_pretrained(name, device=target.device)
+    drafter.check_target(target)
+    return drafter.to(target.dtype)
+
+
+def _at_least(value: int | None, least: int, option: str) -> None:
+    if value is not None and value < least:
+        raise UserError(f"{option} {value}: must be at least {least}")
+
+
+@app.callback()
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one bar at a time, and that one is ours
+
+
+@app.command(epilog=example("draft-opd demo --out runs/demo"))
+def demo(
+    out: Annotated[Path, typer.Option(help="New folder for everything that is made.")],
+    family: Annotated[str, typer.Option(help="Drafter family.")] = "dflash",
+    seed: Annotated[int, typer.Option(help="Of data order, anchors and initial weights.")] = 0,
+    json: Json = False,
+) -> None:
+    """The whole pipeline on the shipped target, in minutes: SFT, Draft-OPD, evaluation."""
+    from draft_opd.demo import run_demo
+
+    run_demo(out, family, seed, Screen(json))
+
+
+@app.command(
+    epilog=example("draft-opd collect --target embedded --prompts embedded:train --out data/train")
+)
+def collect(
+    target: TargetName,
+    prompts: Annotated[str, typer.Option(help="JSONL; or embedded:train, embedded:heldout.")],
+    out: Annotated[Path, typer.Option(help="Folder for trajectories.jsonl.")],
+    server: Annotated[str | None, typer.Option(help="Not implemented yet.")] = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    samples: Annotated[int, typer.Option(help="Responses a prompt (temperature > 0).")] = 1,
+    limit: Annotated[int | None, typer.Option(help="Only the first N prompts.")] = None,
+    skip: Annotated[int, typer.Option(help="Leave out the first N prompts.")] = 0,
+    max_new_tokens: NewTokens = 512,
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 16,
+    drafter: Annotated[str | None, typer.Option(help="Speeds decoding up, same text.")] = None,
+    thinking: Thinking = None,
+    seed: int = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Let the target answer prompts; go on where a killed run stopped."""
+    if server:
+        raise UserError("--server is not implemented yet: leave it out to decode here")
+    for value, option in ((limit, "--limit"), (batch_size, "--batch-size"), (samples, "--samples"),
+                          (max_new_tokens, "--max-new-tokens")):  # fmt: skip
+        _at_least(value, 1, option)
+    _at_least(skip, 0, "--skip")
+    from draft_opd.rollout.collect import collect as run
+    from draft_opd.rollout.collect import summary
+    from draft_opd.rollout.prompts import read_prompts
+
+    screen = Screen(json)
+    sampling = _sampling(temperature, top_k, top_p)
+    asked = read_prompts(prompts, limit + skip if limit else None)[skip:]
+    if not asked:
+        raise UserError(f"--skip {skip} leaves no prompts of '{prompts}'")
+    model = _target(target, device, dtype, trust_remote_code)
+    with screen.progress("collect", len(asked) * samples) as update:
+        path = run(
+            model, asked, out, max_new_tokens=max_new_tokens, samples=samples,
+            batch_size=batch_size, sampling=sampling, thinking=thinking, seed=seed,
+            drafter=_drafter(drafter, model) if drafter else None,
+            progress=lambda done, _, tokens: update(done, f"{tokens} tokens"),
+        )  # fmt: skip
+    value = summary(path)
+    screen.result(value, facts(value["path"], value))
+
+
+def _train(stage: str, config: Path, overrides: list[str] | None, resume: bool, json: bool) -> None:
+    from draft_opd.training.config import load_recipe
+    from draft_opd.training.loop import Run
+
+    screen = Screen(json)
+    recipe = load_recipe(config, overrides or [], stage)
+    run = Run(stage, recipe, resume=resume)
+    seen = {"loss": float("nan"), "tau": float("nan")}
+    with screen.progress(stage, recipe.steps) as update:
+
+        def show(line: dict) -> None:
+            seen.update({k: line[k] for k in seen if k in line})
+            update(line["step"], f"loss {seen['loss']:.3f}  held-out τ {seen['tau']:.3f}")
+
+        run.on_metrics = show
+        result = run.train()
+    value = result.as_dict()
+    screen.result(value, facts(f"{stage}: {result.out}", value))
+
+
+@app.command(
+    epilog=example("draft-opd sft --config recipes/embedded.yaml steps=500 out=runs/mine/sft")
+)
+def sft(config: Config, overrides: Overrides = None, resume: Resume = False, json: Json = False):
+    """Stage 1: train a drafter on the target's own text."""
+    _train("sft", config, overrides, resume, json)
+
+
+@app.command(
+    epilog=example("draft-opd opd --config recipes/embedded.yaml drafter=runs/mine/sft/best")
+)
+def opd(config: Config, overrides: Overrides = None, resume: Resume = False, json: Json = False):
+    """Stage 2, Draft-OPD: train a drafter where verification rejects it."""
+    _train("opd", config, overrides, resume, json)
+
+
+@app.command(
+    name="eval",
+    epilog=example(
+        "draft-opd eval --target embedded --drafter runs/demo/draft_opd/best"
+        " --tasks embedded --limit 20"
+    ),
+)
+def evaluate(
+    target: TargetName,
+    drafter: DrafterName,
+    tasks: Annotated[str | None, typer.Option(help="'embedded' or NAME=FILE.jsonl, ...")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A prompts file.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N prompts a task.")] = None,
+    skip: Annotated[int, typer.Option(help="Leave out the first N prompts a task.")] = 0,
+    max_new_tokens: NewTokens = 512,
+    draft_length: Length = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    draft: Annotated[
+        str, typer.Option(help="'sample' or 'argmax', at temperature > 0.")
+    ] = "sample",
+    thinking: Thinking = None,
+    seed: int = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for eval.json.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Acceptance length, speed-up and losslessness, against the target decoding alone."""
+    _at_least(limit, 1, "--limit")
+    _at_least(skip, 0, "--skip")
+    _at_least(max_new_tokens, 1, "--max-new-tokens")
+    from draft_opd.evaluation.measure import evaluate as run
+    from draft_opd.evaluation.measure import evaluation_report
+    from draft_opd.evaluation.tasks import load_tasks
+    from draft_opd.files import make_folder, write_json
+
+    screen = Screen(json)
+    sampling = _sampling(temperature, top_k, top_p, draft)
+    chosen = load_tasks(tasks, prompts, limit, skip)
+    model = _target(target, device, dtype, trust_remote_code)
+    helper = _drafter(drafter, model)
+    with screen.progress("eval", sum(len(t.prompts) for t in chosen)) as update:
+        count = iter(range(1, 1 << 30))
+        measured = run(
+            model, helper, chosen, max_new_tokens=max_new_tokens, draft_length=draft_length,
+            sampling=sampling, thinking=thinking, seed=seed,
+            progress=lambda name, *_: update(next(count), name),
+        )  # fmt: skip
+    report = evaluation_report(target, drafter, temperature, measured)
+    if out:
+        write_json(make_folder(out) / "eval.json", report)
+    rows = [
+        [t["task"], t["prompts"], t["tau"], f"{t['tokens_per_second']['target']:.1f}",
+         f"{t['tokens_per_second']['speculative']:.1f}", f"{t['speedup']:.2f}×", _lossless(t)]
+        for t in measured
+    ]  # fmt: skip
+    columns = ["task", "prompts", "τ", "tok/s target", "tok/s speculative", "speed-up", "same text"]
+    screen.result(report, table("", columns, rows))
+
+
+def _lossless(task: dict) -> str:
+    found = task["lossless"]
+    return f"{found['matched']}/{found['of']}" if found["of"] else "sampled"
+
+
+@app.command(
+    epilog=example(
+        "draft-opd analyze --target embedded --drafter runs/demo/sft/best"
+        " --trajectories runs/demo/data/heldout --out runs/analysis"
+    )
+)
+def analyze(
+    target: TargetName,
+    drafter: DrafterName,
+    trajectories: Annotated[str, typer.Option(help="trajectories.jsonl or its folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for analysis.json.")],
+    limit: Annotated[int | None, typer.Option(help="Only the first N trajectories.")] = None,
+    draft_length: Length = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Where a drafter fails: replay composition, mismatch by state group, anchor positions."""
+    _at_least(limit, 1, "--limit")
+    from draft_opd.evaluation.analysis import GROUPS, analyse
+    from draft_opd.files import make_folder, write_json
+    from draft_opd.rollout.trajectory import read_trajectories
+
+    screen = Screen(json)
+    rows = read_trajectories(trajectories, limit=limit)
+    model = _target(target, device, dtype, trust_remote_code)
+    helper = _drafter(drafter, model)
+    with screen.progress("analyze", len(rows)) as update:
+        value = analyse(model, helper, rows, draft_length=draft_length, progress=update)
+    path = make_folder(out) / "analysis.json"
+    write_json(path, value)
+    lines = [
+        [g, value["tokens"][g], value["share"][g], value["forward_kl"][g], value["reverse_kl"][g]]
+        for g in GROUPS
+    ]
+    screen.result(
+        value,
+        table(f"τ {value['tau']:.3f} over {value['rounds']} rounds; more in {path}",
+              ["state", "tokens", "share", "KL(p‖q)", "KL(q‖p)"], lines),
+    )  # fmt: skip
+
+
+@app.command(
+    epilog=example(
+        "draft-opd generate --target embedded --drafter runs/demo/draft_opd/best"
+        ' --prompt "Mia has 3 apples and buys 4 more. How many are there now?"'
+    )
+)
+def generate(
+    target: TargetName,
+    drafter: DrafterName,
+    prompt: Annotated[str | None, typer.Option(help="Default: standard input.")] = None,
+    max_new_tokens: NewTokens = 512,
+    draft_length: Length = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    draft: Annotated[
+        str, typer.Option(help="'sample' or 'argmax', at temperature > 0.")
+    ] = "sample",
+    thinking: Thinking = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    mark: Annotated[
+        str, typer.Option(help="auto (colour; ⟦ ⟧ when not a terminal), brackets or none.")
+    ] = "auto",
+    seed: int = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Decode one prompt speculatively, streaming; accepted draft tokens are marked."""
+    _at_least(max_new_tokens, 1, "--max-new-tokens")
+    from draft_opd.decoding.stream import MARKS, stream
+
+    if mark not in MARKS:
+        raise UserError(f"--mark {mark}: choose one of {', '.join(MARKS)}")
+    sampling = _sampling(temperature, top_k, top_p, draft)
+    text = sys.stdin.read() if prompt is None else prompt
+    if not text.strip():
+        raise UserError("the prompt is empty: give --prompt or text on standard input")
+    screen = Screen(json)
+    model = _target(target, device, dtype, trust_remote_code)
+    helper = _drafter(drafter, model)
+    value = stream(
+        model, helper, text, screen, raw=raw, mark=mark, thinking=thinking,
+        max_new_tokens=max_new_tokens, draft_length=draft_length, sampling=sampling, seed=seed,
+    )  # fmt: skip
+    screen.result(value)
+
+
+@app.command(
+    epilog=example(
+        "draft-opd export --target embedded --drafter runs/demo/draft_opd/best"
+        " --format vllm --out runs/served"
+    )
+)
+def export(
+    target: TargetName,
+    drafter: DrafterName,
+    format: Annotated[str, typer.Option(help="z-lab, sglang or vllm.")],
+    out: Annotated[Path, typer.Option(help="New folder.")],
+    dtype: Annotated[str, typer.Option(help="Type of the weights.")] = "bfloat16",
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Write a drafter as a folder that an inference engine loads."""
+    from draft_opd.export.engines import export as run
+
+    screen = Screen(json)
+    value = run(target, drafter, format, out, dtype=dtype, trust_remote_code=trust_remote_code)
+    screen.result(value, facts(value["path"], value))
+
+
+@app.command(epilog=example("draft-opd inspect runs/demo/sft"))
+def inspect(
+    path: Annotated[str, typer.Argument(help="Drafter, target, trajectories or run; 'embedded'.")],
+    target: Annotated[str | None, typer.Option(help="Whose tokenizer shows a sample.")] = None,
+    sample: Annotated[int, typer.Option(help="Which trajectory to show.")] = 0,
+    json: Json = False,
+) -> None:
+    """What something is, in one screen; for data, one real sample with its loss mask coloured."""
+    _at_least(sample, 0, "--sample")
+    from draft_opd.inspection import describe
+
+    screen = Screen(json)
+    value, shown = describe(path, target, sample)
+    screen.result(value, *shown)
+
+
+def main() -> None:
+    """Entry point: 0 done, 2 the input is wrong (one line), 1 anything else."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command line and returns its exit status."""
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except UserError as error:
+        return _complain(str(error))
+    except (KeyboardInterrupt, EOFError):
+        sys.stderr.write("stopped\n")
+        return 1
+    except BrokenPipeError:
+        return 1
+    except Exception as error:  # noqa: BLE001 - the last line of defence
+        # Typer's own complaints (unknown option, missing value): one line instead of a box.
+        if callable(getattr(error, "format_message", None)):
+            return _complain(error.format_message() or "see --help")
+        if type(error).__name__ == "Abort":
+            sys.stderr.write("stopped\n")
+            return 1
+        traceback.print_exc()
+        sys.stderr.write("this is a bug in draft-opd, or the machine ran out of something\n")
+        return 1
+
+
+def _complain(message: str) -> int:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return 2

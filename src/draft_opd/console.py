@@ -1,0 +1,98 @@
+"""What the command line shows: results on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+QUIET_SECONDS = 10.0  # between progress lines when the output is a file
+
+Update = Callable[..., None]  # update(done, note="")
+
+
+class Screen:
+    """With `as_json` nothing but one JSON object reaches standard output."""
+
+    def __init__(self, as_json: bool = False):
+        self.as_json = as_json
+        self.log = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.out = self.log if as_json else Console(highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """A line about the work, on standard error."""
+        self.log.print(text, markup=False)
+
+    def result(self, value: dict, *shown) -> None:
+        """The command's result: `value` as JSON, or what was made to be read."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+            return
+        for item in shown:
+            self.out.print(item)
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Update]:
+        """A bar on a terminal; a line every few seconds anywhere else."""
+        if not self.log.is_terminal:
+            yield self._lines(title, total)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.log) as bars:
+            task = bars.add_task(title, total=total, note="")
+
+            def update(done: int, note: str | None = None) -> None:
+                fields = {} if note is None else {"note": note}
+                bars.update(task, completed=done, **fields)
+
+            yield update
+
+    def _lines(self, title: str, total: int) -> Update:
+        shown = {"at": -QUIET_SECONDS, "note": ""}
+
+        def update(done: int, note: str | None = None) -> None:
+            shown["note"] = shown["note"] if note is None else note
+            now = time.monotonic()
+            if now - shown["at"] >= QUIET_SECONDS or done == total:
+                shown["at"] = now
+                self.say(f"{title}: {done}/{total}  {shown['note']}".rstrip())
+
+        return update
+
+
+def table(title: str, columns: list[str], rows: list[list]) -> Table:
+    """First column left, the others right."""
+    made = Table(title=title or None, title_justify="left")
+    for i, name in enumerate(columns):
+        made.add_column(name, justify="right" if i else "left", no_wrap=bool(i))
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, str) else _figure(cell) for cell in row))
+    return made
+
+
+def facts(title: str, values: dict) -> Table:
+    """Two columns: name, value."""
+    return table(title, ["", ""], [[k, _figure(v)] for k, v in values.items()])
+
+
+def _figure(value) -> str:
+    if isinstance(value, bool) or value is None:
+        return "–" if value is None else ("yes" if value else "no")
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)

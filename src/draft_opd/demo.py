@@ -1,0 +1,181 @@
+"""The whole pipeline on the shipped target: SFT, SFT continued against Draft-OPD, evaluation."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from draft_opd.console import Screen, table
+from draft_opd.decoding.speculative import speculate
+from draft_opd.drafters import FAMILIES, Drafter
+from draft_opd.errors import UserError
+from draft_opd.evaluation.analysis import analyse
+from draft_opd.evaluation.measure import acceptance_by_position, evaluate
+from draft_opd.evaluation.report import LABELS, write_report
+from draft_opd.evaluation.tasks import Task
+from draft_opd.files import make_folder, write_json
+from draft_opd.rollout.collect import collect
+from draft_opd.rollout.prompts import read_prompts
+from draft_opd.rollout.trace import tau
+from draft_opd.rollout.trajectory import read_trajectories
+from draft_opd.target import EMBEDDED, Target
+from draft_opd.training.config import EMBEDDED_RECIPE, load_recipe
+from draft_opd.training.loop import Run
+
+MAX_NEW_TOKENS = 320
+SPEED_PROMPTS = 16  # enough to see a ratio; the rest of the prompts are decoded in batches
+
+
+class _Clock:
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str):
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 1)
+
+
+def run_demo(
+    out: Path, family: str, seed: int, screen: Screen, overrides: list[str] | None = None
+) -> dict:
+    """Writes everything into `out` and returns what `summary.json` holds.
+
+    `overrides` change the embedded recipe, KEY=VALUE (tests make it small that way).
+    """
+    if family not in FAMILIES:
+        raise UserError(f"--family {family}: choose one of {', '.join(FAMILIES)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"'{out}' exists and is not empty: choose a new folder or remove it")
+    make_folder(out)
+    clock = _Clock()
+    target = Target.from_pretrained(EMBEDDED)
+    common = [
+        f"seed={seed}",
+        f"model.family={family}",
+        f"data.trajectories={out / 'data' / 'train'}",
+        f"data.heldout={out / 'data' / 'heldout'}",
+        *(overrides or []),
+    ]
+
+    def recipe(stage: str, name: str, *more: str):
+        pairs = [*common, f"out={out / name}", *more]
+        return load_recipe(EMBEDDED_RECIPE, pairs, stage)
+
+    sft, opd = recipe("sft", "sft"), recipe("opd", "draft_opd", f"drafter={out / 'sft' / 'last'}")
+    # The control: the SFT loss with Draft-OPD's steps, batches, schedule and number of blocks.
+    control = opd.model_copy(
+        update={
+            "out": str(out / "sft_continued"),
+            "sft": sft.sft.model_copy(update={"anchors": opd.opd.max_anchors}),
+        }
+    )
+    heldout = read_prompts(f"{EMBEDDED}:heldout", sft.data.heldout_limit)
+    with clock.stage("collect"):
+        for part, prompts in (
+            ("train", read_prompts(f"{EMBEDDED}:train", sft.data.limit)),
+            ("heldout", heldout),
+        ):
+            with screen.progress(f"collect {part}", len(prompts)) as update:
+                collect(
+                    target, prompts, out / "data" / part, max_new_tokens=MAX_NEW_TOKENS,
+                    batch_size=64, progress=lambda done, _, n, u=update: u(done, f"{n} tokens"),
+                )  # fmt: skip
+
+    steps, supervised = {}, {}
+    for name, stage, plan in (
+        ("sft", "sft", sft), ("sft_continued", "sft", control), ("draft_opd", "opd", opd),
+    ):  # fmt: skip
+        with clock.stage(name), screen.progress(LABELS[name], plan.steps) as update:
+            run = Run(stage, plan, target=target, on_metrics=_show(update))
+            if name == "sft":
+                run.drafter.save_pretrained(out / "untrained")
+            result = run.train()
+        steps[name], supervised[name] = result.step, result.supervised
+
+    with clock.stage("evaluate"):
+        value, details = _measure(target, out, heldout, screen)
+    summary = {
+        **value,
+        "steps": steps,
+        "seconds": clock.seconds,
+        "seed": seed,
+        "family": family,
+        "threads": torch.get_num_threads(),
+    }
+    write_json(out / "summary.json", summary)
+    report = write_report(out, summary, {**details, "family": family, "supervised": supervised})
+    _present(summary, report, screen)
+    return summary
+
+
+def _show(update):
+    last = {"loss": float("nan"), "tau": float("nan")}
+
+    def show(line: dict) -> None:
+        last.update({k: line[k] for k in last if k in line})
+        update(line["step"], f"loss {last['loss']:.3f}  τ {last['tau']:.2f}")
+
+    return show
+
+
+def _measure(target: Target, out: Path, heldout, screen: Screen) -> tuple[dict, dict]:
+    """Real decoding of every held-out prompt with each drafter, and speed on some of them."""
+    alone = {t.id: t for t in read_trajectories(out / "data" / "heldout")}
+    ids = [alone[p.id].prompt_ids for p in heldout]
+    taus, matched, of, positions, analysis, speed = {}, 0, 0, {}, {}, {}
+    folders = {n: out / n / "last" for n in ("sft", "sft_continued", "draft_opd")}
+    folders = {"untrained": out / "untrained", **folders}
+    for name, folder in folders.items():
+        drafter = Drafter.from_pretrained(str(folder), device=target.device)
+        rounds = []
+        with screen.progress(f"decode, {LABELS[name]}", len(ids)) as update:
+            for start in range(0, len(ids), 64):
+                made = speculate(
+                    target, drafter, ids[start : start + 64], max_new_tokens=MAX_NEW_TOKENS
+                )
+                for prompt, g in zip(heldout[start : start + 64], made, strict=True):
+                    matched += g.token_ids == alone[prompt.id].response_ids
+                    of += 1
+                    rounds += g.rounds
+                update(min(start + 64, len(ids)))
+        taus[name] = tau(rounds)
+        if name == "untrained":
+            continue
+        positions[name] = acceptance_by_position(rounds)
+        if name != "sft_continued":
+            tasks = [Task(EMBEDDED, heldout[:SPEED_PROMPTS])]
+            with screen.progress(f"speed, {LABELS[name]}", len(tasks[0].prompts)) as update:
+                found = evaluate(
+                    target, drafter, tasks, max_new_tokens=MAX_NEW_TOKENS,
+                    progress=lambda _, done, __, u=update: u(done),
+                )[0]  # fmt: skip
+            speed[name] = found["speedup"]
+            analysis[name] = analyse(target, drafter, list(alone.values()))
+    value = {
+        "tau": taus,
+        "gain": taus["draft_opd"] / taus["sft_continued"] - 1,
+        "lossless": {"matched": matched, "of": of},
+        "speedup": speed,
+    }
+    return value, {"positions": positions, "analysis": analysis, "prompts": len(ids)}
+
+
+def _present(summary: dict, report: Path, screen: Screen) -> None:
+    rows = [
+        [LABELS[n], t, summary["steps"].get(n, 0),
+         f"{summary['speedup'][n]:.2f}×" if n in summary["speedup"] else ""]
+        for n, t in summary["tau"].items()
+    ]  # fmt: skip
+    same = summary["lossless"]
+    screen.result(
+        summary,
+        table("", ["drafter", "τ", "steps", "speed-up"], rows),
+        f"Draft-OPD against continued SFT: {100 * summary['gain']:+.1f} % τ; "
+        f"same text as the target alone: {same['matched']}/{same['of']}",
+        f"Report: {report}",
+    )

@@ -1,0 +1,61 @@
+"""Drafters for inference engines.
+
+DFlash: vLLM, SGLang and z-lab's own package all read the z-lab layout, which is also the layout
+of every drafter folder here; an export fixes the type of the weights and says how to serve it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from draft_opd.drafters import Drafter
+from draft_opd.errors import UserError
+from draft_opd.target import Target
+
+FORMATS = ("z-lab", "sglang", "vllm")
+
+
+def export(
+    target: str,
+    drafter: str,
+    format: str,
+    out: Path,
+    *,
+    dtype: str = "bfloat16",
+    trust_remote_code: bool = False,
+) -> dict:
+    """Writes the folder `out`, once it is certain that the drafter fits the target."""
+    if format not in FORMATS:
+        raise UserError(f"--format {format}: choose one of {', '.join(FORMATS)}")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype}: choose float32, bfloat16 or float16")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"'{out}' exists and is not empty: choose a new folder")
+    helper = Drafter.from_pretrained(drafter, device="cpu")
+    model = Target.from_pretrained(target, device="cpu", trust_remote_code=trust_remote_code)
+    helper.check_target(model)
+    helper.save_pretrained(out, dtype=getattr(torch, dtype))
+    return {
+        "kind": "drafter",
+        "path": str(out),
+        "family": helper.family,
+        "format": format,
+        "dtype": dtype,
+        "serve": _serve(target, out, format, helper.draft_length),
+    }
+
+
+def _serve(target: str, out: Path, format: str, length: int) -> str:
+    if format == "vllm":
+        return (
+            f"vllm serve {target} --speculative-config "
+            f'\'{{"method": "dflash", "model": "{out}", "num_speculative_tokens": {length}}}\''
+        )
+    if format == "sglang":
+        return (
+            f"python -m sglang.launch_server --model-path {target} --speculative-algorithm DFLASH "
+            f"--speculative-draft-model-path {out} --speculative-num-draft-tokens {length + 1}"
+        )
+    return f'dflash\'s DFlashDraftModel.from_pretrained("{out}")'

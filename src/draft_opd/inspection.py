@@ -1,0 +1,139 @@
+"""`inspect`: what a path is, in one screen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+from rich.text import Text
+
+from draft_opd.console import facts
+from draft_opd.drafters import FAMILIES, Drafter
+from draft_opd.drafters.base import find_folder, read_config
+from draft_opd.errors import UserError
+from draft_opd.rollout.collect import summary
+from draft_opd.rollout.trajectory import Trajectory, read_trajectories
+from draft_opd.target import EMBEDDED, Target, is_target_folder, resolve_path
+
+
+def describe(path: str, target: str | None = None, sample: int = 0) -> tuple[dict, list]:
+    """Returns (what `--json` prints, what a person sees)."""
+    place = Path(resolve_path(path))
+    if place.is_file():
+        return _trajectories(place, target, sample)
+    if (place / "recipe.yaml").exists():
+        return _run(place, target, sample)
+    if (place / "trajectories.jsonl").exists():
+        return _trajectories(place / "trajectories.jsonl", target, sample)
+    if (place / "best").is_dir() or (place / "summary.json").exists():
+        return _demo(place)
+    folder = find_folder(place, "path")
+    if any(family.matches(read_config(folder, "model")) for family in FAMILIES.values()):
+        value = _drafter(folder)
+    elif is_target_folder(folder):
+        model = Target.from_pretrained(str(folder), device="cpu")
+        value = {"kind": "target", "path": str(folder.resolve()), **model.describe()}
+        if path == EMBEDDED:
+            value["prompts"] = f"{EMBEDDED}:train and {EMBEDDED}:heldout"
+    else:
+        raise UserError(f"'{path}' is neither a drafter, a target, trajectories nor a run folder")
+    return value, [facts(f"{value['kind']}: {path}", value)]
+
+
+def _drafter(folder: Path) -> dict:
+    drafter = Drafter.from_pretrained(str(folder), device="cpu")
+    return {
+        "kind": "drafter",
+        "path": str(folder),
+        "family": drafter.family,
+        "parameters": sum(p.numel() for p in drafter.parameters()),
+        "draft_length": drafter.draft_length,
+        "target_layers": list(drafter.target_layers),
+    }
+
+
+def _demo(place: Path) -> tuple[dict, list]:
+    path = place / "summary.json"
+    if not path.exists():
+        raise UserError(f"'{place}' is a demo that has not ended: it has no summary.json")
+    value = {"kind": "demo", "path": str(place), **json.loads(path.read_text())}
+    return value, [facts(f"demo: {place}", value)]
+
+
+def _run(place: Path, target: str | None, sample: int) -> tuple[dict, list]:
+    try:
+        recipe = yaml.safe_load((place / "recipe.yaml").read_text())
+        about = json.loads((place / "run.json").read_text())
+        data, name = recipe["data"], target or recipe["target"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"run folder '{place}' is damaged ({error})") from None
+    taus = []
+    metrics = place / "metrics.jsonl"
+    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+        row = json.loads(line)
+        if "tau" in row:
+            taus.append((row["step"], row["tau"]))
+    value = {
+        "kind": "run",
+        "path": str(place),
+        "stage": about["stage"],
+        "target": recipe["target"],
+        "drafter_parameters": about["drafter_parameters"],
+        "steps": recipe["steps"],
+        "evaluations": len(taus),
+        "last_tau": taus[-1][1] if taus else None,
+        "best_tau": max(t for _, t in taus) if taus else None,
+        "checkpoints": [n for n in ("best", "last") if (place / n).is_dir()],
+    }
+    shown = [facts(f"run: {place}", value)]
+    try:
+        rows = read_trajectories(data["trajectories"])
+        value["sample"], text = _sample(rows, name, sample)
+        shown.append(text)
+    except UserError as error:
+        shown.append(Text(f"no sample: {error}"))
+    return value, shown
+
+
+def _trajectories(path: Path, target: str | None, sample: int) -> tuple[dict, list]:
+    value = summary(path)
+    rows = read_trajectories(path)
+    about = path.with_name("collect.json")
+    if target is None and about.exists():
+        target = json.loads(about.read_text()).get("target")
+    value["sample"], text = _sample(rows, target, sample)
+    shown = {k: v for k, v in value.items() if k != "sample"}
+    return value, [facts(f"trajectories: {path}", shown), text]
+
+
+def _sample(rows: list[Trajectory], target: str | None, index: int) -> tuple[dict, Text]:
+    """One trajectory: the prompt dim (no loss), the response green (loss), stop token included."""
+    if index >= len(rows):
+        raise UserError(f"--sample {index}: there are {len(rows)} trajectories")
+    t = rows[index]
+    mask = {"id": t.id, "unsupervised": len(t.prompt_ids), "supervised": len(t.response_ids)}
+    shown = Text(f"\nsample {index} (id {t.id}): ")
+    shown.append(f"{len(t.prompt_ids)} tokens without loss", style="dim")
+    shown.append(", ")
+    shown.append(f"{len(t.response_ids)} tokens with loss", style="green")
+    if target is None:
+        shown.append("\n(--target T shows them as text)\n")
+        shown.append(str(t.prompt_ids), style="dim").append(str(t.response_ids), style="green")
+        return mask, shown
+    decode = _tokenizer(target).decode
+    mask["prompt"], mask["response"] = decode(t.prompt_ids), decode(t.response_ids)
+    shown.append("\n⟨prompt⟩ ").append(mask["prompt"], style="dim")
+    shown.append("\n⟨response⟩ ").append(mask["response"], style="green")
+    return mask, shown
+
+
+def _tokenizer(target: str):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve_path(target))
+    except Exception as error:
+        raise UserError(
+            f"the tokenizer of '{target}' cannot be loaded ({type(error).__name__})"
+        ) from error
