@@ -436,3 +436,7 @@ def run(arguments: list[str]) -> int:
 def _complain(message: str) -> int:
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Fixtures: the shipped target, a drafter that knows nothing and one that learned a little."""
+
+from __future__ import annotations
+
+import os
+
+# One thread each: on a busy machine torch's threads wait for each other longer than they work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from draft_opd.drafters import Drafter
+from draft_opd.drafters.dflash import DFlashDrafter
+from draft_opd.rollout.collect import collect
+from draft_opd.rollout.prompts import read_prompts
+from draft_opd.rollout.trajectory import Trajectory, read_trajectories
+from draft_opd.target import Target
+from draft_opd.training.config import load_recipe
+from draft_opd.training.loop import Run
+
+torch.set_num_threads(1)
+MAX_NEW_TOKENS = 320
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device here")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def target() -> Target:
+    return Target.from_pretrained("embedded", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def data(target, tmp_path_factory) -> Path:
+    """Folder with train/ and heldout/ trajectories: all held-out prompts, some of the others."""
+    folder = tmp_path_factory.mktemp("data")
+    for part, limit in (("train", 96), ("heldout", None)):
+        prompts = read_prompts(f"embedded:{part}", limit)
+        collect(target, prompts, folder / part, max_new_tokens=MAX_NEW_TOKENS, batch_size=64)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def heldout(data) -> list[Trajectory]:
+    """Every held-out prompt with the target's own greedy answer."""
+    return read_trajectories(data / "heldout")
+
+
+@pytest.fixture(scope="session")
+def recipe_for(data):
+    """recipe_for(stage, out, "key=value", …) on the shared trajectories, small."""
+
+    def make(stage: str, out: Path, *pairs: str):
+        small = [
+            f"data.trajectories={data / 'train'}",
+            f"data.heldout={data / 'heldout'}",
+            "data.heldout_limit=8",
+            "batch_size=8",
+            "steps=4",
+            "evaluation.every=2",
+            "opd.trace_every=1",
+            f"out={out}",
+        ]
+        return load_recipe("embedded", [*small, *pairs], stage)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained_folder(target, recipe_for, tmp_path_factory) -> Path:
+    """A drafter after a short SFT: right often enough to accept, wrong often enough to reject."""
+    out = tmp_path_factory.mktemp("trained") / "sft"
+    pairs = ("steps=120", "evaluation.every=120", "optim.learning_rate=3e-3", "batch_size=4")
+    Run("sft", recipe_for("sft", out, *pairs), target=target).train()
+    return out / "last"
+
+
+@pytest.fixture(scope="session")
+def trained(trained_folder) -> Drafter:
+    return Drafter.from_pretrained(str(trained_folder), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def untrained(target) -> Drafter:
+    torch.manual_seed(0)
+    return DFlashDrafter.create(target, num_layers=2, block_size=16).eval()
+
+
+@pytest.fixture(scope="session")
+def drafters(trained, untrained) -> dict[str, Drafter]:
+    return {"trained": trained, "untrained": untrained}

@@ -1,0 +1,127 @@
+"""Trajectories survive kills; prompt files say what is wrong with them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import draft_opd as d
+from draft_opd.rollout.collect import collect
+from draft_opd.rollout.prompts import read_prompts
+from draft_opd.rollout.trajectory import TrajectoryWriter
+
+
+def test_a_killed_collection_goes_on_without_losing_or_doubling(tmp_path, data):
+    command = [
+        sys.executable, "-m", "draft_opd.cli", "collect", "--target", "embedded", "--prompts",
+        "embedded:train", "--limit", "40", "--out", str(tmp_path / "out"), "--batch-size", "4",
+        "--max-new-tokens", "320",
+    ]  # fmt: skip
+    file = tmp_path / "out" / "trajectories.jsonl"
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if file.exists() and file.read_bytes().count(b"\n") >= 8:
+            break
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = file.read_bytes()
+    assert 8 <= before.count(b"\n") < 40
+    with open(file, "ab") as torn:  # what a kill in the middle of a write leaves
+        torn.write(b'{"id": "99", "prompt_ids": [1')
+    subprocess.run(command, check=True, capture_output=True)
+    after = file.read_bytes()
+    assert after.startswith(before)
+    rows = [json.loads(line) for line in after.splitlines()]
+    assert sorted(int(r["id"]) for r in rows) == list(range(1, 41))
+    whole = {t.id: t for t in d.read_trajectories(data / "train")}
+    assert all(r["response_ids"] == whole[r["id"]].response_ids for r in rows)
+
+
+def test_other_prompts_under_the_same_ids_are_refused(target, tmp_path):
+    collect(target, read_prompts("embedded:train", 2), tmp_path, max_new_tokens=4)
+    with pytest.raises(d.UserError, match="already holds another prompt"):
+        collect(target, read_prompts("embedded:heldout", 2), tmp_path, max_new_tokens=4)
+
+
+def test_several_samples_differ_and_are_named(target, tmp_path):
+    from draft_opd.decoding.sampling import Sampling
+
+    path = collect(
+        target, read_prompts("embedded:train", 2), tmp_path, max_new_tokens=60, samples=3,
+        sampling=Sampling(temperature=1.5),
+    )  # fmt: skip
+    rows = d.read_trajectories(path)
+    assert {t.id for t in rows} == {"1-0", "1-1", "1-2", "2-0", "2-1", "2-2"}
+    assert len({tuple(t.response_ids) for t in rows}) > 2
+    assert all(t.temperature == 1.5 for t in rows)
+
+
+def test_a_drafter_speeds_collection_up_without_changing_it(target, trained, data, tmp_path):
+    prompts = read_prompts("embedded:train", 8)
+    path = collect(target, prompts, tmp_path, max_new_tokens=320, drafter=trained)
+    whole = {t.id: t.response_ids for t in d.read_trajectories(data / "train")}
+    assert all(t.response_ids == whole[t.id] for t in d.read_trajectories(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "2: not valid JSON"),
+        ("[1]", "2: must be a JSON object"),
+        ('{"text": "x"}', "2: needs a text under"),
+        ('{"prompt": ""}', "2: needs a text under"),
+        ('{"prompt": 3}', "2: needs a text under"),
+        ('{"messages": []}', "2: 'messages' must be"),
+        ('{"messages": [{"role": "user"}]}', "2: 'messages' must be"),
+    ],
+)
+def test_a_malformed_prompt_is_named_with_its_line(tmp_path, line, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "fine"}\n' + line + "\n")
+    with pytest.raises(d.UserError, match=message):
+        read_prompts(path)
+
+
+def test_prompts_in_the_usual_shapes(tmp_path):
+    path = tmp_path / "p.jsonl"
+    logged = [{"role": "user", "content": "d"}, {"role": "assistant", "content": "old answer"}]
+    rows = [
+        {"prompt": "a"},
+        {"question": "b", "answer": "7"},
+        {"problem": "c"},
+        {"messages": logged},
+    ]
+    path.write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
+    found = read_prompts(path)
+    assert [p.messages[-1]["content"] for p in found] == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt_ids": [1], "response_ids": []}', "'response_ids' is empty"),
+        ('{"prompt_ids": [], "response_ids": [1]}', "'prompt_ids' is empty"),
+        ('{"prompt_ids": [1]}', "'response_ids' must be a list"),
+        ('{"prompt_ids": [1], "response_ids": [-2]}', "must be a list of token ids"),
+        ('{"prompt_ids": [1], "response_ids": ["a"]}', "must be a list of token ids"),
+    ],
+)
+def test_a_malformed_trajectory_is_named_with_its_line(tmp_path, line, message):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"prompt_ids": [1], "response_ids": [2]}\n' + line + "\n")
+    with pytest.raises(d.UserError, match=rf"t\.jsonl:2: .*{message}"):
+        d.read_trajectories(path)
+
+
+def test_a_torn_last_line_is_cut_off(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"id": "1", "prompt_ids": [1], "response_ids": [2]}\n{"id": "2", "pro')
+    writer = TrajectoryWriter(path)
+    writer.close()
+    assert set(writer.done) == {"1"} and path.read_text().count("\n") == 1

@@ -1,0 +1,140 @@
+"""Speculative decoding: the text is the target's whoever drafts; hindsight sees its rounds."""
+
+import pytest
+import torch
+
+import draft_opd as d
+from draft_opd.decoding.sampling import Sampling
+from draft_opd.rollout.hindsight import hindsight_traces
+from draft_opd.rollout.trace import committed
+
+MAX_NEW_TOKENS = 320
+
+
+def speculated(target, drafter, rows, length, size=64):
+    made = []
+    for start in range(0, len(rows), size):
+        prompts = [t.prompt_ids for t in rows[start : start + size]]
+        made += d.speculate(
+            target, drafter, prompts, max_new_tokens=MAX_NEW_TOKENS, draft_length=length
+        )
+    return made
+
+
+def check(target, drafter, rows, length):
+    """Losslessness, and hindsight equal to live, for every row."""
+    made = speculated(target, drafter, rows, length)
+    assert [g.token_ids for g in made] == [t.response_ids for t in rows]
+    assert [g.finish_reason for g in made] == [t.finish_reason for t in rows]
+    assert hindsight_traces(target, drafter, rows, draft_length=length) == [g.rounds for g in made]
+    return made
+
+
+def test_every_held_out_prompt_keeps_its_text_and_its_trace(target, trained, heldout):
+    made = check(target, trained, heldout, 15)
+    lengths = {r.accepted for g in made for r in g.rounds}
+    assert len(made) == 200 and {0, 1, 2, 3} <= lengths  # rejections at several offsets happened
+
+
+@pytest.mark.parametrize("size", range(2, 17))
+@pytest.mark.parametrize("who", ["trained", "untrained"])
+def test_every_block_size_keeps_the_text(target, drafters, heldout, who, size):
+    check(target, drafters[who], heldout[size::50], size - 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", range(2, 17))
+@pytest.mark.parametrize("who", ["trained", "untrained"])
+def test_every_block_size_on_every_prompt(target, drafters, heldout, who, size):
+    check(target, drafters[who], heldout, size - 1)
+
+
+def test_one_at_a_time_is_the_same_as_in_a_batch(target, trained, heldout):
+    for t in heldout[:5]:
+        result = d.generate(target, trained, t.prompt_ids, max_new_tokens=MAX_NEW_TOKENS)
+        assert result.token_ids == t.response_ids
+        assert d.hindsight_trace(target, trained, t) == result.rounds
+        assert result.tau == pytest.approx(d.tau(result.rounds)) and result.tau >= 1
+
+
+def test_rounds_account_for_every_token(target, trained, heldout):
+    for g in speculated(target, trained, heldout[:32], 15):
+        position = len(g.prompt_ids) - 1
+        text = g.prompt_ids + g.token_ids
+        for r in g.rounds:
+            assert r.anchor == position and len(r.drafted) == 15
+            assert text[position + 1 : position + 1 + r.accepted] == r.drafted[: r.accepted]
+            position += r.accepted + 1
+        # The last round ends at the last token, which may be one of its accepted ones.
+        assert position in (len(text) - 1, len(text))
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7, 16])
+def test_length_limits_hold_exactly(target, trained, heldout, limit):
+    for t in heldout[:6]:
+        result = d.generate(target, trained, t.prompt_ids, max_new_tokens=limit)
+        assert result.token_ids == t.response_ids[:limit]
+        assert result.finish_reason == "length"
+
+
+def test_any_token_can_be_a_stop_token(target, trained, heldout):
+    t = heldout[0]
+    for stop in sorted(set(t.response_ids))[:12]:
+        made = d.speculate(
+            target, trained, [t.prompt_ids], max_new_tokens=MAX_NEW_TOKENS, stop_ids=[stop]
+        )[0]
+        assert made.token_ids == t.response_ids[: t.response_ids.index(stop) + 1]
+        assert made.finish_reason == "stop"
+
+
+def test_the_end_of_the_context_is_respected(target, trained):
+    ids = (target.chat_ids([{"role": "user", "content": "Mia has 3 apples. " * 200}]))[:1020]
+    alone = d.generate(target, None, ids, max_new_tokens=50)
+    result = d.generate(target, trained, ids, max_new_tokens=50)
+    assert result.token_ids == alone.token_ids and len(result.token_ids) <= 4
+
+
+@pytest.mark.parametrize("draft", ["sample", "argmax"])
+def test_sampled_decoding_repeats_with_its_seed_and_follows_the_target(
+    target, trained, heldout, draft
+):
+    """First committed tokens over many samples, against the target's own distribution (5 sigma)."""
+    prompt, n = heldout[0].prompt_ids + heldout[0].response_ids[:40], 4000
+    sampling = Sampling(temperature=1.5, draft=draft)
+
+    def run(seed, count):
+        return d.speculate(
+            target, trained, [prompt] * count, max_new_tokens=2, sampling=sampling, seed=seed,
+            draft_length=3,
+        )  # fmt: skip
+
+    assert [g.token_ids for g in run(7, 20)] == [g.token_ids for g in run(7, 20)]
+    made = run(0, n)
+    logits = target.logits(target.trajectories(torch.tensor([prompt])).hidden[0, -1])
+    p = sampling.probabilities(logits)
+    share = torch.bincount(torch.tensor([g.token_ids[0] for g in made]), minlength=len(p)) / n
+    assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 5 / n).all()
+    assert p.max() < 0.99 and 0 < sum(g.rounds[0].accepted for g in made) < 3 * n
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[]], {}, "empty"),
+        ([[5] * 1024], {}, "context"),
+        ([[5, 6]], {"draft_length": 16}, "draft length 16"),
+        ([[5, 6]], {"draft_length": 0}, "draft length 0"),
+    ],
+)
+def test_what_cannot_be_decoded_is_refused(target, trained, prompts, options, message):
+    with pytest.raises(d.UserError, match=message):
+        d.speculate(target, trained, prompts, max_new_tokens=4, **options)
+
+
+def test_committed_cuts_at_stop_and_room():
+    stops = frozenset([9])
+    assert committed([1, 2, 3], 2, 7, stops, 10) == ([1, 2, 7], 2, None)
+    assert committed([1, 9, 3], 3, 7, stops, 10) == ([1, 9], 2, "stop")
+    assert committed([1, 2, 3], 2, 9, stops, 10) == ([1, 2, 9], 2, "stop")
+    assert committed([1, 2, 3], 3, 7, stops, 2) == ([1, 2], 2, "length")
+    assert committed([1, 2, 3], 0, 7, stops, 1) == ([7], 0, "length")

@@ -1,0 +1,67 @@
+"""The demo, made small: every stage, every file, every promised field."""
+
+import json
+
+import pytest
+
+import draft_opd as d
+from draft_opd.console import Screen
+from draft_opd.demo import run_demo
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "run"
+    small = [
+        "data.limit=64", "data.heldout_limit=8", "steps=20", "evaluation.every=10", "batch_size=8",
+        "opd.trace_every=5",
+    ]  # fmt: skip
+    return out, run_demo(out, "dflash", 0, Screen(True), small)
+
+
+def test_the_summary_has_its_fields(demo):
+    out, summary = demo
+    assert summary == json.loads((out / "summary.json").read_text())
+    taus = summary["tau"]
+    assert set(taus) == {"untrained", "sft", "sft_continued", "draft_opd"}
+    assert summary["gain"] == pytest.approx(taus["draft_opd"] / taus["sft_continued"] - 1)
+    assert summary["lossless"] == {"matched": 32, "of": 32}
+    assert set(summary["speedup"]) == {"sft", "draft_opd"} and summary["seed"] == 0
+    assert summary["steps"]["sft_continued"] == summary["steps"]["draft_opd"] == 20
+    assert {"collect", "sft", "sft_continued", "draft_opd", "evaluate"} <= set(summary["seconds"])
+
+
+def test_both_ways_on_start_alike_and_see_as_much(demo):
+    """Same start, batches and schedule; as many supervised tokens, but for what ends of text cut."""
+    out, _ = demo
+    rows = {}
+    for name in ("sft_continued", "draft_opd"):
+        lines = [json.loads(x) for x in (out / name / "metrics.jsonl").read_text().splitlines()]
+        rows[name] = lines
+    a, b = rows["sft_continued"], rows["draft_opd"]
+    assert a[0]["tau"] == b[0]["tau"]
+    assert [x.get("lr") for x in a] == [x.get("lr") for x in b]
+    total = [sum(x.get("supervised", 0) for x in lines) for lines in (a, b)]
+    assert total[1] == pytest.approx(total[0], rel=0.1)
+
+
+def test_the_report_opens_offline(demo):
+    out, summary = demo
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == len(list((out / "plots").glob("*.svg"))) == 4
+    assert f"{summary['tau']['draft_opd']:.3f}" in page
+    assert "<script" not in page and 'src="http' not in page and "<link" not in page
+
+
+def test_its_drafters_can_be_used(demo):
+    out, _ = demo
+    target = d.Target.from_pretrained("embedded", device="cpu")
+    for name in ("untrained", "sft/last", "sft_continued/last", "draft_opd/last", "draft_opd/best"):
+        drafter = d.Drafter.from_pretrained(str(out / name), device="cpu")
+        drafter.check_target(target)
+
+
+def test_a_folder_in_use_is_left_alone(demo):
+    out, _ = demo
+    with pytest.raises(d.UserError, match="not empty"):
+        run_demo(out, "dflash", 0, Screen(True))

@@ -1,0 +1,200 @@
+"""The DFlash drafter: replay is inference, and a folder is what other tools expect."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import draft_opd as d
+from draft_opd.drafters.attention import Visibility, attend
+from draft_opd.drafters.dflash import DFlashDrafter, default_target_layers
+from draft_opd.rollout.hindsight import hindsight_traces
+from draft_opd.training.blocks import pack, replay_hidden
+from draft_opd.training.data import BatchSource
+
+
+def test_replay_gives_the_logits_of_decoding(target, trained, heldout):
+    """Packed anchors with gradient against what the decoder saw, round by round."""
+    seen = []
+    propose = trained.propose
+
+    def spy(target, context, anchors, ids, length, choose):
+        hidden = trained._blocks(target, context, anchors[:, None], ids[:, None], length)
+        seen.append((int(anchors[0]), hidden[0, 0]))
+        return propose(target, context, anchors, ids, length, choose)
+
+    for t in heldout[:3]:
+        seen.clear()
+        trained.propose = spy
+        try:
+            rounds = d.generate(target, trained, t.prompt_ids, max_new_tokens=320).rounds
+        finally:
+            del trained.propose
+        batch = BatchSource(target, trained.target_layers).batch([t])
+        anchors = [r.anchor for r in rounds]
+        blocks = pack(batch, [anchors], [rounds], trained.draft_length)
+        hidden = replay_hidden(target, trained, batch, blocks)
+        assert hidden.requires_grad and [a for a, _ in seen] == anchors
+        for j, (_, lived) in enumerate(seen):
+            torch.testing.assert_close(hidden[0, j].detach(), lived, rtol=1e-3, atol=1e-3)
+
+
+def test_batched_anchors_are_single_anchors(target, untrained, heldout):
+    rows = heldout[:3]
+    source = BatchSource(target, untrained.target_layers)
+    together = source.batch(rows)
+    anchors = [[len(t.prompt_ids) - 1 + 7 * j for j in range(3)] for t in rows]
+    hidden = replay_hidden(
+        target, untrained, together, pack(together, anchors, [[] for _ in rows], 15)
+    )
+    for i, t in enumerate(rows):
+        for j, a in enumerate(anchors[i]):
+            alone = source.batch([t])
+            one = replay_hidden(target, untrained, alone, pack(alone, [[a]], [[]], 15))
+            torch.testing.assert_close(hidden[i, j], one[0, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_flex_attention_and_sdpa_agree():
+    """The two kernels on the same packed blocks (flex_attention's eager form, on any device)."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch.manual_seed(0)
+    anchors = torch.tensor([[3, 9, 20], [0, 5, 11]])
+    for kind, causal, window in (
+        ("full_attention", False, None), ("full_attention", True, None),
+        ("sliding_attention", False, 4),
+    ):  # fmt: skip
+        seen = Visibility(anchors, 6, 24, causal, window)
+        q = torch.randn(2, 4, 18, 8)
+        k, v = torch.randn(2, 2, 42, 8), torch.randn(2, 2, 42, 8)
+        dense = attend(q, k, v, seen, kind)
+        flex = flex_attention(q, k, v, block_mask=seen.sparse(kind), enable_gqa=True)
+        torch.testing.assert_close(dense, flex, rtol=1e-4, atol=1e-5)
+
+
+def test_visibility_is_what_its_docstring_says():
+    anchors = torch.tensor([[2, 4]])
+    mask = Visibility(anchors, 2, 5).dense("full_attention")[0, 0]
+    expected = torch.tensor(
+        [[1, 1, 0, 0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 1, 1, 0, 0],
+         [1, 1, 1, 1, 0, 0, 0, 1, 1], [1, 1, 1, 1, 0, 0, 0, 1, 1]]
+    ).bool()  # fmt: skip
+    assert torch.equal(mask, expected)
+
+
+def test_a_folder_is_the_z_lab_layout(target, trained, trained_folder):
+    config = json.loads((trained_folder / "config.json").read_text())
+    assert config["architectures"] == ["DFlashDraftModel"] and config["model_type"] == "qwen3"
+    assert config["block_size"] == 16 and config["num_target_layers"] == target.num_layers
+    assert config["dflash_config"]["mask_token_id"] == target.tokenizer.mask_token_id
+    assert config["dflash_config"]["target_layer_ids"] == list(trained.target_layers)
+    assert isinstance(config["rope_theta"], float)
+    names = set(load_file(trained_folder / "model.safetensors"))
+    assert {"fc.weight", "hidden_norm.weight", "norm.weight"} <= names
+    layer = {n.removeprefix("layers.0.") for n in names if n.startswith("layers.0.")}
+    assert layer == {
+        "input_layernorm.weight", "post_attention_layernorm.weight",
+        "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight",
+        "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight",
+        "self_attn.o_proj.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight",
+    }  # fmt: skip
+    assert not any("embed" in n or "lm_head" in n for n in names)
+
+
+def test_saving_and_loading_changes_nothing(target, trained, tmp_path):
+    trained.save_pretrained(tmp_path / "copy")
+    again = d.Drafter.from_pretrained(str(tmp_path / "copy"), device="cpu")
+    for name, value in trained.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    assert again.draft_length == trained.draft_length
+
+
+def test_published_layer_choices_are_reproduced():
+    """z-lab's Qwen3-4B (36 layers) and Qwen3-8B checkpoints tap these."""
+    assert default_target_layers(36, 5) == (1, 9, 17, 25, 33)
+
+
+def _wrong(folder, change):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(architectures=["Unknown"]), "not a drafter we know"),
+        (lambda c: c["dflash_config"].pop("mask_token_id"), "mask_token_id"),
+        (lambda c: c["dflash_config"].update(target_layer_ids=[1, 2]), "fc.weight"),
+        (lambda c: c.update(num_hidden_layers=3, layer_types=None), "lacks the tensor"),
+    ],
+)
+def test_a_broken_folder_says_what_is_wrong(trained, tmp_path, change, message):
+    trained.save_pretrained(tmp_path / "d")
+    _wrong(tmp_path / "d", change)
+    with pytest.raises(d.UserError, match=message):
+        d.Drafter.from_pretrained(str(tmp_path / "d"), device="cpu")
+
+
+def test_damaged_weights_say_so(trained, tmp_path):
+    trained.save_pretrained(tmp_path / "d")
+    (tmp_path / "d" / "model.safetensors").write_bytes(b"not a tensor file")
+    with pytest.raises(d.UserError, match="safetensors"):
+        d.Drafter.from_pretrained(str(tmp_path / "d"), device="cpu")
+    (tmp_path / "d" / "model.safetensors").unlink()
+    with pytest.raises(d.UserError, match=r"no model\.safetensors"):
+        d.Drafter.from_pretrained(str(tmp_path / "d"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_size", 64, "hidden size"),
+        ("vocab_size", 100, "vocabulary"),
+        ("mask_token_id", 839, "mask token"),
+        ("target_layers", (2, 7), "tapped layers"),
+        ("target_layers", (3, 2), "ascending"),
+        ("block_size", 1, "block size"),
+    ],
+)
+def test_a_drafter_that_does_not_fit_is_refused(target, field, value, message):
+    drafter = DFlashDrafter.create(target)
+    place = drafter.config if field in ("hidden_size", "vocab_size") else drafter
+    setattr(place, field, value)
+    with pytest.raises(d.UserError, match=message):
+        drafter.check_target(target)
+
+
+@pytest.mark.gpu
+def test_cuda_flex_replay_equals_sdpa(trained_folder, heldout):
+    """Enough anchors for flex_attention on CUDA, against the dense mask on the CPU."""
+    target = d.Target.from_pretrained("embedded", device="cuda", dtype="float32")
+    there = d.Drafter.from_pretrained(str(trained_folder), device="cuda")
+    cpu_target = d.Target.from_pretrained("embedded", device="cpu")
+    here = d.Drafter.from_pretrained(str(trained_folder), device="cpu")
+    found = []
+    for model, drafter in ((target, there), (cpu_target, here)):
+        batch = BatchSource(model, drafter.target_layers).batch(heldout[:2])
+        anchors = [list(range(len(t.prompt_ids) - 1, len(t.ids) - 1)) for t in batch.trajectories]
+        blocks = pack(batch, anchors, [[] for _ in anchors], 15)
+        hidden = replay_hidden(model, drafter, batch, blocks)
+        hidden[blocks.valid].square().sum().backward()
+        found.append((hidden[blocks.valid].detach().cpu(), drafter.fc.weight.grad.cpu()))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_cuda_decoding_is_lossless(trained_folder, heldout):
+    target = d.Target.from_pretrained("embedded", device="cuda", dtype="float32")
+    drafter = d.Drafter.from_pretrained(str(trained_folder), device="cuda")
+    prompts = [t.prompt_ids for t in heldout]
+    alone = d.speculate(target, None, prompts, max_new_tokens=320)
+    made = d.speculate(target, drafter, prompts, max_new_tokens=320)
+    assert [g.token_ids for g in made] == [g.token_ids for g in alone]
+    traces = hindsight_traces(
+        target, drafter, [d.Trajectory(g.prompt_ids, g.token_ids) for g in made]
+    )
+    assert traces == [g.rounds for g in made]

@@ -1,0 +1,143 @@
+"""The target: cached decoding, rollback and branches say what a plain forward says."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import draft_opd as d
+from draft_opd.rollout.hindsight import hindsight_traces, pad_rows
+from draft_opd.training.blocks import pack
+from draft_opd.training.data import BatchSource
+from draft_opd.training.opd import teacher_states
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def plain(target, ids: list[int]) -> torch.Tensor:
+    """Logits by transformers itself, without our cache or masks."""
+    with torch.no_grad():
+        return target.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def tiny(kind: str) -> d.Target:
+    torch.manual_seed(1)
+    shape = {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "eos_token_id": 1,
+    }  # fmt: skip
+    if kind == "llama":
+        return d.Target(LlamaForCausalLM(LlamaConfig(**shape)), None, kind)
+    if kind == "sliding":
+        layers = ["full_attention", "sliding_attention"] * 2 + ["full_attention"]
+        shape |= {"layer_types": layers, "sliding_window": 6, "use_sliding_window": True}
+    return d.Target(Qwen3ForCausalLM(Qwen3Config(head_dim=8, **shape)), None, kind)
+
+
+@pytest.fixture(params=["qwen3", "llama", "sliding"])
+def model(request) -> d.Target:
+    return tiny(request.param)
+
+
+def test_a_padded_batch_is_its_rows_alone(model):
+    rows = [torch.randint(2, 61, (n,)).tolist() for n in (5, 17, 11)]
+    hidden = model.trajectories(pad_rows(rows, model.device)).hidden
+    for row, ids in enumerate(rows):
+        found = model.logits(hidden[row, : len(ids)])
+        torch.testing.assert_close(found, plain(model, ids), **TOLERANCE)
+
+
+def test_features_are_transformers_hidden_states(model):
+    ids = torch.randint(2, 61, (1, 9))
+    found = model.trajectories(ids, [1, 3]).features
+    with torch.no_grad():
+        states = model.model(input_ids=ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(found, torch.cat([states[2], states[4]], -1), **TOLERANCE)
+
+
+def test_decoding_with_rollback_equals_a_forward_over_what_was_kept(model):
+    """Rows keep different numbers of drafted tokens; rejected ones leave no trace."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(2, 61, (n,), generator=generator).tolist() for n in (4, 9, 6)]
+    cache = model.cache()
+    model.trajectories(pad_rows([r[:-1] for r in rows], model.device), cache=cache)
+    for _ in range(6):
+        drafts = torch.randint(2, 61, (3, 5), generator=generator)
+        block = torch.cat([torch.tensor([[r[-1]] for r in rows]), drafts], 1)
+        anchors = torch.tensor([len(r) - 1 for r in rows])
+        positions = anchors[:, None] + torch.arange(6)
+        logits = model.logits(model.extend(block, positions, cache).hidden)
+        kept = torch.randint(0, 6, (3,), generator=generator).tolist()
+        for row, ids in enumerate(rows):
+            expected = plain(model, ids + drafts[row].tolist())[len(ids) - 1 :]
+            torch.testing.assert_close(logits[row], expected, **TOLERANCE)
+            ids += drafts[row, : kept[row]].tolist()
+            ids.append(int(torch.randint(2, 61, (1,), generator=generator)))
+
+
+def test_branches_see_their_own_prefix_and_themselves_only(model):
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(2, 61, (n,), generator=generator).tolist() for n in (14, 20)]
+    cache = model.cache()
+    model.trajectories(pad_rows(rows, model.device), cache=cache)
+    before = [k.clone() for k in cache.keys]
+    # Per row: two branches of 3 and 2 tokens behind different prefixes, and one padded token.
+    prefixes = [(4, 9), (11, 18)]
+    ids = torch.randint(2, 61, (2, 6), generator=generator)
+    branch = torch.tensor([[0, 0, 0, 1, 1, -1]] * 2)
+    prefix = torch.tensor([[a] * 3 + [b] * 2 + [0] for a, b in prefixes])
+    offset = torch.tensor([0, 1, 2, 0, 1, 0])
+    hidden = model.branches(ids, prefix + offset, branch, prefix, cache)
+    for row, (a, b) in enumerate(prefixes):
+        for start, end, length in ((0, 3, a), (3, 5, b)):
+            expected = plain(model, rows[row][:length] + ids[row, start:end].tolist())[length:]
+            found = model.logits(hidden[row, start:end])
+            torch.testing.assert_close(found, expected, **TOLERANCE)
+    assert all(torch.equal(x, y) for x, y in zip(before, cache.keys, strict=True))
+
+
+def test_rejected_suffixes_are_scored_as_verification_scores_them(target, trained, heldout):
+    """The branch forward against one plain forward over prefix + draft, for every round."""
+    rows = heldout[:4]
+    batch = BatchSource(target, trained.target_layers).batch(rows, with_cache=True)
+    traces = hindsight_traces(target, trained, rows)
+    blocks = pack(batch, [[r.anchor for r in t] for t in traces], traces, trained.draft_length)
+    states = teacher_states(target, batch, blocks)
+    checked = 0
+    for row, (t, trace) in enumerate(zip(rows, traces, strict=True)):
+        for j, r in enumerate(trace[::5]):
+            valid = int(blocks.valid[row, 5 * j].sum())
+            text = t.ids[: r.anchor + 1] + r.drafted
+            expected = plain(target, text)[r.anchor : r.anchor + valid]
+            found = target.logits(states[row, 5 * j, :valid])
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+            checked += valid - min(valid, r.accepted + 1)
+    assert checked > 50  # suffixes, or nothing was tested
+
+
+def test_a_model_that_changes_its_logits_behind_the_head_is_refused():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, final_logit_softcapping=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with pytest.raises(d.UserError, match="soft-capping"):
+        d.Target(Gemma2ForCausalLM(config), None, "gemma")
+
+
+def test_bfloat16_runs(target):
+    half = d.Target.from_pretrained("embedded", device="cpu", dtype="bfloat16")
+    result = d.generate(half, None, [1, 2, 3], max_new_tokens=4)
+    assert len(result.token_ids) == 4 or result.finish_reason == "stop"
+
+
+def test_the_shipped_target_is_small_and_thinks(target):
+    folder = d.target.resolve_path("embedded")
+    from pathlib import Path
+
+    size = sum(p.stat().st_size for p in Path(folder).parent.rglob("*") if p.is_file())
+    assert size <= 12 * 2**20
+    ids = target.chat_ids([{"role": "user", "content": "Mia has 3 apples and buys 4 more."}])
+    text = target.tokenizer.decode(d.generate(target, None, ids, max_new_tokens=320).token_ids)
+    assert text.startswith("<think>") and "</think>" in text

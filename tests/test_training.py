@@ -1,0 +1,175 @@
+"""Training: it learns, it resumes to the same weights, and recipes complain usefully."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import draft_opd as d
+from draft_opd.training.config import load_recipe
+from draft_opd.training.data import BatchSource, batch_at, batch_order
+from draft_opd.training.loop import Run, learning_rate
+from draft_opd.training.opd import hindsight_rollout, live_rollout
+from draft_opd.training.sft import default_decay, random_anchors
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_sft_raises_held_out_tau(trained_folder):
+    taus = [m["tau"] for m in metrics(trained_folder.parent) if "tau" in m]
+    assert taus[0] < 1.1 and taus[-1] > 1.5
+
+
+@pytest.mark.parametrize("kind", ["acceptance_aware", "cross_entropy", "expected_length"])
+def test_every_objective_lowers_its_own_loss(target, recipe_for, trained_folder, tmp_path, kind):
+    """On the same few trajectories again and again, so that the loss has to fall."""
+    recipe = recipe_for(
+        "opd", tmp_path / "run", f"drafter={trained_folder}", f"opd.objective.kind={kind}",
+        "data.limit=8", "steps=12", "evaluation.every=12", "optim.learning_rate=1e-3",
+        "opd.max_anchors=200", "opd.objective.trajectory_weight=0",
+    )  # fmt: skip
+    Run("opd", recipe, target=target).train()
+    losses = [m["loss"] for m in metrics(tmp_path / "run") if "loss" in m]
+    assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
+
+
+def test_live_and_hindsight_rollouts_are_one(target, trained, heldout):
+    rows = heldout[:6]
+    batch = BatchSource(target, trained.target_layers).batch(rows)
+    fresh, traces = live_rollout(target, trained, rows, trained.draft_length)
+    assert [t.ids for t in fresh] == [t.ids for t in rows]
+    assert traces == hindsight_rollout(target, trained, batch, trained.draft_length)
+
+
+@pytest.mark.parametrize(
+    ("stage", "pairs"),
+    [
+        ("sft", []),
+        ("opd", ["opd.trace_every=2", "data.cache_features=none"]),
+        ("opd", ["opd.objective.kind=acceptance_aware", "accumulate=2"]),
+    ],
+)
+def test_a_resumed_run_ends_with_the_same_weights(
+    target, recipe_for, trained_folder, tmp_path, stage, pairs
+):
+    pairs = [*pairs, "steps=6", "evaluation.every=2"]
+    if stage == "opd":
+        pairs.append(f"drafter={trained_folder}")
+    Run(stage, recipe_for(stage, tmp_path / "whole", *pairs), target=target).train()
+
+    class Killed(Exception):
+        pass
+
+    def kill(line):
+        if line["step"] == 5 and "loss" in line:
+            raise Killed
+
+    recipe = recipe_for(stage, tmp_path / "cut", *pairs)
+    with pytest.raises(Killed):
+        Run(stage, recipe, target=target, on_metrics=kill).train()
+    result = Run(stage, recipe, target=target, resume=True).train()
+    assert result.step == 6
+    whole, cut = (load_file(tmp_path / n / "last" / "model.safetensors") for n in ("whole", "cut"))
+    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+    a, b = metrics(tmp_path / "whole"), metrics(tmp_path / "cut")
+    assert [m["step"] for m in a] == [m["step"] for m in b]
+    assert [m.get("tau", m.get("loss")) for m in a] == [m.get("tau", m.get("loss")) for m in b]
+
+
+def test_training_state_is_safetensors_and_the_checkpoint_is_a_drafter(trained_folder):
+    assert {p.name for p in (trained_folder / "training").iterdir()} == {
+        "optimizer.safetensors", "progress.json",
+    }  # fmt: skip
+    assert not list(trained_folder.rglob("*.pt")) and not list(trained_folder.rglob("*.bin"))
+
+
+def test_a_folder_with_a_run_is_not_overwritten(target, recipe_for, tmp_path):
+    recipe = recipe_for("sft", tmp_path / "run", "steps=1", "evaluation.every=1")
+    Run("sft", recipe, target=target).train()
+    with pytest.raises(d.UserError, match="--resume"):
+        Run("sft", recipe, target=target)
+    changed = recipe_for("sft", tmp_path / "run", "steps=1", "evaluation.every=1", "batch_size=4")
+    with pytest.raises(d.UserError, match="batch_size"):
+        Run("sft", changed, target=target, resume=True)
+
+
+def test_masks_that_supervise_nothing_are_refused(target, recipe_for, tmp_path):
+    with pytest.raises(d.UserError, match="all zeros"):
+        Run("sft", recipe_for("sft", tmp_path / "r", "data.max_length=8"), target=target)
+
+
+def test_training_on_the_yardstick_is_refused(target, recipe_for, data, tmp_path):
+    same = recipe_for("sft", tmp_path / "r", f"data.trajectories={data / 'heldout'}")
+    with pytest.raises(d.UserError, match="flatter"):
+        Run("sft", same, target=target)
+
+
+def test_trajectories_of_another_target_are_refused(target, recipe_for, tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"prompt_ids": [1], "response_ids": [5000]}\n')
+    recipe = recipe_for("sft", tmp_path / "r", f"data.trajectories={tmp_path / 't.jsonl'}")
+    with pytest.raises(d.UserError, match="vocabulary"):
+        Run("sft", recipe, target=target)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["stepz=3"], "unknown key 'stepz'; did you mean 'steps'"),
+        (["optim.learnin_rate=1"], "did you mean 'learning_rate'"),
+        (["steps=0"], "'steps'"),
+        (["steps=many"], "'steps'.*got 'many'"),
+        (["steps"], "is not KEY=VALUE"),
+        (["opd.objective.kind=mse"], "'opd.objective.kind'"),
+        (["opd.trace_every=7"], "multiple of opd.trace_every"),
+        (["steps.x=1"], "is a value, not a section"),
+        (["model=[}"], "not valid YAML"),
+    ],
+)
+def test_a_wrong_recipe_key_is_named(pairs, message):
+    with pytest.raises(d.UserError, match=message):
+        load_recipe("embedded", pairs, "opd")
+
+
+def test_unreadable_recipes_are_named(tmp_path):
+    with pytest.raises(d.UserError, match="does not exist"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "r.yaml").write_text("a: [")
+    with pytest.raises(d.UserError, match="not readable YAML"):
+        load_recipe(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text("steps: 3")
+    with pytest.raises(d.UserError, match="'target' is missing"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_unknown_families_and_options_are_named(target, recipe_for, tmp_path):
+    with pytest.raises(d.UserError, match="known: dflash"):
+        Run("sft", recipe_for("sft", tmp_path / "a", "model.family=gpt"), target=target)
+    with pytest.raises(d.UserError, match=r"model\.options"):
+        Run("sft", recipe_for("sft", tmp_path / "b", "model.options.depth=3"), target=target)
+
+
+def test_an_epoch_visits_everything_once_and_depends_on_its_seed_only():
+    lengths = [int(x) for x in torch.randint(5, 90, (100,))]
+    batches = batch_order(lengths, 8, 3, 0)
+    assert sorted(i for b in batches for i in b) == sorted({i for b in batches for i in b})
+    assert sum(map(len, batches)) >= 96 and batches == batch_order(lengths, 8, 3, 0)
+    assert batches != batch_order(lengths, 8, 4, 0) and batches != batch_order(lengths, 8, 3, 1)
+    assert batch_at(lengths, 8, 3, len(batches)) == batch_order(lengths, 8, 3, 1)[0]
+
+
+def test_random_anchors_have_a_next_token(target, heldout):
+    batch = BatchSource(target, (1,)).batch(heldout[:4])
+    for t, row in zip(heldout, random_anchors(batch, 1000, "s"), strict=False):
+        assert row == list(range(len(t.prompt_ids) - 1, len(t.ids) - 1))
+
+
+def test_schedules(recipe_for, tmp_path):
+    assert [default_decay(b) for b in (8, 10, 16)] == [4, 5, 7]
+    recipe = recipe_for("sft", tmp_path, "optim.warmup=0.1", "optim.learning_rate=1.0")
+    rates = [learning_rate(s, 100, recipe) for s in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == 1.0
+    assert rates[-1] < 0.001 and rates[10:] == sorted(rates[10:], reverse=True)
