@@ -32,7 +32,7 @@ def test_the_summary_has_its_fields(demo):
 
 
 def test_both_ways_on_start_alike_and_see_as_much(demo):
-    """Same start, batches and schedule; as many supervised tokens, but for what ends of text cut."""
+    """Same start, batches and schedule; supervised tokens equal but for ends of text."""
     out, _ = demo
     rows = {}
     for name in ("sft_continued", "draft_opd"):

@@ -23,7 +23,8 @@ def tiny(kind: str) -> d.Target:
     torch.manual_seed(1)
     shape = {
         "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "eos_token_id": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+        "eos_token_id": 1,
     }  # fmt: skip
     if kind == "llama":
         return d.Target(LlamaForCausalLM(LlamaConfig(**shape)), None, kind)
