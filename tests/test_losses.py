@@ -170,6 +170,7 @@ MEMORY = """
 import json, resource, sys, threading, time, torch
 from draft_opd.training.losses import chunked_score, reverse_kl
 torch.set_num_threads(1)
+torch.manual_seed(0)
 tokens, vocabulary, width = 4096, 49152, 64
 h = torch.randn(tokens, width, requires_grad=True)
 t, w = torch.randn(tokens, width), torch.randn(vocabulary, width)

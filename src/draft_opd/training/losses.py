@@ -138,6 +138,12 @@ def acceptance_aware_loss(
             f"draft logits {list(draft_logits.shape)}, target logits {list(target_logits.shape)} "
             f"and accepted {list(accepted.shape)} do not belong together"
         )
+    if valid is not None:
+        # Padding may hold anything; 0 times NaN would still spoil the gradient.
+        blank = ~valid.bool()[..., None]
+        draft_logits, target_logits = (
+            x.masked_fill(blank, 0.0) for x in (draft_logits, target_logits)
+        )
     a_raw, r_raw = stream_weights(accepted, draft_logits.shape[1], valid, gamma)
     return combine_streams(
         forward_kl(draft_logits, target_logits),
