@@ -108,7 +108,10 @@ def main() -> None:
                     "opd": args.opd,
                 }
             )  # fmt: skip
-            machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+            machine = {
+                "cpu": platform.processor() or platform.machine(),
+                "torch": torch.__version__,
+            }
             write_json(args.results, {"machine": machine, "runs": rows})
             print(f"  {full:22s} τ {result.tau:.3f} ({result.tau / begin - 1:+.1%}) "
                   f"{result.seconds:.0f} s", flush=True)  # fmt: skip

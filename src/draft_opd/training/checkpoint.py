@@ -6,12 +6,12 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from draft_opd.drafters.base import Drafter
 from draft_opd.errors import UserError
 from draft_opd.files import replace_folder
+from draft_opd.training.optimizer import Optimizer
 
 STATE = "training"
 
@@ -29,34 +29,21 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, drafter: Drafter, optimizer: torch.optim.AdamW, progress: Progress
+    folder: Path, drafter: Drafter, optimizer: Optimizer, progress: Progress
 ) -> None:
     """Replaces `folder` at once; the drafter in it can be used as it is."""
     with replace_folder(folder) as temporary:
         drafter.save_pretrained(temporary)
         (temporary / STATE).mkdir()
-        tensors = {}
-        names = {p: n for n, p in drafter.named_parameters()}
-        for parameter, state in optimizer.state.items():
-            for key, value in state.items():
-                tensors[f"{key}/{names[parameter]}"] = value.detach().cpu().contiguous()
-        save_file(tensors, temporary / STATE / "optimizer.safetensors")
+        save_file(optimizer.state(), temporary / STATE / "optimizer.safetensors")
         (temporary / STATE / "progress.json").write_text(json.dumps(asdict(progress), indent=2))
 
 
-def load_checkpoint(folder: Path, optimizer: torch.optim.AdamW, drafter: Drafter) -> Progress:
+def load_checkpoint(folder: Path, optimizer: Optimizer) -> Progress:
     """Fills the optimiser's state; the drafter's own weights are loaded with the folder."""
     try:
         progress = Progress(**json.loads((folder / STATE / "progress.json").read_text()))
-        tensors = load_file(folder / STATE / "optimizer.safetensors")
+        optimizer.load_state(load_file(folder / STATE / "optimizer.safetensors"))
     except Exception as error:
         raise UserError(f"'{folder}' is not a checkpoint to resume from ({error})") from error
-    for name, parameter in drafter.named_parameters():
-        state = {}
-        for full, value in tensors.items():
-            key, _, owner = full.partition("/")
-            if owner == name:
-                state[key] = value if key == "step" else value.to(parameter.device)
-        if state:
-            optimizer.state[parameter] = state
     return progress

@@ -40,8 +40,11 @@ class Model(_Section):
 
 
 class Optim(_Section):
-    """AdamW; cosine schedule with linear warm-up."""
+    """Cosine schedule with linear warm-up."""
 
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: for the matrices, with AdamW for the rest"
+    )
     learning_rate: float = Field(6e-4, gt=0)
     final_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate / peak")
     warmup: float = Field(0.04, ge=0, le=1, description="part of the steps")

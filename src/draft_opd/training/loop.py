@@ -32,6 +32,7 @@ from draft_opd.training.opd import (
     needs_target_cache,
     opd_loss,
 )
+from draft_opd.training.optimizer import Optimizer
 from draft_opd.training.sft import sft_loss
 
 Stage = Literal["sft", "opd"]
@@ -119,16 +120,10 @@ class Run:
                 f"draft_length {self.length} exceeds what the drafter was built for "
                 f"({self.drafter.draft_length})"
             )
-        o = recipe.optim
-        self.optimizer = torch.optim.AdamW(
-            self.drafter.parameters(),
-            lr=o.learning_rate,
-            betas=o.betas,
-            weight_decay=o.weight_decay,
-        )
+        self.optimizer = Optimizer(self.drafter, recipe.optim)
         self.progress = Progress()
         if resuming:
-            self.progress = load_checkpoint(self.out / "last", self.optimizer, self.drafter)
+            self.progress = load_checkpoint(self.out / "last", self.optimizer)
         remember = recipe.data.cache_features == "memory"
         dtype = getattr(torch, recipe.data.cache_dtype)
         layers = self.drafter.target_layers
@@ -271,8 +266,8 @@ class Run:
 
     def _step(self, step: int) -> dict:
         r = self.recipe
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, r.steps, r)
+        rate = learning_rate(step, r.steps, r)
+        self.optimizer.set_rate(rate)
         total: dict[str, float] = {}
         parts = []
         for part in range(r.accumulate):
@@ -300,13 +295,12 @@ class Run:
                 f"step {step + 1}: the gradient is not finite (loss {parts[-1]['loss']})"
             )
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         for key in parts[0]:
             values = [p[key] for p in parts]
             total[key] = (
                 sum(values) if key in ("supervised", "anchors") else sum(values) / len(values)
             )
-        return {**total, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
+        return {**total, "lr": rate, "grad_norm": norm.item()}
 
     def _rollout(self, step: int, index: int) -> tuple[Batch, list[list[Round]]]:
         """Batch and traces for one forward; traces of `trace_every` steps are made together."""

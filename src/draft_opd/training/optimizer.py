@@ -1,0 +1,57 @@
+"""AdamW; or Muon for the matrices and AdamW for the rest, at the same learning rate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from draft_opd.training.config import Optim
+
+
+class Optimizer:
+    """One optimiser to the loop, whatever it is made of; its state is a flat dict of tensors."""
+
+    def __init__(self, model: nn.Module, options: Optim):
+        self._names = {p: n for n, p in model.named_parameters()}
+        matrices = [p for p in self._names if p.ndim == 2 and options.name == "muon"]
+        others = [p for p in self._names if p.ndim != 2 or options.name != "muon"]
+        shared = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
+        self.members: list[torch.optim.Optimizer] = []
+        if others:
+            self.members.append(torch.optim.AdamW(others, betas=options.betas, **shared))
+        if matrices:
+            # Updates as large as AdamW's, so that one learning rate serves both.
+            self.members.append(
+                torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared)
+            )
+
+    def set_rate(self, rate: float) -> None:
+        for member in self.members:
+            for group in member.param_groups:
+                group["lr"] = rate
+
+    def step(self) -> None:
+        for member in self.members:
+            member.step()
+            member.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """`<what>/<parameter>` -> tensor."""
+        return {
+            f"{what}/{self._names[parameter]}": value.detach().cpu().contiguous()
+            for member in self.members
+            for parameter, found in member.state.items()
+            for what, value in found.items()
+        }
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Takes back what `state` gave; raises KeyError for a parameter that is not ours."""
+        owners = {name: parameter for parameter, name in self._names.items()}
+        for full, value in tensors.items():
+            what, _, name = full.partition("/")
+            parameter = owners[name]
+            member = next(
+                m for m in self.members if any(parameter is p for p in m.param_groups[0]["params"])
+            )
+            # AdamW counts its steps on the CPU.
+            member.state[parameter][what] = value if what == "step" else value.to(parameter.device)
