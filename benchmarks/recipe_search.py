@@ -39,7 +39,8 @@ VARIANTS = {
     "length": [KIND + "expected_length", TRAJECTORY + "0"],
     "length+0.1ce": [KIND + "expected_length", TRAJECTORY + "0.1"],
     "length+0.3ce": [KIND + "expected_length", TRAJECTORY + "0.3"],
-    "length_random": [KIND + "expected_length", TRAJECTORY + "0.1", "opd.anchors=random"],
+    "length+1ce": [KIND + "expected_length", TRAJECTORY + "1.0"],
+    "length+0.3ce_random": [KIND + "expected_length", TRAJECTORY + "0.3", "opd.anchors=random"],
 }  # fmt: skip
 RATES = {"": [], "@1e-4": ["optim.learning_rate=1e-4"], "@1e-3": ["optim.learning_rate=1e-3"]}
 

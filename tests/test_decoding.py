@@ -7,6 +7,8 @@ import draft_opd as d
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.rollout.hindsight import hindsight_traces
 from draft_opd.rollout.trace import committed
+from draft_opd.training.blocks import pack, replay_hidden
+from draft_opd.training.data import BatchSource
 
 MAX_NEW_TOKENS = 320
 
@@ -26,8 +28,25 @@ def check(target, drafter, rows, length):
     made = speculated(target, drafter, rows, length)
     assert [g.token_ids for g in made] == [t.response_ids for t in rows]
     assert [g.finish_reason for g in made] == [t.finish_reason for t in rows]
-    assert hindsight_traces(target, drafter, rows, draft_length=length) == [g.rounds for g in made]
+    traces = hindsight_traces(target, drafter, rows, draft_length=length)
+    for t, trace, g in zip(rows, traces, made, strict=True):
+        same_rounds(target, drafter, t, trace, g.rounds)
     return made
+
+
+def same_rounds(target, drafter, trajectory, one, other):
+    """Equal, round by round; only where the drafter itself is torn between two tokens (their logits
+    differ by rounding, as an untrained drafter's do) may it have proposed either."""
+    where = [(r.anchor, r.accepted, len(r.drafted)) for r in one]
+    assert where == [(r.anchor, r.accepted, len(r.drafted)) for r in other]
+    for a, b in zip(one, other, strict=True):
+        if a.drafted == b.drafted:
+            continue
+        batch = BatchSource(target, drafter.target_layers).batch([trajectory])
+        blocks = pack(batch, [[a.anchor]], [[a]], len(a.drafted))
+        logits = target.logits(replay_hidden(target, drafter, batch, blocks)[0, 0])
+        for k, (x, y) in enumerate(zip(a.drafted, b.drafted, strict=True)):
+            assert x == y or (logits[k, x] - logits[k, y]).abs() < 1e-4 * logits[k].abs().max()
 
 
 def test_every_held_out_prompt_keeps_its_text_and_its_trace(target, trained, heldout):
@@ -37,9 +56,13 @@ def test_every_held_out_prompt_keeps_its_text_and_its_trace(target, trained, hel
 
 
 @pytest.mark.parametrize("size", range(2, 17))
-@pytest.mark.parametrize("who", ["trained", "untrained"])
-def test_every_block_size_keeps_the_text(target, drafters, heldout, who, size):
-    check(target, drafters[who], heldout[size::50], size - 1)
+def test_every_block_size_keeps_the_text(target, trained, heldout, size):
+    check(target, trained, heldout[size::67], size - 1)
+
+
+@pytest.mark.parametrize("size", [2, 8, 16])
+def test_a_drafter_that_knows_nothing_keeps_the_text(target, untrained, heldout, size):
+    check(target, untrained, heldout[size::67], size - 1)
 
 
 @pytest.mark.slow
@@ -53,7 +76,7 @@ def test_one_at_a_time_is_the_same_as_in_a_batch(target, trained, heldout):
     for t in heldout[:5]:
         result = d.generate(target, trained, t.prompt_ids, max_new_tokens=MAX_NEW_TOKENS)
         assert result.token_ids == t.response_ids
-        assert d.hindsight_trace(target, trained, t) == result.rounds
+        same_rounds(target, trained, t, d.hindsight_trace(target, trained, t), result.rounds)
         assert result.tau == pytest.approx(d.tau(result.rounds)) and result.tau >= 1
 
 

@@ -29,7 +29,7 @@ def test_every_objective_lowers_its_own_loss(target, recipe_for, trained_folder,
     """On the same few trajectories again and again, so that the loss has to fall."""
     recipe = recipe_for(
         "opd", tmp_path / "run", f"drafter={trained_folder}", f"opd.objective.kind={kind}",
-        "data.limit=8", "steps=12", "evaluation.every=12", "optim.learning_rate=1e-3",
+        "data.limit=2", "batch_size=2", "steps=8", "evaluation.every=8", "optim.learning_rate=1e-3",
         "opd.max_anchors=200", "opd.objective.trajectory_weight=0",
     )  # fmt: skip
     Run("opd", recipe, target=target).train()
@@ -49,6 +49,7 @@ def test_live_and_hindsight_rollouts_are_one(target, trained, heldout):
     ("stage", "pairs"),
     [
         ("sft", []),
+        ("sft", ["optim.name=adamw"]),
         ("opd", ["opd.trace_every=2", "data.cache_features=none"]),
         ("opd", ["opd.objective.kind=acceptance_aware", "accumulate=2"]),
     ],
