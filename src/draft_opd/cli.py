@@ -307,7 +307,7 @@ def analyze(
     path = make_folder(out) / "analysis.json"
     write_json(path, value)
     lines = [
-        [g, value["tokens"][g], value["share"][g], value["forward_kl"][g], value["reverse_kl"][g]]
+        [g, *(value[key].get(g) for key in ("tokens", "share", "forward_kl", "reverse_kl"))]
         for g in GROUPS
     ]
     screen.result(

@@ -25,6 +25,11 @@ class Sampling(BaseModel):
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def filters(self) -> tuple[float, int, float]:
+        """(temperature, top_k, top_p): what the target's text depends on."""
+        return self.temperature, self.top_k, self.top_p
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """[..., V] logits -> the distribution that is sampled, float32 (one-hot when greedy)."""
         if self.greedy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -11,12 +12,13 @@ from draft_opd.evaluation.measure import acceptance_by_position
 from draft_opd.rollout.trace import tau
 from draft_opd.rollout.trajectory import Trajectory
 from draft_opd.target import Target
-from draft_opd.training.blocks import pack, replay_hidden
+from draft_opd.training.blocks import pack, replay
 from draft_opd.training.data import BatchSource
-from draft_opd.training.losses import chunked_score, forward_kl, overlap, reverse_kl
+from draft_opd.training.losses import forward_kl, overlap, reverse_kl
 from draft_opd.training.opd import hindsight_rollout, teacher_states
 
-GROUPS = ("accepted", "first_rejected", "suffix")
+REPLAYED = ("accepted", "first_rejected", "suffix")
+GROUPS = ("trajectory", *REPLAYED)
 SCORES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "overlap": overlap}
 BINS = 10
 
@@ -34,8 +36,10 @@ def analyse(
     """Greedy traces of `drafter` on stored text, and p against q in the states they visit.
 
     Groups: offsets that were accepted, the first rejected offset, the suffix behind it (scored in
-    the drafted states, by the branch forward). `overlap` is Σ min(p, q). Only offsets inside the
-    text count. `anchors` counts rounds by tenth of the response.
+    the drafted states, by the branch forward); and `trajectory`, the same offsets all scored on
+    the text, as teacher forcing sees them. `overlap` is Σ min(p, q). Only offsets inside the text
+    count. `share` is the composition of the replayed tokens. `anchors` counts rounds by tenth of
+    the response; `rounds_by_accepted` by accepted length 0..K.
     """
     length = draft_length or drafter.draft_length
     source = BatchSource(target, drafter.target_layers)
@@ -51,26 +55,25 @@ def analyse(
                 part = (r.anchor + 1 - len(t.prompt_ids)) / len(t.response_ids)
                 anchors[min(BINS - 1, int(part * BINS))] += 1
         blocks = pack(batch, [[r.anchor for r in trace] for trace in traces], traces, length)
-        hidden = replay_hidden(target, drafter, batch, blocks)
-        states = teacher_states(target, batch, blocks)
+        drafted = replay(target, drafter, batch, blocks, teacher_states(target, batch, blocks))
+        on_text = teacher_states(target, batch, blocks, branches=False).flatten(0, 1)
         offset = torch.arange(length, device=batch.device)
-        accepted = blocks.accepted[:, :, None]
-        masks = (offset < accepted, offset == accepted, offset > accepted)
-        for group, mask in zip(GROUPS, masks, strict=True):
-            used = mask & blocks.valid
+        n = drafted.accepted[:, None]
+        views = {
+            "trajectory": (replace(drafted, states=on_text), offset >= 0),
+            "accepted": (drafted, offset < n),
+            "first_rejected": (drafted, offset == n),
+            "suffix": (drafted, offset > n),
+        }
+        for group, (view, mask) in views.items():
+            used = mask & view.valid
             tokens[group] += int(used.sum())
             for name, score in SCORES.items():
-                values = chunked_score(
-                    score,
-                    hidden[used],
-                    drafter.head_weight(target),
-                    teacher_hidden=states[used],
-                    teacher_weight=target.head.weight,
-                )
-                sums[name][group] += float(values.double().sum())
+                sums[name][group] += float(view.score(score, used).double().sum())
         if progress:
             progress(min(start + batch_size, len(trajectories)))
-    total = max(1, sum(tokens.values()))
+    total = max(1, sum(tokens[g] for g in REPLAYED))
+    lengths = [r.accepted for r in rounds]
     half = BINS // 2
     return {
         "trajectories": len(trajectories),
@@ -79,7 +82,8 @@ def analyse(
         "draft_length": length,
         "acceptance_by_position": acceptance_by_position(rounds),
         "tokens": tokens,
-        "share": {g: tokens[g] / total for g in GROUPS},
+        "share": {g: tokens[g] / total for g in REPLAYED},
+        "rounds_by_accepted": [lengths.count(n) for n in range(length + 1)],
         **{
             name: {g: sums[name][g] / tokens[g] if tokens[g] else None for g in GROUPS}
             for name in SCORES

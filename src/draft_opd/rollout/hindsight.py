@@ -1,8 +1,10 @@
 """Traces from stored text: which rounds would this drafter have had on this trajectory?
 
-At temperature 0 lossless decoding emits the same text whatever the drafter is, so the rounds
-follow from the text alone: draft at the anchor, count the leading tokens that agree with the
-text, go on behind the target's own token. All rows walk together, one draft a round.
+Lossless decoding emits text of the target's distribution whatever the drafter is, so the rounds
+follow from stored text: draft at the anchor, count the leading tokens that agree with the text, go
+on behind the target's own token. At temperature 0, and for a drafter that proposes its argmax, the
+draft is what it is. A sampled draft is drawn from its exact distribution given the text the target
+emitted (`Conditional`). All rows walk together, one draft a round.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import torch
 from torch import Tensor
 
 from draft_opd.decoding.sampling import Sampling
+from draft_opd.decoding.verification import acceptance_probability
 from draft_opd.drafters.base import Drafter
-from draft_opd.errors import UserError
 from draft_opd.rollout.trace import Round
 from draft_opd.rollout.trajectory import Trajectory
 from draft_opd.target import Target
@@ -27,6 +29,54 @@ def pad_rows(rows: Sequence[Sequence[int]], device: torch.device, fill: int = 0)
     return torch.tensor([[*r, *[fill] * (width - len(r))] for r in rows], device=device)
 
 
+class Conditional:
+    """Chooses draft tokens given what the target emitted, as they were in sampled verification.
+
+    Emitting y after accepting it has probability min(p, q)(y); drafting x, rejecting it and
+    emitting y has max(q - p, 0)(x) · max(p - q, 0)(y) / Σ max(p - q, 0). So, given y: with
+    probability min(1, q(y) / p(y)) the draft was y; otherwise it is drawn from max(q - p, 0),
+    whatever y is. Behind a rejection, and past the end of the text, drafts are free.
+
+    Args:
+        text: [rows, K] the emitted tokens; known: [rows, K], False past the end.
+        target_probs: [rows, K, V], p along the text.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        text: Tensor,
+        known: Tensor,
+        target_probs: Tensor,
+        generator: torch.Generator,
+    ):
+        self.sampling, self.generator = sampling, generator
+        self.text, self.known, self.p = text, known, target_probs
+        self.on_path = torch.ones(len(text), dtype=torch.bool, device=text.device)
+        self.offset = 0
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The next m offsets: logits [rows, m, V] -> ids [rows, m], their q [rows, m, V]."""
+        part = slice(self.offset, self.offset + logits.shape[1])
+        self.offset = part.stop
+        q, p = self.sampling.probabilities(logits), self.p[:, part]
+        text, known = self.text[:, part], self.known[:, part]
+        # min(1, q(y) / p(y)): the verification's rule with target and drafter exchanged.
+        chance = acceptance_probability(text, p, q)
+        coin = torch.rand(chance.shape, generator=self.generator, device=chance.device)
+        taken = known & (coin < chance)
+        here = torch.cat([self.on_path[:, None], taken], 1).cumprod(1).bool()  # path before offset
+        before, after = here[:, :-1], here[:, 1:]
+        self.on_path = after[:, -1]
+        rejected = before & known & ~taken
+        excess = (q - p).clamp_min(0.0)
+        # Rejecting where q nowhere exceeds p has probability zero; rounding must not make it fail.
+        excess = torch.where(excess.sum(-1, keepdim=True) > 0, excess, q)
+        source = torch.where(rejected[..., None], excess, q)
+        drawn = torch.multinomial(source.flatten(0, 1), 1, generator=self.generator)
+        return torch.where(after, text, drawn.view_as(text)), q
+
+
 @torch.no_grad()
 def walk(
     target: Target,
@@ -35,9 +85,16 @@ def walk(
     ids: Tensor,
     context: Any,
     draft_length: int,
+    hidden: Tensor | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
 ) -> list[list[Round]]:
-    """Greedy traces of a batch. `ids` [batch, L] and `context` belong to the whole trajectories;
-    the context is consumed."""
+    """Traces of a batch. `ids` [batch, L] and `context` belong to the whole trajectories; the
+    context is consumed. `hidden` [batch, L, H], the target's states, is needed for a sampled
+    drafter only."""
+    sampling = sampling or Sampling()
+    stochastic = not sampling.greedy and sampling.draft == "sample"
+    generator = torch.Generator(ids.device).manual_seed(seed)
     choose = Sampling().chooser()
     ends = [len(t.ids) - 1 for t in trajectories]  # index of the last token
     anchors = [len(t.prompt_ids) - 1 for t in trajectories]
@@ -49,6 +106,12 @@ def walk(
     while active:
         at = torch.tensor([anchors[i] for i in active], device=ids.device)
         count = min(draft_length, target.max_positions - 1 - int(at.max()))
+        if count and stochastic:
+            where = at[:, None] + torch.arange(1, count + 1, device=ids.device)
+            known = where <= torch.tensor([[ends[i]] for i in active], device=ids.device)
+            where = where.clamp_max(ids.shape[1] - 1)
+            p = sampling.probabilities(target.logits(hidden[rows[:, None], where - 1]))
+            choose = Conditional(sampling, ids[rows[:, None], where], known, p, generator)
         if count:
             drafted, _ = drafter.propose(target, context, at, ids[rows, at], count, choose)
             proposals = drafted.tolist()
@@ -80,8 +143,10 @@ def hindsight_traces(
     *,
     draft_length: int | None = None,
     batch_size: int = 32,
+    sampling: Sampling | None = None,
+    seed: int = 0,
 ) -> list[list[Round]]:
-    """Exact greedy traces of many trajectories, in their order, without decoding."""
+    """Traces of many trajectories, in their order, without decoding. See `hindsight_trace`."""
     length = draft_length or drafter.draft_length
     order = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].ids))
     traces: list[list[Round]] = [[] for _ in trajectories]
@@ -89,9 +154,11 @@ def hindsight_traces(
         chosen = order[start : start + batch_size]
         batch = [trajectories[i] for i in chosen]
         ids = pad_rows([t.ids for t in batch], target.device)
-        features = target.trajectories(ids, drafter.target_layers).features
-        context = drafter.context(target, ids, features)
-        found = walk(target, drafter, batch, ids, context, length)
+        out = target.trajectories(ids, drafter.target_layers)
+        context = drafter.context(target, ids, out.features)
+        found = walk(
+            target, drafter, batch, ids, context, length, out.hidden, sampling, seed + start
+        )
         for i, trace in zip(chosen, found, strict=True):
             traces[i] = trace
     return traces
@@ -104,13 +171,20 @@ def hindsight_trace(
     temperature: float = 0.0,
     seed: int = 0,
     draft_length: int | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    draft: str = "sample",
 ) -> list[Round]:
     """The rounds real speculative decoding with `drafter` has on `trajectory`.
 
-    Anchors index `prompt_ids + response_ids`. Raises `UserError` for temperatures above 0, which
-    are not implemented yet.
+    At temperature 0, and with `draft="argmax"`, these are the very rounds. With a sampled drafter
+    they are one draw from the distribution of rounds that the text may have had. The text must
+    have been sampled with the same temperature, top-k and top-p.
+
+    Anchors index `prompt_ids + response_ids`. Raises `UserError` when the drafter does not fit.
     """
-    if temperature != 0:
-        raise UserError("hindsight traces at temperature > 0 are not implemented yet")
     drafter.check_target(target)
-    return hindsight_traces(target, drafter, [trajectory], draft_length=draft_length)[0]
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, draft=draft)
+    return hindsight_traces(
+        target, drafter, [trajectory], draft_length=draft_length, sampling=sampling, seed=seed
+    )[0]

@@ -11,8 +11,9 @@ from torch import Tensor
 from draft_opd.drafters.base import Drafter
 from draft_opd.rollout.trace import Round
 from draft_opd.target import Target
+from draft_opd.training.config import Objective
 from draft_opd.training.data import Batch
-from draft_opd.training.losses import chunked_score
+from draft_opd.training.objectives import Replay
 
 
 @dataclass
@@ -20,7 +21,8 @@ class Blocks:
     """A anchors a row (padded), K offsets each.
 
     anchors [batch, A]; present [batch, A]; drafted [batch, A, K]; accepted [batch, A];
-    labels [batch, A, K]: the trajectory's tokens; valid [batch, A, K]: offset within the text.
+    labels [batch, A, K]: the trajectory's tokens; valid [batch, A, K]: offset within the text;
+    weight [batch, A]: how often a round begins there (1 when it did).
     """
 
     anchors: Tensor
@@ -29,6 +31,7 @@ class Blocks:
     accepted: Tensor
     labels: Tensor
     valid: Tensor
+    weight: Tensor
 
 
 def pack(
@@ -52,7 +55,7 @@ def pack(
     valid = (where <= batch.ends[:, None, None]) & present[:, :, None]
     rowwise = torch.arange(rows, device=batch.device)[:, None, None]
     labels = batch.ids[rowwise, where.clamp_max(batch.ids.shape[1] - 1)]
-    return Blocks(at, present, drafted, accepted, labels, valid)
+    return Blocks(at, present, drafted, accepted, labels, valid, present.float())
 
 
 def replay_hidden(target: Target, drafter: Drafter, batch: Batch, blocks: Blocks) -> Tensor:
@@ -62,9 +65,32 @@ def replay_hidden(target: Target, drafter: Drafter, batch: Batch, blocks: Blocks
     return drafter.replay(target, context, blocks.anchors, ids, blocks.drafted)
 
 
-def label_scores(score, target: Target, drafter: Drafter, hidden: Tensor, blocks: Blocks) -> Tensor:
-    """A score against the trajectory's tokens, dense [batch, A, K], zero where not valid."""
-    values = chunked_score(
-        score, hidden[blocks.valid], drafter.head_weight(target), labels=blocks.labels[blocks.valid]
+def replay(
+    target: Target,
+    drafter: Drafter,
+    batch: Batch,
+    blocks: Blocks,
+    states: Tensor | None = None,
+    objective: Objective | None = None,
+) -> Replay:
+    """Replays the blocks, with gradient; `states` [batch, A, K, Ht] are the target's."""
+    temperatures = (
+        {}
+        if objective is None
+        else {
+            "supervision_temperature": objective.supervision_temperature,
+            "draft_temperature": objective.draft_temperature,
+        }
     )
-    return torch.zeros_like(blocks.valid, dtype=values.dtype).masked_scatter(blocks.valid, values)
+    return Replay(
+        hidden=replay_hidden(target, drafter, batch, blocks).flatten(0, 1),
+        states=None if states is None else states.flatten(0, 1),
+        labels=blocks.labels.flatten(0, 1),
+        drafted=blocks.drafted.flatten(0, 1),
+        accepted=blocks.accepted.flatten(),
+        valid=blocks.valid.flatten(0, 1),
+        weight=blocks.weight.flatten(),
+        head=drafter.head_weight(target),
+        target_head=target.head.weight,
+        **temperatures,
+    )

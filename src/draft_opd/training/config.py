@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from draft_opd.decoding.sampling import Sampling
 from draft_opd.errors import UserError
 
 EMBEDDED_RECIPE = Path(__file__).parent.parent / "embedded" / "recipe.yaml"
@@ -63,14 +64,42 @@ class Sft(_Section):
 
 
 class Objective(_Section):
-    """What OPD minimises at the replayed anchors."""
+    """What OPD minimises at the replayed anchors; `objectives.py` has the equations.
 
-    kind: Literal["acceptance_aware", "cross_entropy", "expected_length"] = "acceptance_aware"
+    kind: two streams, accepted and rejected offsets, with a divergence each:
+      acceptance_aware  KL(p‖q) on accepted, KL(q‖p) on rejected offsets (the paper)
+      forward_kl, reverse_kl, total_variation, log_overlap (LK losses)  the same one on both
+    the trajectory's tokens y at the replayed anchors:
+      cross_entropy     -log q(y), decaying as in SFT
+      auf               -log q(y) up to and including the first wrong proposal (Spec-AUF)
+      dpace             -log q(y) with D-PACE's weights
+      expected_length   -Σ_k Π_{j<=k} q_j(y_j): expected accepted length, surrogate for greedy
+    distributions along the block:
+      expected_overlap  -Σ_k Π_{j<=k} Σ_v min(p_j, q_j): expected accepted length when sampling
+      chain_tv          the same per block, accepted and first rejected offsets only
+    """
+
+    kind: Literal[
+        "acceptance_aware", "forward_kl", "reverse_kl", "total_variation", "log_overlap",
+        "cross_entropy", "auf", "dpace", "expected_length", "expected_overlap", "chain_tv",
+    ] = "acceptance_aware"  # fmt: skip
     gamma: float = Field(0.8, gt=0, le=1, description="position decay of the rejected stream")
+    accepted_gamma: float = Field(1.0, gt=0, le=1, description="and of the accepted one")
     accepted_weight: float = Field(1.0, ge=0)
     rejected_weight: float = Field(1.0, ge=0)
     normalization: Literal["streams", "tokens"] = "streams"
+    supervise_correction: bool = Field(
+        False, description="the first rejected offset in the accepted stream too"
+    )
+    suffix: bool = Field(True, description="supervise offsets behind the first rejected one")
+    estimator: Literal["exact", "top_k", "k1", "k2", "k3", "bernoulli"] = Field(
+        "exact", description="of the streams' KL: whole vocabulary, top_k, or the drafted token"
+    )
+    top_k: int = Field(64, ge=1)
+    clamp: float = Field(10.0, gt=0, description="of single-token estimates")
+    dpace_alpha: float = Field(0.5, ge=0, le=1)
     supervision_temperature: float = Field(1.0, gt=0, description="temperature of p in the loss")
+    draft_temperature: float = Field(1.0, gt=0, description="temperature of q in the loss")
     trajectory_weight: float = Field(
         0.0, ge=0, description="adds this times the SFT loss over the whole replayed block"
     )
@@ -80,10 +109,16 @@ class Opd(_Section):
     """Stage 2: Draft-OPD."""
 
     rollout: Literal["hindsight", "live"] = "hindsight"
-    anchors: Literal["trace", "random"] = Field(
-        "trace", description="replay where rounds began, or as many random positions"
+    anchors: Literal["trace", "random", "all", "occupancy"] = Field(
+        "trace",
+        description="replay where rounds began, as many random positions, every position, or "
+        "every position weighted by the probability that a round begins there",
     )
     max_anchors: int = Field(16, ge=1, description="anchors a trajectory and step, drawn evenly")
+    stride: int = Field(1, ge=1, description="replay every n-th round of a trace")
+    max_tokens: int | None = Field(
+        None, ge=1, description="supervised draft tokens a trajectory and step"
+    )
     trace_every: int = Field(1, ge=1, description="steps a hindsight trace is used for")
     objective: Objective = Objective()
 
@@ -106,6 +141,9 @@ class Recipe(_Section):
     seed: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     draft_length: int | None = Field(None, ge=1, description="K; default: what the drafter has")
+    sampling: Sampling = Field(
+        Sampling(), description="how the target's text was sampled, and how the drafter will draft"
+    )
     optim: Optim = Optim()
     sft: Sft = Sft()
     opd: Opd = Opd()

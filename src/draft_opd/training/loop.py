@@ -19,21 +19,17 @@ import yaml
 from draft_opd.drafters.base import FAMILIES, Drafter
 from draft_opd.errors import UserError
 from draft_opd.files import make_folder, write_json, write_text
-from draft_opd.rollout.hindsight import walk
-from draft_opd.rollout.trace import Round, tau
+from draft_opd.rollout.trace import tau
 from draft_opd.rollout.trajectory import Trajectory, read_trajectories
 from draft_opd.target import Target
 from draft_opd.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from draft_opd.training.config import Recipe
 from draft_opd.training.data import Batch, BatchSource, batch_at, cut
-from draft_opd.training.opd import (
-    hindsight_rollout,
-    live_rollout,
-    needs_target_cache,
-    opd_loss,
-)
+from draft_opd.training.objectives import needs_branches
+from draft_opd.training.opd import Traces, hindsight_rollout, live_rollout, opd_loss
 from draft_opd.training.optimizer import Optimizer
 from draft_opd.training.sft import sft_loss
+from draft_opd.training.stopwatch import Stopwatch
 
 Stage = Literal["sft", "opd"]
 OnMetrics = Callable[[dict], None]
@@ -130,7 +126,8 @@ class Run:
         self.source = BatchSource(self.target, layers, remember, dtype)
         # The yardstick is never rounded: its features stay in the target's own type.
         self.yardstick = BatchSource(self.target, layers, remember, self.target.dtype)
-        self._rollouts: list[tuple[Batch, list[list[Round]]]] = []
+        self.clock = Stopwatch(self.target.device)
+        self._rollouts: list[tuple[list[Trajectory], Traces]] = []
         self._prepare_folder()
 
     # -- setting up -------------------------------------------------------------------------
@@ -164,8 +161,15 @@ class Run:
 
     def _check_ids(self) -> None:
         size, room = self.target.vocab_size, self.target.max_positions
+        asked = self.recipe.sampling.filters
         for name, rows in (("trajectories", self.train_set), ("heldout", self.held_out)):
             for t in rows:
+                if (t.temperature, t.top_k, t.top_p) != asked:
+                    raise UserError(
+                        f"data.{name}: trajectory {t.id} was sampled with (temperature, top_k, "
+                        f"top_p) = {(t.temperature, t.top_k, t.top_p)}, the recipe's `sampling` "
+                        f"says {asked}: set it to what the data has"
+                    )
                 if max(t.ids) >= size:
                     raise UserError(
                         f"data.{name}: trajectory {t.id} has token id {max(t.ids)}, the target's "
@@ -238,7 +242,8 @@ class Run:
             self.progress.step = step + 1
             self.progress.supervised += figures["supervised"]
             self.progress.seconds += time.perf_counter() - began
-            self._record({"step": step + 1, **figures, "seconds": time.perf_counter() - began})
+            seconds = {"all": time.perf_counter() - began, **self.clock.take()}
+            self._record({"step": step + 1, **figures, "seconds": seconds})
             done = step + 1 == r.steps
             if done or (step + 1) % r.evaluation.every == 0:
                 last_tau = self._evaluate(step + 1)
@@ -272,29 +277,33 @@ class Run:
         parts = []
         for part in range(r.accumulate):
             index = step * r.accumulate + part
-            batch_and_trace = self._rollout(step, index) if self.stage == "opd" else None
+            batch_and_trace = self._rollout(index) if self.stage == "opd" else None
             self.drafter.train()
             seed = f"{r.seed}/{index}"
             with self._autocast():
                 if batch_and_trace:
                     loss, figures = opd_loss(
-                        self.target, self.drafter, *batch_and_trace, r.opd,
-                        length=self.length, seed=seed,
+                        self.target, self.drafter, *batch_and_trace, r.opd, length=self.length,
+                        seed=seed, sampling=r.sampling, clock=self.clock,
                     )  # fmt: skip
                 else:
-                    batch = self.source.batch(self._trajectories(index))
-                    loss, figures = sft_loss(
-                        self.target, self.drafter, batch, anchors=r.sft.anchors,
-                        length=self.length, decay=r.sft.decay, seed=seed,
-                    )  # fmt: skip
-            (loss / r.accumulate).backward()
+                    with self.clock("target"):
+                        batch = self.source.batch(self._trajectories(index))
+                    with self.clock("forward"):
+                        loss, figures = sft_loss(
+                            self.target, self.drafter, batch, anchors=r.sft.anchors,
+                            length=self.length, decay=r.sft.decay, seed=seed,
+                        )  # fmt: skip
+            with self.clock("backward"):
+                (loss / r.accumulate).backward()
             parts.append({"loss": loss.item(), **figures})
-        norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), r.optim.clip)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"step {step + 1}: the gradient is not finite (loss {parts[-1]['loss']})"
-            )
-        self.optimizer.step()
+        with self.clock("update"):
+            norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), r.optim.clip)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(
+                    f"step {step + 1}: the gradient is not finite (loss {parts[-1]['loss']})"
+                )
+            self.optimizer.step()
         for key in parts[0]:
             values = [p[key] for p in parts]
             total[key] = (
@@ -302,43 +311,55 @@ class Run:
             )
         return {**total, "lr": rate, "grad_norm": norm.item()}
 
-    def _rollout(self, step: int, index: int) -> tuple[Batch, list[list[Round]]]:
+    def _rollout(self, index: int) -> tuple[Batch, Traces]:
         """Batch and traces for one forward; traces of `trace_every` steps are made together."""
         r = self.recipe
-        with_cache = needs_target_cache(r.opd.objective)
+        with_cache = needs_branches(r.opd.objective)
         self.drafter.eval()
+        seed = r.seed * 1_000_003 + index
         if r.opd.rollout == "live":
-            fresh, traces = live_rollout(
-                self.target, self.drafter, self._trajectories(index), self.length
-            )
-            return self.source.batch(fresh, with_cache), traces
+            with self.clock("trace"):
+                rows, traces = live_rollout(
+                    self.target, self.drafter, self._trajectories(index), self.length,
+                    r.sampling, seed,
+                )  # fmt: skip
+            with self.clock("target"):
+                return self.source.batch(rows, with_cache), traces
         if r.opd.trace_every == 1:
-            batch = self.source.batch(self._trajectories(index), with_cache)
-            return batch, hindsight_rollout(self.target, self.drafter, batch, self.length)
+            with self.clock("target"):
+                batch = self.source.batch(self._trajectories(index), with_cache)
+            with self.clock("trace"):
+                return batch, self._hindsight(batch, seed)
         if not self._rollouts:
             count = r.opd.trace_every * r.accumulate
             indices = range(index, min(index + count, r.steps * r.accumulate))
             groups = [self._trajectories(i) for i in indices]
-            joint = self.source.batch([t for g in groups for t in g])
-            traces = hindsight_rollout(self.target, self.drafter, joint, self.length)
+            with self.clock("target"):
+                joint = self.source.batch([t for g in groups for t in g])
+            with self.clock("trace"):
+                traces = self._hindsight(joint, seed)
             for group in groups:
                 self._rollouts.append((group, traces[: len(group)]))
                 traces = traces[len(group) :]
-        group, traces = self._rollouts.pop(0)
-        return self.source.batch(group, with_cache), traces
+        rows, traces = self._rollouts.pop(0)
+        with self.clock("target"):
+            return self.source.batch(rows, with_cache), traces
+
+    def _hindsight(self, batch: Batch, seed: int) -> Traces:
+        return hindsight_rollout(
+            self.target, self.drafter, batch, self.length, self.recipe.sampling, seed
+        )
 
     # -- measuring --------------------------------------------------------------------------
 
     @torch.no_grad()
-    def held_out_traces(self) -> list[list[Round]]:
-        """Exact rounds of greedy speculative decoding on the held-out texts."""
+    def held_out_traces(self) -> Traces:
+        """Rounds of speculative decoding on the held-out texts (above temperature 0: one draw)."""
         self.drafter.eval()
-        traces: list[list[Round]] = []
+        traces: Traces = []
         for start in range(0, len(self.held_out), 32):
-            batch = self.yardstick.batch(self.held_out[start : start + 32])
-            context = self.drafter.context(self.target, batch.ids, batch.features)
-            traces += walk(
-                self.target, self.drafter, batch.trajectories, batch.ids, context, self.length
+            traces += self._hindsight(
+                self.yardstick.batch(self.held_out[start : start + 32]), start
             )
         return traces
 

@@ -7,14 +7,14 @@ state, q the drafter's; both come as logits. `accepted` [N] is the accepted leng
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# ---- per-token scores: draft logits [..., V], target logits [..., V] or labels [...] -> [...] ----
+from draft_opd.training.head import Score
+
+# ---- per-token scores: draft logits [..., V], then target logits [..., V], then labels [...] -----
 
 
 def forward_kl(draft_logits: Tensor, target_logits: Tensor) -> Tensor:
@@ -45,6 +45,64 @@ def overlap(draft_logits: Tensor, target_logits: Tensor) -> Tensor:
     return torch.minimum(draft_logits.softmax(-1), target_logits.softmax(-1)).sum(-1)
 
 
+def total_variation(draft_logits: Tensor, target_logits: Tensor) -> Tensor:
+    """1 - Σ_v min(p, q): the probability that a sampled draft token is rejected."""
+    return 1 - overlap(draft_logits, target_logits)
+
+
+def negative_log_overlap(draft_logits: Tensor, target_logits: Tensor) -> Tensor:
+    """-log Σ_v min(p, q)."""
+    shared = torch.minimum(draft_logits.log_softmax(-1), target_logits.log_softmax(-1))
+    return -shared.logsumexp(-1)
+
+
+def top_k(score: Score, k: int) -> Score:
+    """A divergence over the target's k most likely tokens and one bucket with the rest."""
+
+    def coarse(draft_logits: Tensor, target_logits: Tensor) -> Tensor:
+        log_p, log_q = target_logits.log_softmax(-1), draft_logits.log_softmax(-1)
+        kept, ids = log_p.topk(min(k, log_p.shape[-1] - 1), -1)
+        # Divergences normalise what they get; k tokens and their rest are normalised already.
+        return score(_with_rest(log_q.gather(-1, ids)), _with_rest(kept))
+
+    return coarse
+
+
+def _with_rest(log_probs: Tensor) -> Tensor:
+    tiny = torch.finfo(log_probs.dtype).tiny
+    rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp_min(tiny).log()
+    return torch.cat([log_probs, rest], -1)
+
+
+def sampled(form: str, direction: str, clamp: float = 10.0) -> Score:
+    """Estimates a divergence from one token, as the paper's public code does.
+
+    With r = log q(x) - log p(x): k1, k2, k3 of KL(p || q) are -r, r²/2 and e^r - 1 - r (unbiased
+    for x ~ p: k1, k3); of KL(q || p) the same with r negated, for x ~ q. `bernoulli` is the exact
+    divergence of the two outcomes "x" and "not x". Log-probabilities are cut at -`clamp`, the
+    estimate to ±`clamp`.
+    """
+    if form not in ("k1", "k2", "k3", "bernoulli"):
+        raise ValueError(f"form must be k1, k2, k3 or bernoulli, not {form!r}")
+
+    def estimate(draft_logits: Tensor, target_logits: Tensor, tokens: Tensor) -> Tensor:
+        log_q, log_p = (
+            x.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].clamp_min(-clamp)
+            for x in (draft_logits, target_logits)
+        )
+        under, over = (log_p, log_q) if direction == "forward" else (log_q, log_p)
+        r = over - under
+        if form == "bernoulli":
+            nearly_one = 1 - torch.finfo(r.dtype).eps
+            a, b = under.exp().clamp_max(nearly_one), over.exp().clamp_max(nearly_one)
+            value = a * (under - over) + (1 - a) * ((1 - a).log() - (1 - b).log())
+        else:
+            value = {"k1": -r, "k2": r.square() / 2, "k3": r.expm1() - r}[form]
+        return value.clamp(-clamp, clamp)
+
+    return estimate
+
+
 # ---- weights -----------------------------------------------------------------------------------
 
 
@@ -63,14 +121,45 @@ class LossParts:
 
 
 def stream_weights(
-    accepted: Tensor, length: int, valid: Tensor | None, gamma: float
+    accepted: Tensor,
+    length: int,
+    valid: Tensor | None,
+    gamma: float,
+    accepted_gamma: float = 1.0,
+    correction: bool = False,
+    suffix: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Raw weights [N, K] of the two streams: 1 on accepted offsets, γ^(k-1) on rejected ones."""
+    """Raw weights [N, K] of the two streams: γ_acc^(k-1) on offsets 1..n, γ^(k-1) on n+1...
+
+    `correction` puts offset n+1 into the accepted stream too (the public code trains the target's
+    own token there); without `suffix` the rejected stream is offset n+1 alone.
+    """
     offsets = torch.arange(length, device=accepted.device)
-    is_accepted = offsets < accepted[:, None]
-    valid = torch.ones_like(is_accepted) if valid is None else valid.bool()
-    decay = position_decay(length, gamma, accepted)
-    return (is_accepted & valid).double(), (~is_accepted & valid) * decay
+    n = accepted[:, None]
+    valid = torch.ones_like(offsets < n) if valid is None else valid.bool()
+    in_accepted = (offsets < n + 1) if correction else (offsets < n)
+    in_rejected = (offsets >= n) if suffix else (offsets == n)
+    return (
+        (in_accepted & valid) * position_decay(length, accepted_gamma, accepted),
+        (in_rejected & valid) * position_decay(length, gamma, accepted),
+    )
+
+
+def up_to_first_rejection(accepted: Tensor, valid: Tensor) -> Tensor:
+    """[N] accepted lengths, [N, K] -> [N, K]: offsets 1..n+1 that are valid."""
+    offsets = torch.arange(valid.shape[-1], device=valid.device)
+    return (offsets <= accepted[:, None]) & valid
+
+
+def dpace_weights(label_probability: Tensor, valid: Tensor, alpha: float = 0.5) -> Tensor:
+    """D-PACE (arXiv 2605.18810): w_j = Σ_{m>=j} Π_{i<=m} q~_i with q~ = (1 - α) q(y) + α; no
+    gradient.
+
+    label_probability, valid: [N, K]; offsets that are not valid end the block.
+    """
+    smooth = (1 - alpha) * label_probability.detach() + alpha
+    survival = torch.where(valid, smooth, 0.0).cumprod(-1)
+    return survival.flip(-1).cumsum(-1).flip(-1)
 
 
 def combine_streams(
@@ -161,76 +250,3 @@ def expected_length(log_accept: Tensor, valid: Tensor) -> Tensor:
     when offset j survives with probability a_j. Offsets that are not `valid` end the block."""
     survival = log_accept.masked_fill(~valid, 0.0).cumsum(-1).exp()
     return (survival * valid).sum(-1)
-
-
-# ---- the LM head in chunks ---------------------------------------------------------------------
-
-Score = Callable[..., Tensor]
-
-
-class _ChunkedScore(torch.autograd.Function):
-    """Per-token scores whose gradient to the hidden states is computed on the way.
-
-    A token's score depends on its own hidden state alone, so ∂s_i/∂h_i [tokens, H] is all that
-    has to be kept; logits exist for one chunk at a time.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, score, chunk, teacher_hidden, teacher_weight, scale, labels):
-        scores = hidden.new_empty(len(hidden), dtype=_wide(hidden.dtype))
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            h = hidden[part].detach().requires_grad_(gradient is not None)
-            reference = labels[part] if labels is not None else None
-            if teacher_hidden is not None:
-                logits = F.linear(teacher_hidden[part].to(teacher_weight.dtype), teacher_weight)
-                reference = logits.to(scores.dtype) * scale
-            with torch.enable_grad():
-                logits = F.linear(h.to(weight.dtype), weight).to(scores.dtype)
-                s = score(logits, reference)
-                if gradient is not None:
-                    gradient[part] = torch.autograd.grad(s.sum(), h)[0]
-            scores[part] = s.detach()
-        ctx.save_for_backward(gradient)
-        return scores
-
-    @staticmethod
-    def backward(ctx, upstream):
-        (gradient,) = ctx.saved_tensors
-        return (gradient * upstream[:, None].to(gradient.dtype), *[None] * 7)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def chunked_score(
-    score: Score,
-    hidden: Tensor,
-    weight: Tensor,
-    *,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
-    labels: Tensor | None = None,
-    temperature: float = 1.0,
-    chunk: int | None = None,
-) -> Tensor:
-    """`score(hidden @ weight.T, reference)` per token, without [tokens, V] ever existing whole.
-
-    Args:
-        score: one of the per-token scores above.
-        hidden: [tokens, H], receives gradient.
-        weight: LM head [V, H], frozen.
-        teacher_hidden, teacher_weight: [tokens, Ht], [V, Ht]: the target's side, when the score
-            compares distributions; its logits are divided by `temperature`.
-        labels: [tokens], when the score compares with a token.
-        chunk: tokens at a time; by default about 16M logits.
-
-    Returns: [tokens] scores, float32 (float64 for float64 input), differentiable in `hidden`.
-    """
-    chunk = chunk or max(16, (1 << 24) // weight.shape[0])
-    teacher_weight = weight if teacher_weight is None else teacher_weight
-    return _ChunkedScore.apply(
-        hidden, weight, score, chunk, teacher_hidden, teacher_weight, 1.0 / temperature, labels
-    )

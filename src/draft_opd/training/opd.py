@@ -7,80 +7,95 @@ import random
 import torch
 from torch import Tensor
 
+from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.speculative import speculate
 from draft_opd.drafters.base import Drafter
 from draft_opd.rollout.hindsight import walk
+from draft_opd.rollout.occupancy import occupancy, text_acceptance
 from draft_opd.rollout.trace import Round, tau
 from draft_opd.rollout.trajectory import Trajectory
 from draft_opd.target import Target
-from draft_opd.training.blocks import Blocks, label_scores, pack, replay_hidden
-from draft_opd.training.config import Objective, Opd
+from draft_opd.training.blocks import Blocks, pack, replay, replay_hidden
+from draft_opd.training.config import Opd
 from draft_opd.training.data import Batch
-from draft_opd.training.losses import (
-    chunked_score,
-    combine_streams,
-    cross_entropy,
-    expected_length,
-    forward_kl,
-    reverse_kl,
-    stream_weights,
-)
-from draft_opd.training.sft import decayed_cross_entropy, default_decay, random_anchors
+from draft_opd.training.objectives import needs_branches, needs_states, objective_loss
+from draft_opd.training.sft import random_anchors
+from draft_opd.training.stopwatch import Stopwatch
 
-
-def needs_target_cache(objective: Objective) -> bool:
-    """Only scoring rejected suffixes needs the target's keys and values of the trajectory."""
-    return objective.kind == "acceptance_aware" and objective.rejected_weight > 0
+Traces = list[list[Round]]
 
 
 def hindsight_rollout(
-    target: Target, drafter: Drafter, batch: Batch, length: int
-) -> list[list[Round]]:
+    target: Target,
+    drafter: Drafter,
+    batch: Batch,
+    length: int,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> Traces:
     """Traces of the current drafter on stored text."""
     with torch.no_grad():
         context = drafter.context(target, batch.ids, batch.features)
-        return walk(target, drafter, batch.trajectories, batch.ids, context, length)
+        return walk(
+            target, drafter, batch.trajectories, batch.ids, context, length, batch.hidden,
+            sampling, seed,
+        )  # fmt: skip
 
 
 def live_rollout(
-    target: Target, drafter: Drafter, trajectories: list[Trajectory], length: int
-) -> tuple[list[Trajectory], list[list[Round]]]:
+    target: Target,
+    drafter: Drafter,
+    trajectories: list[Trajectory],
+    length: int,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> tuple[list[Trajectory], Traces]:
     """Decodes the prompts again with the current drafter, to the stored responses' length."""
+    sampling = sampling or Sampling()
     made = speculate(
         target,
         drafter,
         [t.prompt_ids for t in trajectories],
         max_new_tokens=max(len(t.response_ids) for t in trajectories),
         draft_length=length,
+        sampling=sampling,
+        seed=seed,
     )
     fresh = [
-        Trajectory(g.prompt_ids, g.token_ids, t.id, g.finish_reason)
+        Trajectory(g.prompt_ids, g.token_ids, t.id, g.finish_reason, *sampling.filters)
         for t, g in zip(trajectories, made, strict=True)
     ]
     return fresh, [g.rounds for g in made]
 
 
-def choose_rounds(traces: list[list[Round]], limit: int, seed: str) -> list[list[Round]]:
-    """At most `limit` rounds a trajectory, drawn without replacement, in order."""
+def choose_rounds(traces: Traces, options: Opd, length: int, seed: str) -> Traces:
+    """The rounds to replay: every `stride`-th, at most `max_anchors` (and `max_tokens` worth of
+    blocks) a trajectory, drawn without replacement, in order."""
     rng = random.Random(seed)
-    return [
-        [trace[i] for i in sorted(rng.sample(range(len(trace)), min(limit, len(trace))))]
-        for trace in traces
-    ]
+    limit = options.max_anchors
+    if options.max_tokens is not None:
+        limit = max(1, min(limit, options.max_tokens // length))
+    chosen = []
+    for trace in traces:
+        kept = trace[rng.randrange(options.stride) :: options.stride] or trace[:1]
+        drawn = rng.sample(range(len(kept)), min(limit, len(kept)))
+        chosen.append([kept[i] for i in sorted(drawn)])
+    return chosen
 
 
-def teacher_states(target: Target, batch: Batch, blocks: Blocks) -> Tensor:
+def teacher_states(target: Target, batch: Batch, blocks: Blocks, branches: bool = True) -> Tensor:
     """The target's hidden states [batch, A, K, H] in the draft-induced states s_1..s_K.
 
     s_1..s_{n+1} lie on the trajectory. The states behind a rejection do not: the drafted tokens
-    n+1.. are run as branches over the trajectory's cache.
+    n+1.. are run as branches over the trajectory's cache. Without `branches` the trajectory's
+    states are returned throughout.
     """
     length = blocks.drafted.shape[2]
     offset = torch.arange(1, length + 1, device=batch.device)
     before = blocks.anchors[:, :, None] + offset - 1  # the state's last token
     rows = torch.arange(len(batch.ids), device=batch.device)[:, None, None]
     states = batch.hidden[rows, before.clamp_max(batch.ids.shape[1] - 1)]
-    if batch.cache is None:
+    if not branches:
         return states
     # Draft token j is run when it is behind the first acceptance and state j + 1 is supervised.
     run = (offset > blocks.accepted[:, :, None]) & (offset < length)
@@ -110,84 +125,100 @@ def teacher_states(target: Target, batch: Batch, blocks: Blocks) -> Tensor:
     return states.unflatten(1, (-1, length))
 
 
+def choose_blocks(
+    target: Target,
+    drafter: Drafter,
+    batch: Batch,
+    traces: Traces,
+    options: Opd,
+    length: int,
+    sampling: Sampling,
+    seed: str,
+) -> Blocks:
+    """What is replayed: rounds of the trace, or other anchors with the same number of blocks."""
+    rounds = choose_rounds(traces, options, length, seed)
+    if options.anchors == "trace":
+        return pack(batch, [[r.anchor for r in row] for row in rounds], rounds, length)
+    every = [range(len(t.prompt_ids) - 1, len(t.ids) - 1) for t in batch.trajectories]
+    weights = None
+    if options.anchors == "random":
+        anchors = random_anchors(batch, [len(row) for row in rounds], seed)
+    elif options.anchors == "all":
+        anchors = random_anchors(batch, [options.max_anchors] * len(every), seed)
+    else:
+        anchors, weights = _by_occupancy(target, drafter, batch, every, length, sampling, options)
+    with torch.no_grad():
+        rounds = draft_at(target, drafter, batch, anchors, length)
+    blocks = pack(batch, anchors, rounds, length)
+    if weights is not None:
+        blocks.weight = weights
+    return blocks
+
+
+def _by_occupancy(
+    target: Target,
+    drafter: Drafter,
+    batch: Batch,
+    every: list[range],
+    length: int,
+    sampling: Sampling,
+    options: Opd,
+) -> tuple[list[list[int]], Tensor]:
+    """The likeliest `max_anchors` anchors a row and the probability that a round begins there."""
+    blocks = pack(batch, every, [[] for _ in every], length)
+    with torch.no_grad():
+        context = drafter.context(target, batch.ids, batch.features)
+        alpha = text_acceptance(
+            target, drafter, context, batch.ids, batch.hidden, blocks.anchors, length, sampling
+        )
+        begins = occupancy(alpha, blocks.valid)
+    count = min(options.max_anchors, begins.shape[1])
+    index = begins.topk(count, 1).indices.sort(1).values
+    kept = begins.gather(1, index)
+    chosen = blocks.anchors.gather(1, index).tolist()
+    anchors = [
+        [a for a, v in zip(row, values, strict=True) if v > 0]
+        for row, values in zip(chosen, kept.tolist(), strict=True)
+    ]
+    weights = torch.zeros(len(anchors), max(map(len, anchors)), device=batch.device)
+    for i, row in enumerate(kept):
+        row = row[row > 0]
+        weights[i, : len(row)] = row
+    return anchors, weights
+
+
 def opd_loss(
     target: Target,
     drafter: Drafter,
     batch: Batch,
-    traces: list[list[Round]],
+    traces: Traces,
     options: Opd,
     *,
     length: int,
     seed: str,
+    sampling: Sampling | None = None,
+    clock: Stopwatch | None = None,
 ) -> tuple[Tensor, dict]:
     """The loss of one batch, given its traces, and figures for the metrics."""
-    rounds = choose_rounds(traces, options.max_anchors, seed)
-    anchors = [[r.anchor for r in row] for row in rounds]
-    if options.anchors == "random":
-        anchors = random_anchors(batch, [len(row) for row in anchors], seed)
-        with torch.no_grad():
-            rounds = draft_at(target, drafter, batch, anchors, length)
-    blocks = pack(batch, anchors, rounds, length)
-    hidden = replay_hidden(target, drafter, batch, blocks)
+    clock = clock or Stopwatch()
     objective = options.objective
-    figures = {
+    with clock("trace"):
+        blocks = choose_blocks(
+            target, drafter, batch, traces, options, length, sampling or Sampling(), seed
+        )
+    with clock("branches"):
+        states = None
+        if needs_states(objective):
+            states = teacher_states(target, batch, blocks, needs_branches(objective))
+    with clock("forward"):
+        replayed = replay(target, drafter, batch, blocks, states, objective)
+        loss, figures = objective_loss(replayed, objective)
+    return loss, {
         "supervised": int(blocks.valid.sum()),
         "anchors": int(blocks.present.sum()),
         "train_tau": tau([r for trace in traces for r in trace]),
+        **figures,
     }
-    if objective.kind == "acceptance_aware":
-        loss = _acceptance_aware(target, drafter, batch, blocks, hidden, objective, figures)
-    elif objective.kind == "cross_entropy":
-        decay = default_decay(length + 1)
-        loss = decayed_cross_entropy(target, drafter, hidden, blocks, decay)
-    else:
-        log_q = -label_scores(cross_entropy, target, drafter, hidden, blocks)
-        accepted = expected_length(log_q.flatten(0, 1), blocks.valid.flatten(0, 1))
-        loss = 1 - accepted.sum() / blocks.valid.sum().clamp_min(1)
-    if objective.trajectory_weight:
-        decay = default_decay(length + 1)
-        extra = decayed_cross_entropy(target, drafter, hidden, blocks, decay)
-        loss = loss + objective.trajectory_weight * extra
-    return loss, figures
-
-
-def _acceptance_aware(
-    target: Target,
-    drafter: Drafter,
-    batch: Batch,
-    blocks: Blocks,
-    hidden: Tensor,
-    objective: Objective,
-    figures: dict,
-) -> Tensor:
-    length = blocks.drafted.shape[2]
-    accepted, rejected = stream_weights(
-        blocks.accepted.flatten(), length, blocks.valid.flatten(0, 1), objective.gamma
-    )
-    states = teacher_states(target, batch, blocks).flatten(0, 1)
-    hidden = hidden.flatten(0, 1)
-    scores = []
-    for score, weights in ((forward_kl, accepted), (reverse_kl, rejected)):
-        used = weights > 0
-        values = chunked_score(
-            score,
-            hidden[used],
-            drafter.head_weight(target),
-            teacher_hidden=states[used],
-            teacher_weight=target.head.weight,
-            temperature=objective.supervision_temperature,
-        )
-        scores.append(torch.zeros(used.shape, device=values.device).masked_scatter(used, values))
-    parts = combine_streams(
-        *scores,
-        accepted,
-        rejected,
-        objective.accepted_weight,
-        objective.rejected_weight,
-        objective.normalization,
-    )
-    figures.update(accepted_loss=parts.accepted.item(), rejected_loss=parts.rejected.item())
-    return parts.total
 
 
 @torch.no_grad()

@@ -1,0 +1,227 @@
+"""From replayed blocks to a loss: one small function an objective.
+
+Notation: n accepted length, K offsets, p the target's distribution in the draft-induced state, q
+the drafter's, y the trajectory's token. Block weights (1 unless anchors are weighted by occupancy)
+multiply a block's share of every mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from draft_opd.training.config import Objective
+from draft_opd.training.head import Score, chunked_score
+from draft_opd.training.losses import (
+    combine_streams,
+    cross_entropy,
+    dpace_weights,
+    expected_length,
+    forward_kl,
+    negative_log_overlap,
+    reverse_kl,
+    sampled,
+    stream_weights,
+    top_k,
+    total_variation,
+    up_to_first_rejection,
+)
+
+
+def default_decay(block_size: int) -> float:
+    """γ_sft of the published DFlash recipe: 7 for 16, 5 for 10, 4 for 8 (linear between)."""
+    if block_size <= 10:
+        return max(1.0, 4 + (block_size - 8) / 2)
+    return 5 + (block_size - 10) / 3
+
+
+@dataclass
+class Replay:
+    """What an objective sees; N blocks of K offsets.
+
+    hidden [N, K, H] with gradient; states [N, K, Ht], the target's (None when nothing asks for
+    them); labels, drafted [N, K]; accepted [N]; valid [N, K]; weight [N]; heads [V, H], [V, Ht].
+    """
+
+    hidden: Tensor
+    states: Tensor | None
+    labels: Tensor
+    drafted: Tensor
+    accepted: Tensor
+    valid: Tensor
+    weight: Tensor
+    head: Tensor
+    target_head: Tensor
+    supervision_temperature: float = 1.0
+    draft_temperature: float = 1.0
+
+    def score(self, score: Score, where: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """A score against the target, dense [N, K], zero outside `where`."""
+        return self._dense(
+            where,
+            chunked_score(
+                score,
+                self.hidden[where],
+                self.head,
+                teacher_hidden=self.states[where],
+                teacher_weight=self.target_head,
+                labels=None if tokens is None else tokens[where],
+                temperature=self.supervision_temperature,
+                draft_temperature=self.draft_temperature,
+            ),
+        )
+
+    def _surprise(self, temperature: float) -> Tensor:
+        hidden, labels = self.hidden[self.valid], self.labels[self.valid]
+        values = chunked_score(
+            cross_entropy, hidden, self.head, labels=labels, draft_temperature=temperature
+        )
+        return self._dense(self.valid, values)
+
+    @cached_property
+    def plain_surprise(self) -> Tensor:
+        """-log q(y) at temperature 1, [N, K], zero where not valid."""
+        return self._surprise(1.0)
+
+    @cached_property
+    def surprise(self) -> Tensor:
+        """The same at `draft_temperature`."""
+        return (
+            self.plain_surprise
+            if self.draft_temperature == 1
+            else self._surprise(self.draft_temperature)
+        )
+
+    @staticmethod
+    def _dense(where: Tensor, values: Tensor) -> Tensor:
+        return torch.zeros(where.shape, dtype=values.dtype, device=values.device).masked_scatter(
+            where, values
+        )
+
+    def mean(self, values: Tensor, weights: Tensor) -> Tensor:
+        """Weighted mean over blocks and offsets, [N, K] each."""
+        weights = weights * self.weight[:, None]
+        return (values * weights).sum() / weights.sum().clamp_min(1e-9)
+
+    def block_mean(self, values: Tensor, valid: Tensor) -> Tensor:
+        """Weighted mean of [N] over blocks that have a valid offset."""
+        weights = self.weight * valid.any(1)
+        return (values * weights).sum() / weights.sum().clamp_min(1e-9)
+
+
+def decayed_cross_entropy(r: Replay, decay: float | None = None) -> Tensor:
+    """Σ w_k (-log q(y_k)) / Σ w_k with w_k = exp(-(k-1)/γ), over valid offsets (method §3)."""
+    length = r.valid.shape[1]
+    decay = decay or default_decay(length + 1)
+    weights = torch.exp(-torch.arange(length, device=r.valid.device) / decay)
+    return r.mean(r.plain_surprise, r.valid * weights)
+
+
+def _divergence(objective: Objective, score: Score, direction: str) -> tuple[Score, bool]:
+    """The estimator asked for, and whether it looks at the drafted token."""
+    if objective.estimator == "exact":
+        return score, False
+    if objective.estimator == "top_k":
+        return top_k(score, objective.top_k), False
+    return sampled(objective.estimator, direction, objective.clamp), True
+
+
+STREAMS = {
+    "acceptance_aware": ((forward_kl, "forward"), (reverse_kl, "reverse")),
+    "forward_kl": ((forward_kl, "forward"),) * 2,
+    "reverse_kl": ((reverse_kl, "reverse"),) * 2,
+    "total_variation": ((total_variation, ""),) * 2,
+    "log_overlap": ((negative_log_overlap, ""),) * 2,
+}
+
+
+def _streams(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+    """(λ_a L_acc + λ_r L_rej) / (λ_a + λ_r), method §4."""
+    weights = stream_weights(
+        r.accepted, r.valid.shape[1], r.valid, o.gamma, o.accepted_gamma, o.supervise_correction,
+        o.suffix,
+    )  # fmt: skip
+    weights = [w * r.weight[:, None] for w in weights]
+    # In the accepted stream a drafted token is the trajectory's (at the correction: in its place).
+    tokens = (r.labels, r.drafted)
+    scores = []
+    for (score, direction), w, ids in zip(STREAMS[o.kind], weights, tokens, strict=True):
+        estimate, single = _divergence(o, score, direction)
+        scores.append(r.score(estimate, w > 0, ids if single else None))
+    parts = combine_streams(
+        *scores, *weights, o.accepted_weight, o.rejected_weight, o.normalization
+    )
+    return parts.total, {
+        "accepted_loss": parts.accepted.item(),
+        "rejected_loss": parts.rejected.item(),
+    }
+
+
+def _cross_entropy(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+    return decayed_cross_entropy(r), {}
+
+
+def _auf(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+    """Mean of -log q(y_k) over k <= n + 1."""
+    return r.mean(r.surprise, up_to_first_rejection(r.accepted, r.valid).to(r.surprise)), {}
+
+
+def _dpace(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+    """Σ w_k (-log q(y_k)) / blocks, w by D-PACE (its authors' normalisation)."""
+    weights = dpace_weights((-r.surprise).exp(), r.valid, o.dpace_alpha)
+    return r.block_mean((r.surprise * weights).sum(1), r.valid), {}
+
+
+def _length(r: Replay, log_accept: Tensor, valid: Tensor) -> Tensor:
+    """1 - Σ accepted / Σ offsets: 0 when every block would be accepted whole."""
+    accepted = (expected_length(log_accept, valid) * r.weight).sum()
+    return 1 - accepted / (valid * r.weight[:, None]).sum().clamp_min(1e-9)
+
+
+def _expected_length(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+    return _length(r, -r.surprise, r.valid), {}
+
+
+def _expected_overlap(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+    """With p along the trajectory: the expectation over texts of what sampling accepts."""
+    return _length(r, -r.score(negative_log_overlap, r.valid), r.valid), {}
+
+
+def _chain_tv(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+    """Mean over blocks of 1 - Σ_k Π_{j<=k} A_j / (n + 1), A = Σ_v min(p, q), k <= n + 1."""
+    valid = up_to_first_rejection(r.accepted, r.valid)
+    accepted = expected_length(-r.score(negative_log_overlap, valid), valid)
+    return 1 - r.block_mean(accepted / valid.sum(1).clamp_min(1), valid), {}
+
+
+OBJECTIVES: dict[str, Callable[[Replay, Objective], tuple[Tensor, dict]]] = {
+    **dict.fromkeys(STREAMS, _streams),
+    "cross_entropy": _cross_entropy,
+    "auf": _auf,
+    "dpace": _dpace,
+    "expected_length": _expected_length,
+    "expected_overlap": _expected_overlap,
+    "chain_tv": _chain_tv,
+}
+
+
+def needs_states(o: Objective) -> bool:
+    """Whether the target's distribution enters at all."""
+    return o.kind in STREAMS or o.kind in ("expected_overlap", "chain_tv")
+
+
+def needs_branches(o: Objective) -> bool:
+    """Whether states off the trajectory do: offsets behind the first rejection."""
+    return o.kind in STREAMS and o.suffix and o.rejected_weight > 0
+
+
+def objective_loss(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+    """The loss (0-d) and figures for the metrics."""
+    loss, figures = OBJECTIVES[o.kind](r, o)
+    if o.trajectory_weight:
+        loss = loss + o.trajectory_weight * decayed_cross_entropy(r)
+    return loss, figures
