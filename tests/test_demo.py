@@ -13,7 +13,7 @@ from draft_opd.demo import run_demo
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "run"
     small = [
-        "data.limit=64", "data.heldout_limit=8", "steps=20", "evaluation.every=10", "batch_size=8",
+        "data.limit=32", "data.heldout_limit=3", "steps=10", "evaluation.every=5", "batch_size=8",
         "opd.trace_every=5",
     ]  # fmt: skip
     return out, run_demo(out, "dflash", 0, Screen(True), small)
@@ -25,9 +25,9 @@ def test_the_summary_has_its_fields(demo):
     taus = summary["tau"]
     assert set(taus) == {"untrained", "sft", "sft_continued", "draft_opd"}
     assert summary["gain"] == pytest.approx(taus["draft_opd"] / taus["sft_continued"] - 1)
-    assert summary["lossless"] == {"matched": 32, "of": 32}
+    assert summary["lossless"] == {"matched": 12, "of": 12}
     assert set(summary["speedup"]) == {"sft", "draft_opd"} and summary["seed"] == 0
-    assert summary["steps"]["sft_continued"] == summary["steps"]["draft_opd"] == 20
+    assert summary["steps"]["sft_continued"] == summary["steps"]["draft_opd"] == 10
     assert {"collect", "sft", "sft_continued", "draft_opd", "evaluate"} <= set(summary["seconds"])
 
 

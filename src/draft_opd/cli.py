@@ -207,6 +207,25 @@ def opd(config: Config, overrides: Overrides = None, resume: Resume = False, jso
 
 
 @app.command(
+    epilog=example("draft-opd ablate --config recipes/ablation-embedded.yaml --out runs/ablation")
+)
+def ablate(
+    config: Annotated[Path, typer.Option("--config", help="Variants and seeds, YAML.")],
+    out: Annotated[Path, typer.Option(help="Folder for runs and ablation.json; resumable.")],
+    seeds: Annotated[str | None, typer.Option(help="Only these, as 0,1,2.")] = None,
+    only: Annotated[str | None, typer.Option(help="Only these variants, comma-separated.")] = None,
+    json: Json = False,
+) -> None:
+    """Compare ways to train: variants × seeds at equal budget, paired by seed, in one table."""
+    from draft_opd.ablation import Ablation, load_plan, show
+
+    screen = Screen(json)
+    plan = load_plan(config).narrowed(seeds, only)
+    report = Ablation(plan, out, screen.say).run()
+    screen.result(report, show(report["table"], plan.baseline))
+
+
+@app.command(
     name="eval",
     epilog=example(
         "draft-opd eval --target embedded --drafter runs/demo/draft_opd/best"

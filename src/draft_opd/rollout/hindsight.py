@@ -29,13 +29,30 @@ def pad_rows(rows: Sequence[Sequence[int]], device: torch.device, fill: int = 0)
     return torch.tensor([[*r, *[fill] * (width - len(r))] for r in rows], device=device)
 
 
-class Conditional:
-    """Chooses draft tokens given what the target emitted, as they were in sampled verification.
+def draft_given_text(text: Tensor, draft_probs: Tensor, target_probs: Tensor) -> Tensor:
+    """Distribution [..., V] of the draft token at an offset where the target emitted `text` [...].
 
-    Emitting y after accepting it has probability min(p, q)(y); drafting x, rejecting it and
-    emitting y has max(q - p, 0)(x) · max(p - q, 0)(y) / Σ max(p - q, 0). So, given y: with
-    probability min(1, q(y) / p(y)) the draft was y; otherwise it is drawn from max(q - p, 0),
-    whatever y is. Behind a rejection, and past the end of the text, drafts are free.
+    Emitting y by accepting it has probability min(p, q)(y); drafting x, rejecting it and emitting y
+    has max(q - p, 0)(x) · max(p - q, 0)(y) / Σ max(p - q, 0). So, given y, the draft was y with
+    probability min(1, q(y) / p(y)), else it follows max(q - p, 0), which is zero at such a y.
+    """
+    # The verification's rule with target and drafter exchanged.
+    kept = acceptance_probability(text, target_probs, draft_probs)
+    excess = (draft_probs - target_probs).clamp_min(0.0)
+    mass = excess.sum(-1, keepdim=True)
+    # Where q nowhere exceeds p a rejection has probability zero; rounding must not make it fail.
+    excess = torch.where(
+        mass > 0, excess / mass.clamp_min(torch.finfo(mass.dtype).tiny), draft_probs
+    )
+    mixed = (1 - kept)[..., None] * excess
+    return mixed.scatter_add(-1, text[..., None], kept[..., None])
+
+
+class Conditional:
+    """Chooses draft tokens given the text, as they were in sampled verification.
+
+    Up to and including the first rejection they follow `draft_given_text`; behind it, and past the
+    end of the text, drafts are free.
 
     Args:
         text: [rows, K] the emitted tokens; known: [rows, K], False past the end.
@@ -52,29 +69,42 @@ class Conditional:
     ):
         self.sampling, self.generator = sampling, generator
         self.text, self.known, self.p = text, known, target_probs
-        self.on_path = torch.ones(len(text), dtype=torch.bool, device=text.device)
+        self.on_path = torch.ones(len(text), 1, dtype=torch.bool, device=text.device)
         self.offset = 0
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The next m offsets: logits [rows, m, V] -> ids [rows, m], their q [rows, m, V]."""
         part = slice(self.offset, self.offset + logits.shape[1])
         self.offset = part.stop
-        q, p = self.sampling.probabilities(logits), self.p[:, part]
-        text, known = self.text[:, part], self.known[:, part]
-        # min(1, q(y) / p(y)): the verification's rule with target and drafter exchanged.
-        chance = acceptance_probability(text, p, q)
-        coin = torch.rand(chance.shape, generator=self.generator, device=chance.device)
-        taken = known & (coin < chance)
-        here = torch.cat([self.on_path[:, None], taken], 1).cumprod(1).bool()  # path before offset
-        before, after = here[:, :-1], here[:, 1:]
-        self.on_path = after[:, -1]
-        rejected = before & known & ~taken
-        excess = (q - p).clamp_min(0.0)
-        # Rejecting where q nowhere exceeds p has probability zero; rounding must not make it fail.
-        excess = torch.where(excess.sum(-1, keepdim=True) > 0, excess, q)
-        source = torch.where(rejected[..., None], excess, q)
-        drawn = torch.multinomial(source.flatten(0, 1), 1, generator=self.generator)
-        return torch.where(after, text, drawn.view_as(text)), q
+        text, q = self.text[:, part], self.sampling.probabilities(logits)
+        tied = self._draw(draft_given_text(text, q, self.p[:, part]))
+        follows = (tied == text) & self.known[:, part]
+        path = torch.cat([self.on_path, follows], 1).cumprod(1).bool()
+        self.on_path = path[:, -1:]
+        return torch.where(path[:, :-1] & self.known[:, part], tied, self._draw(q)), q
+
+    def _draw(self, probs: Tensor) -> Tensor:
+        drawn = torch.multinomial(probs.flatten(0, 1), 1, generator=self.generator)
+        return drawn.view(probs.shape[:2])
+
+
+def text_chooser(
+    target: Target,
+    sampling: Sampling,
+    text: Tensor,
+    known: Tensor,
+    states: Tensor,
+    generator: torch.Generator,
+):
+    """How a drafter chose tokens at offsets where the target emitted `text` [rows, K].
+
+    states [rows, K, H]: the target's hidden states that its distributions follow from.
+    """
+    if sampling.greedy or sampling.draft == "argmax":
+        return Sampling().chooser()
+    return Conditional(
+        sampling, text, known, sampling.probabilities(target.logits(states)), generator
+    )
 
 
 @torch.no_grad()
@@ -85,17 +115,14 @@ def walk(
     ids: Tensor,
     context: Any,
     draft_length: int,
-    hidden: Tensor | None = None,
+    hidden: Tensor,
     sampling: Sampling | None = None,
     seed: int = 0,
 ) -> list[list[Round]]:
-    """Traces of a batch. `ids` [batch, L] and `context` belong to the whole trajectories; the
-    context is consumed. `hidden` [batch, L, H], the target's states, is needed for a sampled
-    drafter only."""
+    """Traces of a batch. `ids` [batch, L], `hidden` [batch, L, H] (the target's states) and
+    `context` belong to the whole trajectories; the context is consumed."""
     sampling = sampling or Sampling()
-    stochastic = not sampling.greedy and sampling.draft == "sample"
     generator = torch.Generator(ids.device).manual_seed(seed)
-    choose = Sampling().chooser()
     ends = [len(t.ids) - 1 for t in trajectories]  # index of the last token
     anchors = [len(t.prompt_ids) - 1 for t in trajectories]
     traces: list[list[Round]] = [[] for _ in trajectories]
@@ -106,13 +133,14 @@ def walk(
     while active:
         at = torch.tensor([anchors[i] for i in active], device=ids.device)
         count = min(draft_length, target.max_positions - 1 - int(at.max()))
-        if count and stochastic:
+        if count:
             where = at[:, None] + torch.arange(1, count + 1, device=ids.device)
             known = where <= torch.tensor([[ends[i]] for i in active], device=ids.device)
             where = where.clamp_max(ids.shape[1] - 1)
-            p = sampling.probabilities(target.logits(hidden[rows[:, None], where - 1]))
-            choose = Conditional(sampling, ids[rows[:, None], where], known, p, generator)
-        if count:
+            row = rows[:, None]
+            choose = text_chooser(
+                target, sampling, ids[row, where], known, hidden[row, where - 1], generator
+            )
             drafted, _ = drafter.propose(target, context, at, ids[rows, at], count, choose)
             proposals = drafted.tolist()
         else:

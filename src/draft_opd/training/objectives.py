@@ -117,8 +117,9 @@ def decayed_cross_entropy(r: Replay, decay: float | None = None) -> Tensor:
     """Σ w_k (-log q(y_k)) / Σ w_k with w_k = exp(-(k-1)/γ), over valid offsets (method §3)."""
     length = r.valid.shape[1]
     decay = decay or default_decay(length + 1)
-    weights = torch.exp(-torch.arange(length, device=r.valid.device) / decay)
-    return r.mean(r.plain_surprise, r.valid * weights)
+    surprise = r.plain_surprise
+    weights = torch.exp(-torch.arange(length).to(surprise) / decay)
+    return r.mean(surprise, r.valid * weights)
 
 
 def _divergence(objective: Objective, score: Score, direction: str) -> tuple[Score, bool]:

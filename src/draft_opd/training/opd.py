@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.speculative import speculate
 from draft_opd.drafters.base import Drafter
-from draft_opd.rollout.hindsight import walk
+from draft_opd.rollout.hindsight import text_chooser, walk
 from draft_opd.rollout.occupancy import occupancy, text_acceptance
 from draft_opd.rollout.trace import Round, tau
 from draft_opd.rollout.trajectory import Trajectory
@@ -147,8 +148,7 @@ def choose_blocks(
         anchors = random_anchors(batch, [options.max_anchors] * len(every), seed)
     else:
         anchors, weights = _by_occupancy(target, drafter, batch, every, length, sampling, options)
-    with torch.no_grad():
-        rounds = draft_at(target, drafter, batch, anchors, length)
+    rounds = draft_at(target, drafter, batch, anchors, length, sampling, seed)
     blocks = pack(batch, anchors, rounds, length)
     if weights is not None:
         blocks.weight = weights
@@ -223,14 +223,27 @@ def opd_loss(
 
 @torch.no_grad()
 def draft_at(
-    target: Target, drafter: Drafter, batch: Batch, anchors: list[list[int]], length: int
-) -> list[list[Round]]:
+    target: Target,
+    drafter: Drafter,
+    batch: Batch,
+    anchors: list[list[int]],
+    length: int,
+    sampling: Sampling,
+    seed: str,
+) -> Traces:
     """What the drafter proposes at given anchors, and how much of it the text confirms."""
     blocks = pack(batch, anchors, [[] for _ in anchors], length)
     hidden = replay_hidden(target, drafter, batch, blocks)
+    states = teacher_states(target, batch, blocks, branches=False)
     weight = drafter.head_weight(target)
+    generator = torch.Generator(batch.device).manual_seed(random.Random(seed).getrandbits(32))
     drafted = torch.stack(
-        [torch.nn.functional.linear(row.to(weight.dtype), weight).argmax(-1) for row in hidden]
+        [
+            text_chooser(target, sampling, blocks.labels[i], blocks.valid[i], states[i], generator)(
+                F.linear(row.to(weight.dtype), weight)
+            )[0]
+            for i, row in enumerate(hidden)
+        ]
     )
     agree = (drafted == blocks.labels) & blocks.valid
     accepted = agree.long().cumprod(-1).sum(-1)

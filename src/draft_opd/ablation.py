@@ -1,0 +1,255 @@
+"""Variants × seeds from one YAML: the same start and budget for each, paired by seed.
+
+    recipe: embedded              # what every run is made from
+    common: {data.limit: 1200}    # keys for every run
+    seeds: [0, 1, 2]
+    start: {steps: 1500}          # the SFT run that all variants of a seed go on from
+    baseline: sft_continued       # differences are taken to this variant, seed by seed
+    variants:
+      sft_continued: {stage: sft, set: {sft.anchors: 16}}
+      paper: {set: {opd.objective.kind: acceptance_aware}}
+      paper_time: {as: paper, budget: seconds}   # as many steps as fit the baseline's seconds
+
+Rows that are in the results file are not run again, and a run that was killed is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from draft_opd.console import table
+from draft_opd.errors import UserError
+from draft_opd.files import make_folder, write_json
+from draft_opd.target import Target
+from draft_opd.training.config import Recipe, load_recipe
+from draft_opd.training.loop import Run
+
+COSTS = ("steps", "supervised", "seconds")
+BUDGETS = {"steps": None, "tokens": "supervised", "seconds": "seconds"}
+
+
+class Variant(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    stage: Literal["sft", "opd"] = "opd"
+    set: dict[str, Any] = Field(default_factory=dict)
+    like: str | None = Field(None, alias="as")
+    budget: Literal["steps", "tokens", "seconds"] = "steps"
+
+
+class Plan(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    recipe: str
+    common: dict[str, Any] = Field(default_factory=dict)
+    seeds: list[int] = Field(min_length=1)
+    start: dict[str, Any] = Field(default_factory=dict)
+    baseline: str
+    variants: dict[str, Variant] = Field(min_length=1)
+
+    def narrowed(self, seeds: str | None, only: str | None) -> Plan:
+        """Fewer seeds or variants, as comma-separated lists; raises `UserError`."""
+        update: dict[str, Any] = {}
+        try:
+            if seeds:
+                update["seeds"] = [int(s) for s in seeds.split(",")]
+        except ValueError:
+            raise UserError(f"--seeds {seeds}: give whole numbers, as 0,1,2") from None
+        if only:
+            for name in only.split(","):
+                if name not in self.variants:
+                    known = ", ".join(self.variants)
+                    raise UserError(f"--only: no variant '{name}'; there are {known}")
+            update["variants"] = {n: self.variants[n] for n in only.split(",")}
+        return self.model_copy(update=update)
+
+    @model_validator(mode="after")
+    def _references(self) -> Plan:
+        for name in (self.baseline, *(v.like for v in self.variants.values() if v.like)):
+            if name not in self.variants:
+                raise ValueError(f"'{name}' is not one of the variants")
+        for name, v in self.variants.items():
+            if v.budget != "steps" and not v.like:
+                raise ValueError(f"variant '{name}': a budget of {v.budget} needs `as: VARIANT`")
+        return self
+
+
+def load_plan(path: Path) -> Plan:
+    """Reads and checks the YAML; raises `UserError`."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Plan.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "plan"
+        raise UserError(
+            f"{path}: '{where}': {first['msg'].removeprefix('Value error, ')}"
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"ablation '{path}' is not readable YAML ({line})") from None
+
+
+class Ablation:
+    """Runs a plan into a folder; `rows` are the results so far."""
+
+    def __init__(self, plan: Plan, out: Path, say: Callable[[str], None] = lambda _: None):
+        self.plan, self.out, self.say = plan, make_folder(out), say
+        self.file = out / "ablation.json"
+        self.rows: list[dict] = []
+        if self.file.exists():
+            self.rows = json.loads(self.file.read_text())["runs"]
+        # Before the first hour of training: every recipe must be valid.
+        for seed in plan.seeds:
+            self._start_recipe(seed)
+            for name in plan.variants:
+                self._recipe(name, seed, Path("start"))
+        self._target: Target | None = None
+
+    def _load(self, stage: str, pairs: dict[str, Any]) -> Recipe:
+        return load_recipe(
+            self.plan.recipe, [f"{k}={json.dumps(v)}" for k, v in pairs.items()], stage
+        )
+
+    def _start_recipe(self, seed: int) -> Recipe:
+        pairs = {**self.plan.common, **self.plan.start, "seed": seed}
+        return self._load("sft", {**pairs, "out": str(self.out / f"start-{seed}")})
+
+    def _recipe(self, name: str, seed: int, start: Path) -> Recipe:
+        """A variant's recipe. All take their schedule and budget from the recipe's stage `opd`."""
+        variant = self.plan.variants[name]
+        origin = self.plan.variants[variant.like] if variant.like else variant
+        pairs = {**self.plan.common, **origin.set, **(variant.set if variant.like else {})}
+        pairs |= {"seed": seed, "drafter": str(start), "out": str(self.out / f"{name}-{seed}")}
+        recipe = self._load("opd", pairs)
+        unit = BUDGETS[variant.budget]
+        if unit:
+            paid = self._row(self.plan.baseline, seed)
+            price = self._row(variant.like, seed)
+            if paid and price:
+                steps = round(recipe.steps * paid[unit] / price[unit])
+                recipe = recipe.model_copy(update={"steps": max(1, steps)})
+        return recipe
+
+    def _row(self, name: str, seed: int) -> dict | None:
+        return next((r for r in self.rows if (r["variant"], r["seed"]) == (name, seed)), None)
+
+    def _train(self, stage: str, recipe: Recipe):
+        if self._target is None:
+            self._target = Target.from_pretrained(
+                recipe.target, trust_remote_code=recipe.trust_remote_code
+            )
+        return Run(stage, recipe, target=self._target, resume=Path(recipe.out).exists()).train()
+
+    def run(self) -> dict:
+        """Runs what is missing, seed by seed, and returns what `ablation.json` holds."""
+        # Variants that are measured by another one's cost come after it.
+        order = sorted(self.plan.variants, key=lambda n: self.plan.variants[n].budget != "steps")
+        for seed in self.plan.seeds:
+            missing = [n for n in order if self._row(n, seed) is None]
+            if not missing:
+                continue
+            begin = self._train("sft", self._start_recipe(seed))
+            self.say(f"seed {seed}: SFT τ {begin.tau:.3f}")
+            for name in missing:
+                recipe = self._recipe(name, seed, begin.last)
+                done = self._train(self._stage(name), recipe)
+                self.rows.append(
+                    {
+                        "variant": name,
+                        "seed": seed,
+                        "start": begin.tau,
+                        "tau": done.tau,
+                        "best": done.best_tau,
+                        "steps": done.step,
+                        "supervised": done.supervised,
+                        "seconds": round(done.seconds, 1),
+                    }
+                )
+                self.say(f"  {name}: τ {done.tau:.3f} in {done.seconds:.0f} s")
+                write_json(self.file, self.report())
+        return self.report()
+
+    def _stage(self, name: str) -> str:
+        variant = self.plan.variants[name]
+        return self.plan.variants[variant.like].stage if variant.like else variant.stage
+
+    def report(self) -> dict:
+        """Plan, machine, rows, and the table."""
+        return {
+            "plan": self.plan.model_dump(by_alias=True),
+            "machine": {
+                "cpu": platform.processor() or platform.machine(),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            },
+            "table": summarise(self.rows, self.plan.baseline),
+            "runs": self.rows,
+        }
+
+
+def summarise(rows: list[dict], baseline: str) -> list[dict]:
+    """One entry a variant, best first: τ (mean, spread) and the difference to the baseline in
+    percent, paired by seed (mean, spread, and on how many seeds it is positive)."""
+    base = {r["seed"]: r["tau"] for r in rows if r["variant"] == baseline}
+    table = []
+    for name in dict.fromkeys(r["variant"] for r in rows):
+        mine = [r for r in rows if r["variant"] == name]
+        taus = [r["tau"] for r in mine]
+        gains = [100 * (r["tau"] / base[r["seed"]] - 1) for r in mine if r["seed"] in base]
+        table.append(
+            {
+                "variant": name,
+                "seeds": len(mine),
+                "tau": statistics.mean(taus),
+                "tau_sd": _spread(taus),
+                "gain_percent": statistics.mean(gains) if gains else None,
+                "gain_sd": _spread(gains),
+                "wins": sum(g > 0 for g in gains),
+                **{
+                    k: statistics.mean(r[k] for r in mine)
+                    for k in ("steps", "supervised", "seconds")
+                },
+            }
+        )
+    return sorted(table, key=lambda row: -row["tau"])
+
+
+def _spread(values: list[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def show(rows: list[dict], baseline: str):
+    """The table on screen."""
+
+    def signed(value: float | None, spread: float | None) -> str:
+        if value is None:
+            return ""
+        return f"{value:+.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
+
+    return table(
+        "",
+        ["variant", "τ", "sd", f"% to {baseline}", "wins", "steps", "supervised", "seconds"],
+        [
+            [
+                r["variant"],
+                r["tau"],
+                r["tau_sd"],
+                signed(r["gain_percent"], r["gain_sd"]),
+                f"{r['wins']}/{r['seeds']}",
+                round(r["steps"]),
+                round(r["supervised"]),
+                round(r["seconds"]),
+            ]
+            for r in rows
+        ],
+    )

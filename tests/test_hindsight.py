@@ -1,0 +1,202 @@
+"""Hindsight above temperature 0: the rounds that text may have had, in exact distribution."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import draft_opd as d
+from draft_opd.decoding.sampling import Sampling
+from draft_opd.decoding.verification import acceptance_probability, bonus_distribution
+from draft_opd.rollout.collect import decode_trajectories
+from draft_opd.rollout.hindsight import Conditional, draft_given_text, hindsight_traces
+from draft_opd.rollout.occupancy import expected_rounds, expected_tau, occupancy
+
+V, K = 3, 2
+
+
+def tree(seed: int, sharp: float, depth: int) -> dict[tuple, torch.Tensor]:
+    """The next token's distribution after every prefix of up to `depth` tokens."""
+    g = torch.Generator().manual_seed(seed)
+    prefixes = [p for n in range(depth + 1) for p in product(range(V), repeat=n)]
+    return {
+        p: (torch.randn(V, generator=g, dtype=torch.float64) * sharp).softmax(-1) for p in prefixes
+    }
+
+
+def rows(*probs: torch.Tensor) -> torch.Tensor:
+    return torch.stack(probs)[None]
+
+
+def live(p: dict, q: dict) -> dict[tuple, float]:
+    """P(draft, accepted length, first K + 1 tokens of the text) of one round of decoding; what the
+    round leaves open of the text is drawn from the target."""
+    found: dict[tuple, float] = {}
+    for draft in product(range(V), repeat=K):
+        draft_probs = rows(*(q[draft[:k]] for k in range(K)))
+        target_probs = rows(*(p[draft[:k]] for k in range(K + 1)))
+        drawn = float(torch.stack([q[draft[:k]][draft[k]] for k in range(K)]).prod())
+        accept = acceptance_probability(torch.tensor([draft]), draft_probs, target_probs[:, :K])[0]
+        for n in range(K + 1):
+            chance = drawn * float(accept[:n].prod()) * (float(1 - accept[n]) if n < K else 1.0)
+            bonus = bonus_distribution(torch.tensor([n]), draft_probs, target_probs)[0]
+            for rest in product(range(V), repeat=K + 1 - n):
+                text = (*draft[:n], *rest)
+                value = chance * float(bonus[rest[0]])
+                for i in range(n + 1, K + 1):
+                    value *= float(p[text[:i]][text[i]])
+                found[draft, n, text] = found.get((draft, n, text), 0.0) + value
+    return found
+
+
+def hindsight(p: dict, q: dict) -> dict[tuple, float]:
+    """The same from stored text: the text is the target's, the draft follows given the text."""
+    found: dict[tuple, float] = {}
+    for text in product(range(V), repeat=K + 1):
+        said = 1.0
+        for i in range(K + 1):
+            said *= float(p[text[:i]][text[i]])
+        for draft in product(range(V), repeat=K):
+            value, n = said, 0
+            for k in range(K):
+                given_text = q[draft[:k]]
+                if n == k:  # still on the text
+                    given_text = draft_given_text(torch.tensor(text[k]), q[draft[:k]], p[text[:k]])
+                    n += draft[k] == text[k]
+                value *= float(given_text[draft[k]])
+            found[draft, n, text] = found.get((draft, n, text), 0.0) + value
+    return found
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.1, 5), st.booleans(), st.sampled_from([None, 2, 1]))
+def test_draft_length_and_text_are_distributed_as_when_decoding(seed, sharp, parallel, top_k):
+    """Enumerated: `parallel` drafters ignore what they drafted before, others do not. With top-k
+    some tokens are impossible on either side."""
+    p, q = tree(seed, sharp, K), tree(seed + 1, sharp, K - 1)
+    if parallel:
+        q = {prefix: q[(0,) * len(prefix)] for prefix in q}
+    if top_k:
+        cut = Sampling(temperature=1.0, top_k=top_k)
+        p, q = ({k: cut.probabilities(v.log()).double() for k, v in x.items()} for x in (p, q))
+    a, b = live(p, q), hindsight(p, q)
+    assert sum(a.values()) == pytest.approx(1.0, abs=1e-6)
+    for key in set(a) | set(b):
+        assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), abs=1e-6)
+
+
+def test_the_chooser_draws_what_was_enumerated():
+    """All at once and offset by offset; text that ends inside the block leaves drafts free."""
+    p, q = tree(3, 1.5, K), tree(4, 1.5, K - 1)
+    q = {prefix: q[(0,) * len(prefix)] for prefix in q}
+    n, text = 60_000, (1, 0)
+    logits = torch.stack([q[()], q[(0,)]]).log().float().expand(n, K, V)
+    probs = torch.stack([p[()], p[text[:1]]]).float().expand(n, K, V)
+    exact = {key[0]: 0.0 for key in hindsight(p, q)}
+    for (draft, _, said), value in hindsight(p, q).items():
+        if said[:K] == text:
+            exact[draft] += value
+    total = sum(exact.values())
+    for parts in ((slice(0, K),), (slice(0, 1), slice(1, 2))):
+        choose = Conditional(
+            Sampling(temperature=1.0), torch.tensor(text).expand(n, K),
+            torch.ones(n, K, dtype=torch.bool), probs, torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        drawn = torch.cat([choose(logits[:, part])[0] for part in parts], 1)
+        for draft, value in exact.items():
+            share = float((drawn == torch.tensor(draft)).all(1).double().mean())
+            assert share == pytest.approx(value / total, abs=5 * (0.25 / n) ** 0.5)
+    known = torch.zeros(n, K, dtype=torch.bool)
+    choose = Conditional(
+        Sampling(temperature=1.0), torch.tensor(text).expand(n, K), known, probs,
+        torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    share = torch.nn.functional.one_hot(choose(logits)[0], V).double().mean(0)
+    assert (share - torch.stack([q[()], q[(0,)]])).abs().max() < 5 * (0.25 / n) ** 0.5
+
+
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 4))
+def test_occupancy_is_the_mean_over_all_traces(seed, count, length):
+    """Against following every possible trace with its probability."""
+    g = torch.Generator().manual_seed(seed)
+    alpha = torch.rand(count, length, generator=g, dtype=torch.float64)
+    valid = torch.arange(count)[:, None] + torch.arange(length) < count
+    expected = [0.0] * count
+
+    def follow(anchor: int, probability: float) -> None:
+        if anchor >= count:
+            return
+        expected[anchor] += probability
+        survived = probability
+        for n in range(length + 1):
+            if n == length or not valid[anchor, n]:
+                follow(anchor + n + 1, survived)
+                return
+            follow(anchor + n + 1, survived * (1 - float(alpha[anchor, n])))
+            survived *= float(alpha[anchor, n])
+
+    follow(0, 1.0)
+    assert occupancy(alpha, valid).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_expected_tau_is_the_decoded_one_at_temperature_zero(target, trained, heldout):
+    some = heldout[:12]
+    decoded = [r for trace in hindsight_traces(target, trained, some) for r in trace]
+    assert expected_tau(target, trained, some) == pytest.approx(d.tau(decoded), rel=1e-9)
+
+
+@pytest.fixture(scope="module")
+def sampled(target, heldout):
+    """Texts of the target at temperature 1, 4 a prompt."""
+    sampling = Sampling(temperature=1.0)
+    requests = [(f"{t.id}-{i}", t.prompt_ids) for t in heldout[:16] for i in range(4)]
+    made = decode_trajectories(
+        target, requests, max_new_tokens=100, batch_size=64, sampling=sampling, seed=5
+    )
+    return [t for batch in made for t in batch]
+
+
+def test_expected_tau_is_the_mean_of_many_traces(target, trained, sampled):
+    some, sampling = sampled[::8], Sampling(temperature=1.0)
+    rounds, tokens = expected_rounds(target, trained, some, sampling=sampling)
+    draws = []
+    for seed in range(30):
+        traces = hindsight_traces(target, trained, some, sampling=sampling, seed=1000 * seed)
+        draws.append([sum(map(len, traces)), sum(r.accepted + 1 for t in traces for r in t)])
+    draws = torch.tensor(draws, dtype=torch.float64)
+    error = draws.std(0) / len(draws) ** 0.5
+    expected = torch.stack([rounds.sum(), tokens.sum()])
+    assert ((draws.mean(0) - expected).abs() < 4 * error + 1e-9).all()
+
+
+@pytest.mark.parametrize("draft", ["sample", "argmax"])
+def test_accepted_lengths_agree_with_live_decoding(target, trained, heldout, sampled, draft):
+    """2,000 live and 2,000 hindsight rounds: chi-squared test of equal histograms, p > 0.001."""
+    sampling = Sampling(temperature=1.0, draft=draft)
+    live_rounds = [
+        r.accepted
+        for g in d.speculate(
+            target, trained, [t.prompt_ids for t in sampled], max_new_tokens=100,
+            sampling=sampling, seed=11,
+        )
+        for r in g.rounds
+    ]  # fmt: skip
+    traces = hindsight_traces(target, trained, sampled, sampling=sampling, seed=17)
+    late_rounds = [r.accepted for trace in traces for r in trace]
+    assert min(len(live_rounds), len(late_rounds)) >= 2000
+    counts = torch.tensor(
+        [[x[:2000].count(n) for n in range(2)] + [sum(a > 1 for a in x[:2000])]
+         for x in (live_rounds, late_rounds)], dtype=torch.float64,
+    )  # fmt: skip
+    assert same_distribution(counts) > 0.001
+    assert same_distribution(counts + torch.tensor([[0, 150, 0], [0, 0, 0]])) < 0.001
+
+
+def same_distribution(counts: torch.Tensor) -> float:
+    """p of Pearson's chi-squared test that two rows of counts are of one distribution."""
+    expected = counts.sum(0) * counts.sum(1, keepdim=True) / counts.sum()
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((counts.shape[1] - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom, statistic / 2))
