@@ -29,9 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from draft_opd.console import table
 from draft_opd.errors import UserError
 from draft_opd.files import make_folder, write_json
-from draft_opd.target import Target
 from draft_opd.training.config import Recipe, load_recipe
-from draft_opd.training.loop import Run
+from draft_opd.training.loop import Run, RunResult
 
 COSTS = ("steps", "supervised", "seconds")
 BUDGETS = {"steps": None, "tokens": "supervised", "seconds": "seconds"}
@@ -113,7 +112,7 @@ class Ablation:
             self._start_recipe(seed)
             for name in plan.variants:
                 self._recipe(name, seed, Path("start"))
-        self._target: Target | None = None
+        self._last: Run | None = None
 
     def _load(self, stage: str, pairs: dict[str, Any]) -> Recipe:
         return load_recipe(
@@ -143,12 +142,9 @@ class Ablation:
     def _row(self, name: str, seed: int) -> dict | None:
         return next((r for r in self.rows if (r["variant"], r["seed"]) == (name, seed)), None)
 
-    def _train(self, stage: str, recipe: Recipe):
-        if self._target is None:
-            self._target = Target.from_pretrained(
-                recipe.target, trust_remote_code=recipe.trust_remote_code
-            )
-        return Run(stage, recipe, target=self._target, resume=Path(recipe.out).exists()).train()
+    def _train(self, stage: str, recipe: Recipe) -> RunResult:
+        self._last = Run(stage, recipe, after=self._last, resume=Path(recipe.out).exists())
+        return self._last.train()
 
     def run(self) -> dict:
         """Runs what is missing, seed by seed, and returns what `ablation.json` holds."""

@@ -86,12 +86,12 @@ def run_demo(
                     batch_size=64, progress=lambda done, _, n, u=update: u(done, f"{n} tokens"),
                 )  # fmt: skip
 
-    steps, supervised = {}, {}
+    steps, supervised, run = {}, {}, None
     for name, stage, plan in (
         ("sft", "sft", sft), ("sft_continued", "sft", control), ("draft_opd", "opd", opd),
     ):  # fmt: skip
         with clock.stage(name), screen.progress(LABELS[name], plan.steps) as update:
-            run = Run(stage, plan, target=target, on_metrics=_show(update))
+            run = Run(stage, plan, target=target, after=run, on_metrics=_show(update))
             if name == "sft":
                 run.drafter.save_pretrained(out / "untrained")
             result = run.train()

@@ -55,11 +55,17 @@ class BatchSource:
     ):
         self.target, self.layers = target, tuple(layers)
         self.remember, self.dtype = remember, dtype
-        self._known: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self._known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def adopt(self, other: BatchSource) -> None:
+        """Shares what `other` remembers, when it is of the same target, layers and type."""
+        mine, theirs = ((s.target, s.layers, s.remember, s.dtype) for s in (self, other))
+        if mine == theirs:
+            self._known = other._known
 
     def batch(self, trajectories: list[Trajectory], with_cache: bool = False) -> Batch:
         ids = pad_rows([t.ids for t in trajectories], self.target.device)
-        keys = [(t.id, len(t.ids)) for t in trajectories]
+        keys = [tuple(t.ids) for t in trajectories]
         if self.remember and not with_cache and all(k in self._known for k in keys):
             pairs = [self._known[k] for k in keys]
             features, hidden = (
@@ -71,13 +77,14 @@ class BatchSource:
             return Batch(trajectories, ids, features, hidden)
         cache = self.target.cache(ids.shape[1]) if with_cache else None
         out = self.target.trajectories(ids, self.layers, cache)
+        features, hidden = out.features, out.hidden
         if self.remember:
+            stored = [x.to(self.dtype) for x in (features, hidden)]
             for row, key in enumerate(keys):
-                self._known[key] = tuple(
-                    x[row, : key[1]].to(self.dtype, copy=True).cpu()
-                    for x in (out.features, out.hidden)
-                )
-        return Batch(trajectories, ids, out.features, out.hidden, cache)
+                self._known[key] = tuple(x[row, : len(key)].clone().cpu() for x in stored)
+            # The first time is as good as any later one.
+            features, hidden = (x.to(self.target.dtype) for x in stored)
+        return Batch(trajectories, ids, features, hidden, cache)
 
 
 def batch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

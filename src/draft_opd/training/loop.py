@@ -87,9 +87,11 @@ class Run:
         recipe: Recipe,
         *,
         target: Target | None = None,
+        after: Run | None = None,
         resume: bool = False,
         on_metrics: OnMetrics | None = None,
     ):
+        """`after`: an earlier run, whose target and remembered features serve again."""
         self.stage, self.recipe, self.on_metrics = stage, recipe, on_metrics
         self.out = Path(recipe.out)
         self._check_folder(resume)
@@ -98,8 +100,10 @@ class Run:
         # Trajectories before the target: a bad file should not cost a model's loading time.
         self.train_set = self._read(recipe.data.trajectories, recipe.data.limit)
         self.held_out = self._read(recipe.data.heldout, recipe.data.heldout_limit)
-        self.target = target or Target.from_pretrained(
-            recipe.target, trust_remote_code=recipe.trust_remote_code
+        self.target = (
+            target
+            or (after and after.target)
+            or Target.from_pretrained(recipe.target, trust_remote_code=recipe.trust_remote_code)
         )
         self._check_ids()
         resuming = resume and (self.out / "last" / "training").is_dir()
@@ -126,6 +130,9 @@ class Run:
         self.source = BatchSource(self.target, layers, remember, dtype)
         # The yardstick is never rounded: its features stay in the target's own type.
         self.yardstick = BatchSource(self.target, layers, remember, self.target.dtype)
+        if after is not None:
+            self.source.adopt(after.source)
+            self.yardstick.adopt(after.yardstick)
         self.clock = Stopwatch(self.target.device)
         self._rollouts: list[tuple[list[Trajectory], Traces]] = []
         self._prepare_folder()
