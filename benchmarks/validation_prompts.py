@@ -1,6 +1,6 @@
 """Prompts of the embedded target's kind that are neither its training nor its held-out ones.
 
-    python benchmarks/validation_prompts.py > runs/validation.jsonl
+python benchmarks/validation_prompts.py > runs/validation.jsonl
 """
 
 import json

@@ -17,13 +17,19 @@ QUIET_SECONDS = 10.0  # between progress lines when the output is a file
 Update = Callable[..., None]  # update(done, note="")
 
 
+def _console(stream) -> Console:
+    # A file has no width of its own, and 80 columns would cut tables.
+    width = None if stream.isatty() else 120
+    return Console(file=stream, highlight=False, soft_wrap=True, width=width)
+
+
 class Screen:
     """With `as_json` nothing but one JSON object reaches standard output."""
 
     def __init__(self, as_json: bool = False):
         self.as_json = as_json
-        self.log = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.out = self.log if as_json else Console(highlight=False, soft_wrap=True)
+        self.log = _console(sys.stderr)
+        self.out = self.log if as_json else _console(sys.stdout)
 
     def say(self, text: str) -> None:
         """A line about the work, on standard error."""

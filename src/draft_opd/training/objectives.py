@@ -146,17 +146,19 @@ def _streams(r: Replay, o: Objective) -> tuple[Tensor, dict]:
         r.accepted, r.valid.shape[1], r.valid, o.gamma, o.accepted_gamma, o.supervise_correction,
         o.suffix,
     )  # fmt: skip
-    weights = [w * r.weight[:, None] for w in weights]
+    lambdas = (o.accepted_weight, o.rejected_weight)
+    # A stream that counts nothing is not scored either.
+    weights = [w * r.weight[:, None] * (x > 0) for w, x in zip(weights, lambdas, strict=True)]
     # In the accepted stream a drafted token is the trajectory's (at the correction: in its place).
     tokens = (r.labels, r.drafted)
     scores = []
     for (score, direction), w, ids in zip(STREAMS[o.kind], weights, tokens, strict=True):
         estimate, single = _divergence(o, score, direction)
         scores.append(r.score(estimate, w > 0, ids if single else None))
-    parts = combine_streams(
-        *scores, *weights, o.accepted_weight, o.rejected_weight, o.normalization
-    )
+    parts = combine_streams(*scores, *weights, *lambdas, o.normalization)
+    used = (weights[0] > 0) | (weights[1] > 0)
     return parts.total, {
+        "supervised": int(used.sum()),
         "accepted_loss": parts.accepted.item(),
         "rejected_loss": parts.rejected.item(),
     }
@@ -168,7 +170,8 @@ def _cross_entropy(r: Replay, o: Objective) -> tuple[Tensor, dict]:
 
 def _auf(r: Replay, o: Objective) -> tuple[Tensor, dict]:
     """Mean of -log q(y_k) over k <= n + 1."""
-    return r.mean(r.surprise, up_to_first_rejection(r.accepted, r.valid).to(r.surprise)), {}
+    used = up_to_first_rejection(r.accepted, r.valid)
+    return r.mean(r.surprise, used.to(r.surprise)), {"supervised": int(used.sum())}
 
 
 def _dpace(r: Replay, o: Objective) -> tuple[Tensor, dict]:
@@ -196,7 +199,8 @@ def _chain_tv(r: Replay, o: Objective) -> tuple[Tensor, dict]:
     """Mean over blocks of 1 - Σ_k Π_{j<=k} A_j / (n + 1), A = Σ_v min(p, q), k <= n + 1."""
     valid = up_to_first_rejection(r.accepted, r.valid)
     accepted = expected_length(-r.score(negative_log_overlap, valid), valid)
-    return 1 - r.block_mean(accepted / valid.sum(1).clamp_min(1), valid), {}
+    loss = 1 - r.block_mean(accepted / valid.sum(1).clamp_min(1), valid)
+    return loss, {"supervised": int(valid.sum())}
 
 
 OBJECTIVES: dict[str, Callable[[Replay, Objective], tuple[Tensor, dict]]] = {
@@ -223,6 +227,8 @@ def needs_branches(o: Objective) -> bool:
 def objective_loss(r: Replay, o: Objective) -> tuple[Tensor, dict]:
     """The loss (0-d) and figures for the metrics."""
     loss, figures = OBJECTIVES[o.kind](r, o)
+    figures = {"supervised": int(r.valid.sum()), **figures}
     if o.trajectory_weight:
+        figures["supervised"] = int(r.valid.sum())
         loss = loss + o.trajectory_weight * decayed_cross_entropy(r)
     return loss, figures

@@ -214,7 +214,6 @@ def opd_loss(
         replayed = replay(target, drafter, batch, blocks, states, objective)
         loss, figures = objective_loss(replayed, objective)
     return loss, {
-        "supervised": int(blocks.valid.sum()),
         "anchors": int(blocks.present.sum()),
         "train_tau": tau([r for trace in traces for r in trace]),
         **figures,
