@@ -18,7 +18,7 @@ def demo(tmp_path_factory):
         "data.limit=32", "data.heldout_limit=3", "steps=10", "evaluation.every=5", "batch_size=8",
         "opd.trace_every=5",
     ]  # fmt: skip
-    return out, run_demo(out, "dflash", 0, Screen(True), small)
+    return out, run_demo(out, "dflash", 0, Screen(True), small, max_new_tokens=60)
 
 
 def test_the_summary_has_its_fields(demo):
@@ -50,7 +50,7 @@ def test_both_ways_on_start_alike_and_see_as_much(demo):
 def test_the_report_opens_offline(demo):
     out, summary = demo
     page = (out / "report.html").read_text()
-    assert page.count("<svg") == len(list((out / "plots").glob("*.svg"))) == 4
+    assert page.count("<svg") == len(list((out / "plots").glob("*.svg"))) == 5
     assert f"{summary['tau']['draft_opd']:.3f}" in page
     assert "<script" not in page and 'src="http' not in page and "<link" not in page
 

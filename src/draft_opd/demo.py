@@ -18,7 +18,7 @@ from draft_opd.evaluation.report import LABELS, write_report
 from draft_opd.evaluation.tasks import Task
 from draft_opd.files import make_folder, write_json
 from draft_opd.rollout.collect import collect
-from draft_opd.rollout.prompts import read_prompts
+from draft_opd.rollout.prompts import Prompt, read_prompts
 from draft_opd.rollout.trace import tau
 from draft_opd.rollout.trajectory import read_trajectories
 from draft_opd.target import EMBEDDED, Target
@@ -26,7 +26,7 @@ from draft_opd.training.config import EMBEDDED_RECIPE, load_recipe
 from draft_opd.training.loop import Run
 
 MAX_NEW_TOKENS = 320
-SPEED_PROMPTS = 16  # enough to see a ratio; the rest of the prompts are decoded in batches
+SPEED_PROMPTS = 8  # enough to see a ratio; the rest of the prompts are decoded in batches
 
 
 class _Clock:
@@ -41,7 +41,12 @@ class _Clock:
 
 
 def run_demo(
-    out: Path, family: str, seed: int, screen: Screen, overrides: list[str] | None = None
+    out: Path,
+    family: str,
+    seed: int,
+    screen: Screen,
+    overrides: list[str] | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> dict:
     """Writes everything into `out` and returns what `summary.json` holds.
 
@@ -82,7 +87,7 @@ def run_demo(
         ):
             with screen.progress(f"collect {part}", len(prompts)) as update:
                 collect(
-                    target, prompts, out / "data" / part, max_new_tokens=MAX_NEW_TOKENS,
+                    target, prompts, out / "data" / part, max_new_tokens=max_new_tokens,
                     batch_size=64, progress=lambda done, _, n, u=update: u(done, f"{n} tokens"),
                 )  # fmt: skip
 
@@ -98,7 +103,7 @@ def run_demo(
         steps[name], supervised[name] = result.step, result.supervised
 
     with clock.stage("evaluate"):
-        value, details = _measure(target, out, heldout, screen)
+        value, details = _measure(target, out, heldout, max_new_tokens, screen)
     summary = {
         **value,
         "steps": steps,
@@ -123,7 +128,9 @@ def _show(update):
     return show
 
 
-def _measure(target: Target, out: Path, heldout, screen: Screen) -> tuple[dict, dict]:
+def _measure(
+    target: Target, out: Path, heldout: list[Prompt], max_new_tokens: int, screen: Screen
+) -> tuple[dict, dict]:
     """Real decoding of every held-out prompt with each drafter, and speed on some of them."""
     alone = {t.id: t for t in read_trajectories(out / "data" / "heldout")}
     ids = [alone[p.id].prompt_ids for p in heldout]
@@ -136,7 +143,7 @@ def _measure(target: Target, out: Path, heldout, screen: Screen) -> tuple[dict, 
         with screen.progress(f"decode, {LABELS[name]}", len(ids)) as update:
             for start in range(0, len(ids), 64):
                 made = speculate(
-                    target, drafter, ids[start : start + 64], max_new_tokens=MAX_NEW_TOKENS
+                    target, drafter, ids[start : start + 64], max_new_tokens=max_new_tokens
                 )
                 for prompt, g in zip(heldout[start : start + 64], made, strict=True):
                     matched += g.token_ids == alone[prompt.id].response_ids
@@ -151,7 +158,7 @@ def _measure(target: Target, out: Path, heldout, screen: Screen) -> tuple[dict, 
             tasks = [Task(EMBEDDED, heldout[:SPEED_PROMPTS])]
             with screen.progress(f"speed, {LABELS[name]}", len(tasks[0].prompts)) as update:
                 found = evaluate(
-                    target, drafter, tasks, max_new_tokens=MAX_NEW_TOKENS,
+                    target, drafter, tasks, max_new_tokens=max_new_tokens,
                     progress=lambda _, done, __, u=update: u(done),
                 )[0]  # fmt: skip
             speed[name] = found["speedup"]

@@ -9,7 +9,7 @@ import torch
 
 from draft_opd.drafters.base import Drafter
 from draft_opd.evaluation.measure import acceptance_by_position
-from draft_opd.rollout.trace import tau
+from draft_opd.rollout.trace import by_accepted, tau
 from draft_opd.rollout.trajectory import Trajectory
 from draft_opd.target import Target
 from draft_opd.training.blocks import pack, replay
@@ -73,7 +73,6 @@ def analyse(
         if progress:
             progress(min(start + batch_size, len(trajectories)))
     total = max(1, sum(tokens[g] for g in REPLAYED))
-    lengths = [r.accepted for r in rounds]
     half = BINS // 2
     return {
         "trajectories": len(trajectories),
@@ -83,7 +82,7 @@ def analyse(
         "acceptance_by_position": acceptance_by_position(rounds),
         "tokens": tokens,
         "share": {g: tokens[g] / total for g in REPLAYED},
-        "rounds_by_accepted": [lengths.count(n) for n in range(length + 1)],
+        "rounds_by_accepted": by_accepted(rounds, length),
         **{
             name: {g: sums[name][g] / tokens[g] if tokens[g] else None for g in GROUPS}
             for name in SCORES

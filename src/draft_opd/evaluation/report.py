@@ -43,6 +43,10 @@ The same text as the target alone on {{ lossless.matched }} of {{ lossless.of }}
 {{ prompts }} held-out prompts. Speed-up: against the target alone, one prompt at a time, on this
 machine; a small target on a CPU gains little, because verifying a block costs it several single
 steps. τ is what carries over to a GPU.</p>
+<table><tr><th>replayed draft tokens</th>{% for name in composition[0][1] %}<th>{{ name }}</th>
+{% endfor %}</tr>{% for label, share in composition %}<tr><td>{{ label }}</td>
+{% for value in share.values() %}<td>{{ "%.1f %%" | format(100 * value) }}</td>{% endfor %}</tr>
+{% endfor %}</table>
 {% for title, text, plot in plots %}
 <h2>{{ title }}</h2><p>{{ text }}</p>{{ plot | safe }}
 {% endfor %}
@@ -65,6 +69,7 @@ def write_report(out: Path, summary: dict, details: dict) -> Path:
         "positions": _positions(details["positions"]),
         "mismatch": _mismatch(details["analysis"]),
         "anchors": _anchors(details["analysis"]),
+        "halves": _halves(out),
     }
     folder = make_folder(out / "plots")
     for name, svg in plots.items():
@@ -77,10 +82,16 @@ def write_report(out: Path, summary: dict, details: dict) -> Path:
         "positions": ("Acceptance by position", "Share of rounds in which offset k was accepted."),
         "mismatch": (
             "Mismatch in the states the drafter visits",
-            "Mean KL between target and drafter on accepted offsets, the first rejected one and "
-            "the suffix behind it (scored in the drafted states).",
+            "Mean KL between target and drafter. trajectory: every offset scored on the text, as "
+            "teacher forcing sees it; the others in the drafted states: accepted offsets, the "
+            "first rejected one, and the suffix behind it.",
         ),
         "anchors": ("Where rounds begin", "Rounds by tenth of the response."),
+        "halves": (
+            "Accepted lengths while Draft-OPD trains",
+            "Share of the rounds of its traces that accepted n tokens, in the first and in the "
+            "second half of the steps; the last one is a full accept.",
+        ),
     }
     rows = [
         [
@@ -95,6 +106,7 @@ def write_report(out: Path, summary: dict, details: dict) -> Path:
     page = Environment(autoescape=True).from_string(PAGE)
     html = page.render(
         rows=rows,
+        composition=[(LABELS[n], found["share"]) for n, found in details["analysis"].items()],
         plots=[(*texts[name], svg) for name, svg in plots.items()],
         family=details["family"],
         prompts=details["prompts"],
@@ -154,6 +166,18 @@ def _mismatch(analysis: dict[str, dict]) -> str:
             axes.set_xticks(range(len(groups)), [g.replace("_", "\n") for g in groups])
         if i == 0:
             axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def _halves(out: Path) -> str:
+    figure, axes = _axes("accepted length n", "share of rounds")
+    counts = [m["rounds_by_accepted"] for m in read_metrics(out / "draft_opd") if "loss" in m]
+    half = len(counts) // 2
+    for label, part, shift in (("first half", counts[:half], -0.2), ("second", counts[half:], 0.2)):
+        sums = [sum(column) for column in zip(*part, strict=True)]
+        total = max(1, sum(sums))
+        axes.bar([n + shift for n in range(len(sums))], [x / total for x in sums], 0.4, label=label)
+    axes.legend(frameon=False)
     return _svg(figure)
 
 

@@ -22,6 +22,14 @@ def tau(rounds: Iterable[Round]) -> float:
     return sum(lengths) / len(lengths) if lengths else 0.0
 
 
+def by_accepted(rounds: Iterable[Round], length: int) -> list[int]:
+    """How many rounds accepted 0, 1, .. `length` tokens."""
+    counts = [0] * (length + 1)
+    for r in rounds:
+        counts[r.accepted] += 1
+    return counts
+
+
 def committed(
     drafted: Sequence[int], accepted: int, bonus: int, stop_ids: frozenset[int], room: int
 ) -> tuple[list[int], int, str | None]:

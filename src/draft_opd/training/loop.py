@@ -280,7 +280,6 @@ class Run:
         r = self.recipe
         rate = learning_rate(step, r.steps, r)
         self.optimizer.set_rate(rate)
-        total: dict[str, float] = {}
         parts = []
         for part in range(r.accumulate):
             index = step * r.accumulate + part
@@ -311,11 +310,7 @@ class Run:
                     f"step {step + 1}: the gradient is not finite (loss {parts[-1]['loss']})"
                 )
             self.optimizer.step()
-        for key in parts[0]:
-            values = [p[key] for p in parts]
-            total[key] = (
-                sum(values) if key in ("supervised", "anchors") else sum(values) / len(values)
-            )
+        total = {key: _together(key, [p[key] for p in parts]) for key in parts[0]}
         return {**total, "lr": rate, "grad_norm": norm.item()}
 
     def _rollout(self, index: int) -> tuple[Batch, Traces]:
@@ -378,6 +373,13 @@ class Run:
             self.progress.best_tau, self.progress.best_step = value, step
             self.drafter.save_pretrained(self.out / "best")
         return value
+
+
+def _together(key: str, values: list):
+    """A figure of several forwards as one: counts are added, the rest is averaged."""
+    if isinstance(values[0], list):
+        return [sum(column) for column in zip(*values, strict=True)]
+    return sum(values) if key in ("supervised", "anchors") else sum(values) / len(values)
 
 
 def _differences(before: object, now: object, path: str = "") -> list[str]:

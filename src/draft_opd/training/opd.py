@@ -13,7 +13,7 @@ from draft_opd.decoding.speculative import speculate
 from draft_opd.drafters.base import Drafter
 from draft_opd.rollout.hindsight import text_chooser, walk
 from draft_opd.rollout.occupancy import occupancy, text_acceptance
-from draft_opd.rollout.trace import Round, tau
+from draft_opd.rollout.trace import Round, by_accepted, tau
 from draft_opd.rollout.trajectory import Trajectory
 from draft_opd.target import Target
 from draft_opd.training.blocks import Blocks, pack, replay, replay_hidden
@@ -213,9 +213,11 @@ def opd_loss(
     with clock("forward"):
         replayed = replay(target, drafter, batch, blocks, states, objective)
         loss, figures = objective_loss(replayed, objective)
+    rounds = [r for trace in traces for r in trace]
     return loss, {
         "anchors": int(blocks.present.sum()),
-        "train_tau": tau([r for trace in traces for r in trace]),
+        "train_tau": tau(rounds),
+        "rounds_by_accepted": by_accepted(rounds, length),
         **figures,
     }
 
