@@ -1,7 +1,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# torch spins at barriers when threads outnumber free cores; the demo measures and decides itself.
 
 .PHONY: demo test lint smollm2 clean
 

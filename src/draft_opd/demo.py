@@ -22,6 +22,7 @@ from draft_opd.rollout.prompts import Prompt, read_prompts
 from draft_opd.rollout.trace import tau
 from draft_opd.rollout.trajectory import read_trajectories
 from draft_opd.target import EMBEDDED, Target
+from draft_opd.threads import settle_threads
 from draft_opd.training.config import EMBEDDED_RECIPE, load_recipe
 from draft_opd.training.loop import Run
 
@@ -59,6 +60,10 @@ def run_demo(
     make_folder(out)
     clock = _Clock()
     target = Target.from_pretrained(EMBEDDED)
+    if target.device.type == "cpu":
+        sample = torch.zeros(8, 256, dtype=torch.long)
+        threads = settle_threads(lambda: target.trajectories(sample))
+        screen.say(f"{threads} CPU thread{'s' * (threads > 1)}: the fastest here and now")
     common = [
         f"seed={seed}",
         f"model.family={family}",
