@@ -9,7 +9,18 @@ import yaml
 
 from draft_opd.cli import app, run
 
-COMMANDS = ["demo", "collect", "sft", "opd", "eval", "analyze", "generate", "export", "inspect"]
+COMMANDS = [
+    "demo",
+    "collect",
+    "sft",
+    "opd",
+    "eval",
+    "analyze",
+    "generate",
+    "export",
+    "inspect",
+    "ablate",
+]
 
 
 def call(capsys, *arguments) -> tuple[int, str, str]:
@@ -40,6 +51,11 @@ def test_every_command_has_help_with_an_example(capsys, command):
     status, out, _ = call(capsys, command, "--help")
     assert status == 0 and f"Example: draft-opd {command} " in " ".join(out.split())
     assert "--json" in out
+
+
+def test_nothing_at_all_gets_the_help(capsys):
+    status, out, _ = call(capsys)
+    assert status == 0 and "collect" in out and "opd" in out
 
 
 def test_the_commands_are_those_promised():
@@ -165,6 +181,12 @@ def test_generate_reads_standard_input(trained_folder):
         (["collect", "--target", "embedded", "--prompts", "LONG", "--out", "OUT"], "context"),
         (["collect", "--target", "embedded", "--prompts", "embedded:train", "--samples", "2",
           "--limit", "1", "--out", "OUT"], "temperature"),
+        (["analyze", "--target", "embedded", "--drafter", "DRAFTER", "--trajectories", "OTHER",
+          "--out", "OUT"], "vocabulary ends at"),
+        (["analyze", "--target", "embedded", "--drafter", "DRAFTER", "--trajectories", "GOOD",
+          "--out", "OUT", "--draft-length", "99"], "draft length 99"),
+        (["eval", "--target", "embedded", "--drafter", "DRAFTER", "--tasks", ","], "no task"),
+        (["ablate", "--config", "/no.yaml", "--out", "OUT"], "not readable"),
         (["sft", "--config", "/no.yaml"], "does not exist"),
         (["sft", "--config", "embedded", "stepz=1"], "did you mean 'steps'"),
         (["sft", "--config", "embedded", "data.trajectories=/nowhere"], "does not exist"),
@@ -181,7 +203,11 @@ def test_generate_reads_standard_input(trained_folder):
 def test_bad_input_gets_one_line(capsys, trained_folder, tmp_path, arguments, message):
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"prompt": "apples and pears " * 2000}) + "\n")
-    places = {"DRAFTER": trained_folder, "LONG": long, "OUT": tmp_path / "out"}
+    other, good = tmp_path / "other.jsonl", tmp_path / "good.jsonl"
+    other.write_text('{"prompt_ids": [1, 2], "response_ids": [5000]}\n')
+    good.write_text('{"prompt_ids": [1, 2], "response_ids": [3, 4]}\n')
+    places = {"DRAFTER": trained_folder, "LONG": long, "OUT": tmp_path / "out",
+              "OTHER": other, "GOOD": good}  # fmt: skip
     assert message in refused(capsys, *[_put(a, places) for a in arguments])
 
 

@@ -49,6 +49,31 @@ def test_other_prompts_under_the_same_ids_are_refused(target, tmp_path):
         collect(target, read_prompts("embedded:heldout", 2), tmp_path, max_new_tokens=4)
 
 
+def test_going_on_in_another_way_is_refused(target, tmp_path):
+    from draft_opd.decoding.sampling import Sampling
+
+    prompts = read_prompts("embedded:train", 2)
+    collect(target, prompts, tmp_path, max_new_tokens=4)
+    collect(target, prompts, tmp_path, max_new_tokens=4)
+    with pytest.raises(d.UserError, match="max_new_tokens 4 before, 5 now"):
+        collect(target, prompts, tmp_path, max_new_tokens=5)
+    with pytest.raises(d.UserError, match="sampling"):
+        collect(target, prompts, tmp_path, max_new_tokens=4, sampling=Sampling(temperature=1.0))
+
+
+def test_more_samples_later_are_new_ones(target, tmp_path):
+    from draft_opd.decoding.sampling import Sampling
+
+    hot = Sampling(temperature=1.5)
+    for samples in (2, 4):
+        path = collect(
+            target, read_prompts("embedded:train", 1), tmp_path, max_new_tokens=30,
+            samples=samples, sampling=hot,
+        )  # fmt: skip
+    rows = d.read_trajectories(path)
+    assert len(rows) == len({tuple(t.response_ids) for t in rows}) == 4
+
+
 def test_several_samples_differ_and_are_named(target, tmp_path):
     from draft_opd.decoding.sampling import Sampling
 

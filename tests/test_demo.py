@@ -65,5 +65,29 @@ def test_its_drafters_can_be_used(demo):
 
 def test_a_folder_in_use_is_left_alone(demo):
     out, _ = demo
-    with pytest.raises(d.UserError, match="not empty"):
+    with pytest.raises(d.UserError, match="finished demo"):
         run_demo(out, "dflash", 0, Screen(True))
+
+
+def test_a_killed_demo_goes_on(tmp_path, monkeypatch):
+    from draft_opd.training.loop import Run
+
+    small = ["data.limit=8", "data.heldout_limit=2", "steps=2", "evaluation.every=2",
+             "batch_size=4", "opd.trace_every=1"]  # fmt: skip
+    whole = Run.train
+
+    def killed(self):
+        if self.stage == "opd":
+            raise KeyboardInterrupt
+        return whole(self)
+
+    def demo(seed):
+        return run_demo(tmp_path / "d", "dflash", seed, Screen(True), small, max_new_tokens=20)
+
+    monkeypatch.setattr(Run, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        demo(0)
+    monkeypatch.undo()
+    with pytest.raises(d.UserError, match="another family or seed"):
+        demo(1)
+    assert demo(0)["steps"] == {"sft": 2, "sft_continued": 2, "draft_opd": 2}

@@ -110,6 +110,13 @@ def test_saving_and_loading_changes_nothing(target, trained, tmp_path):
     assert again.draft_length == trained.draft_length
 
 
+def test_a_cast_leaves_the_rotary_frequencies_alone(trained, tmp_path):
+    trained.save_pretrained(tmp_path / "d")
+    half = d.Drafter.from_pretrained(str(tmp_path / "d"), device="cpu", dtype=torch.bfloat16)
+    assert half.fc.weight.dtype == torch.bfloat16
+    assert torch.equal(half.rotary.inv_freq, trained.rotary.inv_freq)
+
+
 def test_published_layer_choices_are_reproduced():
     """z-lab's Qwen3-4B (36 layers) and Qwen3-8B checkpoints tap these."""
     assert default_target_layers(36, 5) == (1, 9, 17, 25, 33)
@@ -129,6 +136,8 @@ def _wrong(folder, change):
         (lambda c: c["dflash_config"].pop("mask_token_id"), "mask_token_id"),
         (lambda c: c["dflash_config"].update(target_layer_ids=[1, 2]), "fc.weight"),
         (lambda c: c.update(num_hidden_layers=3, layer_types=None), "lacks the tensor"),
+        (lambda c: c.update(hidden_size="wide"), "describes no drafter"),
+        (lambda c: c.update(block_size="wide"), "describes no drafter"),
     ],
 )
 def test_a_broken_folder_says_what_is_wrong(trained, tmp_path, change, message):

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import draft_opd as d
 from draft_opd.ablation import Ablation, load_plan, summarise
@@ -12,7 +14,7 @@ from draft_opd.rollout.hindsight import hindsight_traces
 from draft_opd.training.config import Opd
 from draft_opd.training.data import BatchSource
 from draft_opd.training.loop import Run
-from draft_opd.training.opd import choose_blocks, choose_rounds, opd_loss
+from draft_opd.training.opd import choose_blocks, choose_rounds, draw_by_weight, opd_loss
 
 GREEDY = Sampling()
 
@@ -89,6 +91,27 @@ def test_occupancy_above_it_weights_every_position(target, trained, batch, trace
     assert ((blocks.weight > 0) == blocks.present).all()
 
 
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.floats(0, 1), min_size=1, max_size=12).filter(lambda w: max(w) > 1e-3),
+    st.integers(1, 14),
+)
+def test_drawing_by_weight_keeps_every_expectation(weights, count):
+    """Averaged over a fine grid of starts: each index's expected weight is its own."""
+    grid = 2000
+    means, sizes = [0.0] * len(weights), []
+    for i in range(grid):
+        drawn = draw_by_weight(weights, count, (i + 0.5) / grid)
+        sizes.append(len(drawn))
+        for j, w in drawn:
+            means[j] += w / grid
+    kept = [w if w > 1e-9 else 0.0 for w in weights]
+    for mean, w in zip(means, kept, strict=True):
+        assert mean == pytest.approx(w, abs=0.02 * max(1.0, sum(kept)))
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) <= max(1, min(count, sum(w > 0 for w in kept))) + 1
+
+
 @pytest.mark.parametrize("anchors", ["trace", "random", "all", "occupancy"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_every_choice_trains(target, trained, batch, traces, anchors, temperature):
@@ -149,6 +172,8 @@ def test_an_ablation_is_paired_and_resumable(data, tmp_path, monkeypatch):
     path = tmp_path / "plan.yaml"
     path.write_text(PLAN.format(data=data))
     plan = load_plan(path)
+    with pytest.raises(d.UserError, match="run them first"):
+        Ablation(plan.narrowed("0", "replay_tokens"), tmp_path / "none").run()
     Ablation(plan.narrowed("0", "sft_continued"), tmp_path / "out").run()
     trained = []
     whole = Run.train
@@ -159,6 +184,9 @@ def test_an_ablation_is_paired_and_resumable(data, tmp_path, monkeypatch):
     assert len(report["runs"]) == 6 and {r["seeds"] for r in report["table"]} == {2}
     base = next(r for r in report["table"] if r["variant"] == "sft_continued")
     assert base["gain_percent"] == 0
+    path.write_text(PLAN.format(data=data).replace("cross_entropy", "dpace"))
+    with pytest.raises(d.UserError, match=r"changed: variants\.replay"):
+        Ablation(load_plan(path), tmp_path / "out")
 
 
 def test_paired_differences():

@@ -28,13 +28,17 @@ def tiny(kind: str) -> d.Target:
     }  # fmt: skip
     if kind == "llama":
         return d.Target(LlamaForCausalLM(LlamaConfig(**shape)), None, kind)
+    if kind == "mistral":  # slides everywhere, and says nothing by layer
+        from transformers import MistralConfig, MistralForCausalLM
+
+        return d.Target(MistralForCausalLM(MistralConfig(sliding_window=6, **shape)), None, kind)
     if kind == "sliding":
         layers = ["full_attention", "sliding_attention"] * 2 + ["full_attention"]
         shape |= {"layer_types": layers, "sliding_window": 6, "use_sliding_window": True}
     return d.Target(Qwen3ForCausalLM(Qwen3Config(head_dim=8, **shape)), None, kind)
 
 
-@pytest.fixture(params=["qwen3", "llama", "sliding"])
+@pytest.fixture(params=["qwen3", "llama", "sliding", "mistral"])
 def model(request) -> d.Target:
     return tiny(request.param)
 
@@ -125,6 +129,25 @@ def test_a_model_that_changes_its_logits_behind_the_head_is_refused():
     torch.manual_seed(0)
     with pytest.raises(d.UserError, match="soft-capping"):
         d.Target(Gemma2ForCausalLM(config), None, "gemma")
+
+
+def test_a_head_with_a_bias_is_refused():
+    from transformers import PhiConfig, PhiForCausalLM
+
+    config = PhiConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4,
+    )  # fmt: skip
+    with pytest.raises(d.UserError, match="no bias"):
+        d.Target(PhiForCausalLM(config), None, "phi")
+
+
+def test_layers_that_cannot_be_tapped_are_refused():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4)
+    with pytest.raises(d.UserError, match="layers"):
+        d.Target(GPT2LMHeadModel(config), None, "gpt2")
 
 
 def test_bfloat16_runs(target):

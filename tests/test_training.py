@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 import draft_opd as d
+from draft_opd.training.blocks import pack
 from draft_opd.training.config import load_recipe
-from draft_opd.training.data import BatchSource, batch_at, batch_order
+from draft_opd.training.data import BatchSource, batch_at, batch_order, cut
 from draft_opd.training.loop import Run, learning_rate
 from draft_opd.training.objectives import default_decay
 from draft_opd.training.opd import hindsight_rollout, live_rollout
@@ -110,6 +111,37 @@ def test_training_on_the_yardstick_is_refused(target, recipe_for, data, tmp_path
         Run("sft", same, target=target)
 
 
+def test_leaks_are_seen_whatever_the_ids(target, recipe_for, data, tmp_path):
+    rows = (data / "heldout" / "trajectories.jsonl").read_text().splitlines()[:8]
+    renamed = [json.dumps({**json.loads(r), "id": f"other-{i}"}) for i, r in enumerate(rows)]
+    (tmp_path / "t.jsonl").write_text("\n".join(renamed))
+    recipe = recipe_for("sft", tmp_path / "r", f"data.trajectories={tmp_path / 't.jsonl'}")
+    with pytest.raises(d.UserError, match="flatter"):
+        Run("sft", recipe, target=target)
+
+
+def test_live_rollouts_end_where_the_stored_text_ends(target, trained, heldout):
+    rows = [cut(t, len(t.prompt_ids) + n) for t, n in zip(heldout, (43, 32, 7), strict=False)]
+    fresh, traces = live_rollout(target, trained, rows, trained.draft_length)
+    assert [t.response_ids for t in fresh] == [t.response_ids for t in rows]
+    batch = BatchSource(target, trained.target_layers).batch(rows)
+    assert traces == hindsight_rollout(target, trained, batch, trained.draft_length)
+
+
+def test_offsets_that_were_not_drafted_carry_no_loss(target, trained, heldout):
+    batch = BatchSource(target, trained.target_layers).batch(heldout[:1])
+    first = len(heldout[0].prompt_ids) - 1
+    blocks = pack(batch, [[first]], [[d.Round(first, heldout[0].response_ids[:3], 3)]], 15)
+    assert blocks.valid[0, 0].tolist() == [True] * 3 + [False] * 12
+
+
+def test_a_kill_between_two_renames_loses_nothing(target, recipe_for, tmp_path):
+    recipe = recipe_for("sft", tmp_path / "run", "steps=2", "evaluation.every=2")
+    Run("sft", recipe, target=target).train()
+    (tmp_path / "run" / "last").rename(tmp_path / "run" / ".last.old")
+    assert Run("sft", recipe, target=target, resume=True).progress.step == 2
+
+
 def test_trajectories_of_another_target_are_refused(target, recipe_for, tmp_path):
     (tmp_path / "t.jsonl").write_text('{"prompt_ids": [1], "response_ids": [5000]}\n')
     recipe = recipe_for("sft", tmp_path / "r", f"data.trajectories={tmp_path / 't.jsonl'}")
@@ -127,6 +159,7 @@ def test_trajectories_of_another_target_are_refused(target, recipe_for, tmp_path
         (["steps"], "is not KEY=VALUE"),
         (["opd.objective.kind=mse"], "'opd.objective.kind'"),
         (["opd.trace_every=7"], "multiple of opd.trace_every"),
+        (["opd.objective.kind=total_variation", "opd.objective.estimator=k3"], "KL divergence"),
         (["steps.x=1"], "is a value, not a section"),
         (["model=[}"], "not valid YAML"),
     ],
@@ -142,6 +175,9 @@ def test_unreadable_recipes_are_named(tmp_path):
     (tmp_path / "r.yaml").write_text("a: [")
     with pytest.raises(d.UserError, match="not readable YAML"):
         load_recipe(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text("stages: {sft: 5}")
+    with pytest.raises(d.UserError, match=r"stages\.sft"):
+        load_recipe(tmp_path / "r.yaml", stage="sft")
     (tmp_path / "r.yaml").write_text("steps: 3")
     with pytest.raises(d.UserError, match="'target' is missing"):
         load_recipe(tmp_path / "r.yaml")
@@ -152,6 +188,10 @@ def test_unknown_families_and_options_are_named(target, recipe_for, tmp_path):
         Run("sft", recipe_for("sft", tmp_path / "a", "model.family=gpt"), target=target)
     with pytest.raises(d.UserError, match=r"model\.options"):
         Run("sft", recipe_for("sft", tmp_path / "b", "model.options.depth=3"), target=target)
+    for option in ("num_layers=two", "num_layers=0", "block_size=8.5", "head_dim=7",
+                   "num_attention_heads=7"):  # fmt: skip
+        with pytest.raises(d.UserError, match=r"model\.options"):
+            Run("sft", recipe_for("sft", tmp_path / "c", f"model.options.{option}"), target=target)
 
 
 def test_an_epoch_visits_everything_once_and_depends_on_its_seed_only():

@@ -54,6 +54,7 @@ class Plan(BaseModel):
     start: dict[str, Any] = Field(default_factory=dict)
     baseline: str
     variants: dict[str, Variant] = Field(min_length=1)
+    only: list[str] | None = Field(None, exclude=True, description="run no others")
 
     def narrowed(self, seeds: str | None, only: str | None) -> Plan:
         """Fewer seeds or variants, as comma-separated lists; raises `UserError`."""
@@ -68,7 +69,7 @@ class Plan(BaseModel):
                 if name not in self.variants:
                     known = ", ".join(self.variants)
                     raise UserError(f"--only: no variant '{name}'; there are {known}")
-            update["variants"] = {n: self.variants[n] for n in only.split(",")}
+            update["only"] = only.split(",")
         return self.model_copy(update=update)
 
     @model_validator(mode="after")
@@ -105,14 +106,29 @@ class Ablation:
         self.plan, self.out, self.say = plan, make_folder(out), say
         self.file = out / "ablation.json"
         self.rows: list[dict] = []
+        self.known = plan.model_dump(by_alias=True)["variants"]
         if self.file.exists():
-            self.rows = json.loads(self.file.read_text())["runs"]
+            self._take_up(json.loads(self.file.read_text()))
         # Before the first hour of training: every recipe must be valid.
         for seed in plan.seeds:
             self._start_recipe(seed)
             for name in plan.variants:
-                self._recipe(name, seed, Path("start"))
+                self._recipe(name, seed, Path("start"), final=False)
         self._last: Run | None = None
+
+    def _take_up(self, before: dict) -> None:
+        """Earlier results, if they were made by the same plan."""
+        old, new = before["plan"], self.plan.model_dump(by_alias=True)
+        both = set(old["variants"]) & set(new["variants"])
+        changed = [k for k in ("recipe", "common", "start", "baseline") if old[k] != new[k]]
+        changed += [f"variants.{n}" for n in both if old["variants"][n] != new["variants"][n]]
+        if changed:
+            raise UserError(
+                f"'{self.file}' holds results of another plan (changed: {', '.join(changed)}): "
+                "use another --out"
+            )
+        self.rows = before["runs"]
+        self.known = {**before["plan"]["variants"], **new["variants"]}
 
     def _load(self, stage: str, pairs: dict[str, Any]) -> Recipe:
         return load_recipe(
@@ -123,7 +139,7 @@ class Ablation:
         pairs = {**self.plan.common, **self.plan.start, "seed": seed}
         return self._load("sft", {**pairs, "out": str(self.out / f"start-{seed}")})
 
-    def _recipe(self, name: str, seed: int, start: Path) -> Recipe:
+    def _recipe(self, name: str, seed: int, start: Path, final: bool = True) -> Recipe:
         """A variant's recipe. All take their schedule and budget from the recipe's stage `opd`."""
         variant = self.plan.variants[name]
         origin = self.plan.variants[variant.like] if variant.like else variant
@@ -134,6 +150,11 @@ class Ablation:
         if unit:
             paid = self._row(self.plan.baseline, seed)
             price = self._row(variant.like, seed)
+            if final and not (paid and price):
+                raise UserError(
+                    f"variant '{name}' is measured by '{self.plan.baseline}' and '{variant.like}', "
+                    f"which have no result for seed {seed}: run them first"
+                )
             if paid and price:
                 steps = round(recipe.steps * paid[unit] / price[unit])
                 recipe = recipe.model_copy(update={"steps": max(1, steps)})
@@ -149,7 +170,10 @@ class Ablation:
     def run(self) -> dict:
         """Runs what is missing, seed by seed, and returns what `ablation.json` holds."""
         # Variants that are measured by another one's cost come after it.
-        order = sorted(self.plan.variants, key=lambda n: self.plan.variants[n].budget != "steps")
+        order = sorted(
+            self.plan.only or self.plan.variants,
+            key=lambda n: self.plan.variants[n].budget != "steps",
+        )
         for seed in self.plan.seeds:
             missing = [n for n in order if self._row(n, seed) is None]
             if not missing:
@@ -182,7 +206,7 @@ class Ablation:
     def report(self) -> dict:
         """Plan, machine, rows, and the table."""
         return {
-            "plan": self.plan.model_dump(by_alias=True),
+            "plan": {**self.plan.model_dump(by_alias=True), "variants": self.known},
             "machine": {
                 "cpu": platform.processor() or platform.machine(),
                 "threads": torch.get_num_threads(),

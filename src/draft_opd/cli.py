@@ -191,7 +191,7 @@ def _train(stage: str, config: Path, overrides: list[str] | None, resume: bool, 
 
 
 @app.command(
-    epilog=example("draft-opd sft --config recipes/embedded.yaml steps=500 out=runs/mine/sft")
+    epilog=example("draft-opd sft --config recipes/smollm2-gsm8k.yaml steps=500 out=runs/mine/sft")
 )
 def sft(config: Config, overrides: Overrides = None, resume: Resume = False, json: Json = False):
     """Stage 1: train a drafter on the target's own text."""
@@ -199,16 +199,14 @@ def sft(config: Config, overrides: Overrides = None, resume: Resume = False, jso
 
 
 @app.command(
-    epilog=example("draft-opd opd --config recipes/embedded.yaml drafter=runs/mine/sft/best")
+    epilog=example("draft-opd opd --config recipes/smollm2-gsm8k.yaml drafter=runs/mine/sft/best")
 )
 def opd(config: Config, overrides: Overrides = None, resume: Resume = False, json: Json = False):
     """Stage 2, Draft-OPD: train a drafter where verification rejects it."""
     _train("opd", config, overrides, resume, json)
 
 
-@app.command(
-    epilog=example("draft-opd ablate --config recipes/ablation-embedded.yaml --out runs/ablation")
-)
+@app.command(epilog=example("draft-opd ablate --config benchmarks/league.yaml --out runs/league"))
 def ablate(
     config: Annotated[Path, typer.Option("--config", help="Variants and seeds, YAML.")],
     out: Annotated[Path, typer.Option(help="Folder for runs and ablation.json; resumable.")],
@@ -315,11 +313,12 @@ def analyze(
     _at_least(limit, 1, "--limit")
     from draft_opd.evaluation.analysis import GROUPS, analyse
     from draft_opd.files import make_folder, write_json
-    from draft_opd.rollout.trajectory import read_trajectories
+    from draft_opd.rollout.trajectory import check_trajectories, read_trajectories
 
     screen = Screen(json)
     rows = read_trajectories(trajectories, limit=limit)
     model = _target(target, device, dtype, trust_remote_code)
+    check_trajectories(rows, model, trajectories)
     helper = _drafter(drafter, model)
     with screen.progress("analyze", len(rows)) as update:
         value = analyse(model, helper, rows, draft_length=draft_length, progress=update)
@@ -432,7 +431,7 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Runs one command line and returns its exit status."""
     try:
-        return app(arguments, standalone_mode=False) or 0
+        return app(arguments or ["--help"], standalone_mode=False) or 0
     except UserError as error:
         return _complain(str(error))
     except (KeyboardInterrupt, EOFError):

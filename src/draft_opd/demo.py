@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,13 +52,12 @@ def run_demo(
 ) -> dict:
     """Writes everything into `out` and returns what `summary.json` holds.
 
-    `overrides` change the embedded recipe, KEY=VALUE (tests make it small that way).
+    `overrides` change the embedded recipe, KEY=VALUE (tests make it small that way). A demo that
+    was killed goes on where it stopped, with the same family and seed.
     """
     if family not in FAMILIES:
         raise UserError(f"--family {family}: choose one of {', '.join(FAMILIES)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"'{out}' exists and is not empty: choose a new folder or remove it")
-    make_folder(out)
+    _take_up(out, {"family": family, "seed": seed, "overrides": overrides or []})
     clock = _Clock()
     target = Target.from_pretrained(EMBEDDED)
     if target.device.type == "cpu":
@@ -101,8 +101,11 @@ def run_demo(
         ("sft", "sft", sft), ("sft_continued", "sft", control), ("draft_opd", "opd", opd),
     ):  # fmt: skip
         with clock.stage(name), screen.progress(LABELS[name], plan.steps) as update:
-            run = Run(stage, plan, target=target, after=run, on_metrics=_show(update))
-            if name == "sft":
+            resume = Path(plan.out).exists()
+            run = Run(
+                stage, plan, target=target, after=run, resume=resume, on_metrics=_show(update)
+            )
+            if name == "sft" and run.progress.step == 0:
                 run.drafter.save_pretrained(out / "untrained")
             result = run.train()
         steps[name], supervised[name] = result.step, result.supervised
@@ -121,6 +124,24 @@ def run_demo(
     report = write_report(out, summary, {**details, "family": family, "supervised": supervised})
     _present(summary, report, screen)
     return summary
+
+
+def _take_up(out: Path, asked: dict) -> None:
+    """Makes the folder, or makes sure that it holds an unfinished demo of the same kind."""
+    about = out / "demo.json"
+    if (out / "summary.json").exists():
+        raise UserError(
+            f"'{out}' holds a finished demo, with its report.html: choose a new folder or remove it"
+        )
+    if not about.exists():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"'{out}' exists and is not empty: choose a new folder or remove it")
+        write_json(make_folder(out) / about.name, asked)
+    elif json.loads(about.read_text()) != asked:
+        raise UserError(
+            f"'{out}' holds an unfinished demo of another family or seed: choose a new folder or "
+            "remove it"
+        )
 
 
 def _show(update):

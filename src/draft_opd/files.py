@@ -35,10 +35,22 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def recover_folder(folder: Path) -> None:
+    """Puts the old content back when a kill came between the two renames of `replace_folder`."""
+    if not folder.exists() and _old(folder).exists():
+        os.replace(_old(folder), folder)
+
+
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder that takes the place of `folder` when the block ends well."""
+    folder = folder.resolve()
     make_folder(folder.parent)
+    recover_folder(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -48,11 +60,12 @@ def replace_folder(folder: Path) -> Iterator[Path]:
             if path.is_file():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-        old = folder.with_name(f".{folder.name}.old")
+        old = _old(folder)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.replace(folder, old)
         os.replace(temporary, folder)
         shutil.rmtree(old, ignore_errors=True)
     finally:
+        recover_folder(folder)
         shutil.rmtree(temporary, ignore_errors=True)

@@ -71,7 +71,10 @@ def _run(place: Path, target: str | None, sample: int) -> tuple[dict, list]:
     taus = []
     metrics = place / "metrics.jsonl"
     for line in metrics.read_text().splitlines() if metrics.exists() else []:
-        row = json.loads(line)
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break  # the run was killed while writing it
         if "tau" in row:
             taus.append((row["step"], row["tau"]))
     value = {
@@ -99,10 +102,15 @@ def _run(place: Path, target: str | None, sample: int) -> tuple[dict, list]:
 def _trajectories(path: Path, target: str | None, sample: int) -> tuple[dict, list]:
     value = summary(path)
     rows = read_trajectories(path)
-    about = path.with_name("collect.json")
+    about, asked = path.with_name("collect.json"), target is not None
     if target is None and about.exists():
         target = json.loads(about.read_text()).get("target")
-    value["sample"], text = _sample(rows, target, sample)
+    try:
+        value["sample"], text = _sample(rows, target, sample)
+    except UserError:
+        if asked:
+            raise
+        value["sample"], text = _sample(rows, None, sample)  # its target has moved: ids, then
     shown = {k: v for k, v in value.items() if k != "sample"}
     return value, [facts(f"trajectories: {path}", shown), text]
 

@@ -65,13 +65,14 @@ class Target:
     ) -> Target:
         """Loads a model folder or hub id (`embedded`: the shipped target), frozen.
 
-        `dtype` defaults to float32 on a CPU and to the stored type elsewhere. Raises
-        `UserError` when there is no such model or it is not a plain causal LM.
+        `dtype` defaults to float32 on a CPU and for the shipped target, to the stored type
+        elsewhere. Raises `UserError` when there is no such model or it is not a plain causal LM.
         """
         path = resolve_path(path_or_id)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
-            dtype = torch.float32 if device.type == "cpu" else "auto"
+            small = device.type == "cpu" or str(path_or_id) == EMBEDDED
+            dtype = torch.float32 if small else "auto"
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         try:
@@ -93,7 +94,13 @@ class Target:
         return cls(model.to(device), tokenizer, str(path_or_id))
 
     def _check_supported(self) -> None:
-        """Refuses models whose logits are not `head(hidden)`: our losses rely on it."""
+        """Refuses models whose logits are not `head(hidden)` (our losses rely on it) or whose
+        layers cannot be tapped."""
+        if not hasattr(self.decoder, "layers") or getattr(self.head, "bias", None) is not None:
+            raise UserError(
+                f"target '{self.name}' ({type(self.model).__name__}) is not supported: its decoder "
+                "must have `layers`, and its LM head no bias"
+            )
         ids = torch.arange(3, device=self.device)[None]
         with torch.inference_mode():
             logits = self.model(input_ids=ids, use_cache=False).logits
@@ -160,13 +167,18 @@ class Target:
             zero = torch.zeros((), dtype=self.dtype, device=allowed.device)
             return torch.where(allowed, zero, torch.finfo(self.dtype).min)[:, None]
 
-        types = set(getattr(self.config, "layer_types", None) or ["full_attention"])
+        window = getattr(self.config, "sliding_window", None)
+        if window and getattr(self.config, "use_sliding_window", True):
+            near = visible & (query[:, :, None] - key[:, None, :] < window)
+        else:
+            near = visible
+        layer_types = getattr(self.config, "layer_types", None)
+        if not layer_types:  # models that say nothing by layer slide everywhere or nowhere
+            return additive(near)
+        types = set(layer_types)
         if types == {"full_attention"}:
             return additive(visible)
-        masks = {"full_attention": additive(visible)}
-        if "sliding_attention" in types:
-            near = query[:, :, None] - key[:, None, :] < self.config.sliding_window
-            masks["sliding_attention"] = additive(visible & near)
+        masks = {"full_attention": additive(visible), "sliding_attention": additive(near)}
         if types - set(masks):
             raise UserError(
                 f"target '{self.name}' has layers of kind {sorted(types - set(masks))}; only full "

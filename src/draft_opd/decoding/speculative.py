@@ -63,7 +63,7 @@ def speculate(
     drafter: Drafter | None,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     draft_length: int | None = None,
     sampling: Sampling | None = None,
     stop_ids: Iterable[int] | None = None,
@@ -76,6 +76,7 @@ def speculate(
     Args:
         drafter: None decodes with the target alone.
         prompts: token ids, one list a row, none empty.
+        max_new_tokens: for all rows, or one a row.
         draft_length: tokens proposed a round; at most, and by default, what was trained.
         sampling: greedy by default.
         stop_ids: tokens that end a row; by default the target's.
@@ -97,8 +98,9 @@ def speculate(
                 f"{target.max_positions}: shorten it"
             )
     results = [Generation(list(p)) for p in prompts]
-    limits = [min(max_new_tokens, target.max_positions - len(p)) for p in prompts]
-    if max_new_tokens < 1 or not prompts:
+    asked = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    limits = [min(n, target.max_positions - len(p)) for n, p in zip(asked, prompts, strict=True)]
+    if not limits or min(limits) < 1:
         return results
     device = target.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -184,13 +186,7 @@ def _draft_length(target: Target, drafter: Drafter | None, asked: int | None) ->
     if drafter is None:
         return 0
     drafter.check_target(target)
-    length = drafter.draft_length if asked is None else asked
-    if not 1 <= length <= drafter.draft_length:
-        raise UserError(
-            f"draft length {length} is out of range: this drafter proposes "
-            f"1 to {drafter.draft_length} tokens"
-        )
-    return length
+    return drafter.checked_length(asked)
 
 
 def generate(

@@ -87,6 +87,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, kind: str) -
     SDPA with a dense mask; flex_attention on CUDA when there are many blocks.
     """
     if q.is_cuda and q.shape[2] >= FLEX_MINIMUM:
+        # Norms leave q and k float32 under autocast, and the kernel wants one type.
+        q, k = q.to(v.dtype), k.to(v.dtype)
         return _compiled_flex()(q, k, v, block_mask=visibility.sparse(kind), enable_gqa=True)
     groups = q.shape[1] // k.shape[1]
     if groups > 1:

@@ -111,6 +111,16 @@ class Drafter(nn.Module):
 
     # -- common -----------------------------------------------------------------------------
 
+    def checked_length(self, asked: int | None) -> int:
+        """A draft length in range; None is as trained. Raises `UserError`."""
+        length = self.draft_length if asked is None else asked
+        if not 1 <= length <= self.draft_length:
+            raise UserError(
+                f"draft length {length} is out of range: this drafter proposes "
+                f"1 to {self.draft_length} tokens"
+            )
+        return length
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
@@ -137,7 +147,15 @@ class Drafter(nn.Module):
                 f"'{path_or_id}' is not a drafter we know: its config.json names "
                 f"{config.get('architectures')}; known families: {', '.join(FAMILIES)}"
             )
-        drafter = family.from_config(config)
+        try:
+            drafter = family.from_config(config)
+        except UserError:
+            raise
+        except Exception as error:
+            line = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"the config.json of '{folder}' describes no drafter ({line})"
+            ) from error
         weights = folder / "model.safetensors"
         if not weights.exists():
             raise UserError(

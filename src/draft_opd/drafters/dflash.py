@@ -8,10 +8,9 @@ itself; embeddings and LM head are the target's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import (
@@ -34,6 +33,17 @@ def default_target_layers(num_target_layers: int, count: int) -> tuple[int, ...]
         return (num_target_layers // 2,)
     span = num_target_layers - 4
     return tuple(round(1 + i * span / (count - 1)) for i in range(count))
+
+
+class _Rotary(Qwen3RotaryEmbedding):
+    """Frequencies stay float32 whatever the drafter is cast to: rounded, far positions drift."""
+
+    def _apply(self, fn, recurse=True):
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            self._buffers[name] = value.to(self._buffers[name].device)
+        return self
 
 
 class DFlashAttention(nn.Module):
@@ -81,19 +91,20 @@ class DFlashLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-@dataclass
-class DFlashOptions:
+class DFlashOptions(BaseModel):
     """Shape of a new drafter; None means "as the target has it"."""
 
-    num_layers: int = 1
-    block_size: int = 16
+    model_config = ConfigDict(extra="forbid")
+
+    num_layers: int = Field(1, ge=1)
+    block_size: int = Field(16, ge=2)
     target_layers: tuple[int, ...] | None = None
-    num_target_features: int | None = None
-    mask_token_id: int | None = None
-    intermediate_size: int | None = None
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_target_features: int | None = Field(None, ge=1)
+    mask_token_id: int | None = Field(None, ge=0)
+    intermediate_size: int | None = Field(None, ge=1)
+    num_attention_heads: int | None = Field(None, ge=1)
+    num_key_value_heads: int | None = Field(None, ge=1)
+    head_dim: int | None = Field(None, ge=2, multiple_of=2)
 
 
 class DFlashDrafter(Drafter):
@@ -118,7 +129,7 @@ class DFlashDrafter(Drafter):
         self.hidden_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(DFlashLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.rotary = Qwen3RotaryEmbedding(config=config)
+        self.rotary = _Rotary(config=config)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -150,13 +161,20 @@ class DFlashDrafter(Drafter):
         count = o.num_target_features or min(5, max(1, target.num_layers - 3))
         layers = tuple(o.target_layers or default_target_layers(target.num_layers, count))
         heads = o.num_attention_heads or t.num_attention_heads
+        kv_heads = o.num_key_value_heads or getattr(t, "num_key_value_heads", None) or heads
+        kv_heads = min(heads, kv_heads)
+        if heads % kv_heads:
+            raise UserError(
+                f"model.options: {heads} attention heads are not a multiple of {kv_heads} "
+                "key/value heads"
+            )
         config = Qwen3Config(
             vocab_size=target.vocab_size,
             hidden_size=target.hidden_size,
             intermediate_size=o.intermediate_size or t.intermediate_size,
             num_hidden_layers=o.num_layers,
             num_attention_heads=heads,
-            num_key_value_heads=o.num_key_value_heads or min(heads, t.num_key_value_heads),
+            num_key_value_heads=kv_heads,
             head_dim=o.head_dim or getattr(t, "head_dim", None) or t.hidden_size // heads,
             rms_norm_eps=getattr(t, "rms_norm_eps", 1e-6),
             max_position_embeddings=target.max_positions,

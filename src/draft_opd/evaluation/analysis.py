@@ -41,7 +41,7 @@ def analyse(
     count. `share` is the composition of the replayed tokens. `anchors` counts rounds by tenth of
     the response; `rounds_by_accepted` by accepted length 0..K.
     """
-    length = draft_length or drafter.draft_length
+    length = drafter.checked_length(draft_length)
     source = BatchSource(target, drafter.target_layers)
     tokens = dict.fromkeys(GROUPS, 0)
     sums = {name: dict.fromkeys(GROUPS, 0.0) for name in SCORES}

@@ -43,4 +43,6 @@ def load_tasks(
             )
     if prompts:
         tasks.append(read("prompts", prompts))
+    if not tasks:
+        raise UserError(f"--tasks '{names}' names no task")
     return tasks

@@ -12,7 +12,7 @@ import torch
 
 from draft_opd.drafters import Drafter
 from draft_opd.errors import UserError
-from draft_opd.target import Target
+from draft_opd.target import Target, resolve_path
 
 FORMATS = ("z-lab", "sglang", "vllm")
 
@@ -48,14 +48,15 @@ def export(
 
 
 def _serve(target: str, out: Path, format: str, length: int) -> str:
+    path = resolve_path(target)
     if format == "vllm":
         return (
-            f"vllm serve {target} --speculative-config "
+            f"vllm serve {path} --speculative-config "
             f'\'{{"method": "dflash", "model": "{out}", "num_speculative_tokens": {length}}}\''
         )
     if format == "sglang":
         return (
-            f"python -m sglang.launch_server --model-path {target} --speculative-algorithm DFLASH "
+            f"python -m sglang.launch_server --model-path {path} --speculative-algorithm DFLASH "
             f"--speculative-draft-model-path {out} --speculative-num-draft-tokens {length + 1}"
         )
     return f'dflash\'s DFlashDraftModel.from_pretrained("{out}")'

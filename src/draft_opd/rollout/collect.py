@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,13 +33,15 @@ def decode_trajectories(
     ordered = sorted(requests, key=lambda r: len(r[1]))
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]
+        # From the names, so that a collection that goes on later draws nothing twice.
+        batch_seed = seed + zlib.crc32("/".join(name for name, _ in batch).encode())
         made = speculate(
             target,
             drafter,
             [ids for _, ids in batch],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            seed=seed + start,
+            seed=batch_seed,
         )
         yield [
             Trajectory(
@@ -45,10 +49,8 @@ def decode_trajectories(
                 g.token_ids,
                 name,
                 g.finish_reason,
-                sampling.temperature,
-                sampling.top_k,
-                sampling.top_p,
-                seed + start,
+                *sampling.filters,
+                batch_seed,
             )
             for (name, ids), g in zip(batch, made, strict=True)
         ]
@@ -77,8 +79,16 @@ def collect(
         raise UserError("samples > 1 needs temperature > 0: greedy samples would all be equal")
     path = make_folder(out) / "trajectories.jsonl"
     writer = TrajectoryWriter(path)
-    about = {"target": target.name, "sampling": (sampling or Sampling()).model_dump(), "seed": seed}
-    write_json(out / "collect.json", {**about, "max_new_tokens": max_new_tokens})
+    _remember(
+        out / "collect.json",
+        {
+            "target": target.name,
+            "sampling": (sampling or Sampling()).model_dump(),
+            "seed": seed,
+            "max_new_tokens": max_new_tokens,
+        },
+        fresh=not writer.done,
+    )
     try:
         todo, seen = [], set()
         for prompt in prompts:
@@ -120,6 +130,20 @@ def collect(
     finally:
         writer.close()
     return path
+
+
+def _remember(path: Path, about: dict, fresh: bool) -> None:
+    """Writes how trajectories are made; refuses to go on in another way."""
+    if not fresh and path.exists():
+        try:
+            before = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"'{path}' is damaged: remove it, or use another --out") from None
+        changed = [k for k in about if before.get(k) != about[k]]
+        if changed:
+            told = "; ".join(f"{k} {before.get(k)} before, {about[k]} now" for k in changed)
+            raise UserError(f"'{path.parent}' was collected otherwise ({told}): use another --out")
+    write_json(path, about)
 
 
 def summary(path: Path) -> dict:

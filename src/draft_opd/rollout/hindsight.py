@@ -175,7 +175,7 @@ def hindsight_traces(
     seed: int = 0,
 ) -> list[list[Round]]:
     """Traces of many trajectories, in their order, without decoding. See `hindsight_trace`."""
-    length = draft_length or drafter.draft_length
+    length = drafter.checked_length(draft_length)
     order = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].ids))
     traces: list[list[Round]] = [[] for _ in trajectories]
     for start in range(0, len(order), batch_size):

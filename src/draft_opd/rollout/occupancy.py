@@ -105,7 +105,7 @@ def expected_rounds(
     from draft_opd.rollout.hindsight import pad_rows
 
     sampling = sampling or Sampling()
-    length = draft_length or drafter.draft_length
+    length = drafter.checked_length(draft_length)
     rounds, tokens = [], []
     for t in trajectories:
         ids = pad_rows([t.ids], target.device)

@@ -7,8 +7,12 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from draft_opd.errors import UserError
+
+if TYPE_CHECKING:
+    from draft_opd.target import Target
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,23 @@ def read_trajectories(
     if not result:
         raise UserError(f"'{path}' holds no trajectories")
     return result
+
+
+def check_trajectories(rows: Iterable[Trajectory], target: Target, where: str) -> None:
+    """Raises `UserError` for token ids that `target` does not have and texts longer than its
+    context."""
+    size, room = target.vocab_size, target.max_positions
+    for t in rows:
+        if max(t.ids) >= size:
+            raise UserError(
+                f"{where}: trajectory {t.id} has token id {max(t.ids)}, the target's vocabulary "
+                f"ends at {size - 1}: was it collected from another target?"
+            )
+        if len(t.ids) > room:
+            raise UserError(
+                f"{where}: trajectory {t.id} has {len(t.ids)} tokens, the target's context holds "
+                f"{room}: shorten it (in a recipe: data.max_length)"
+            )
 
 
 class TrajectoryWriter:

@@ -43,16 +43,22 @@ def pack(
     present = torch.zeros(rows, width, dtype=torch.bool)
     drafted = torch.zeros(rows, width, length, dtype=torch.long)
     accepted = torch.zeros(rows, width, dtype=torch.long)
+    proposed = torch.full((rows, width), length)
     for i, row in enumerate(anchors):
         at[i] = int(batch.starts[i])  # padding drafts at the first anchor, unsupervised
         at[i, : len(row)] = torch.tensor(row, dtype=torch.long)
         present[i, : len(row)] = True
         for j, r in enumerate(rounds[i]):
             drafted[i, j, : len(r.drafted)] = torch.tensor(r.drafted, dtype=torch.long)
+            proposed[i, j] = len(r.drafted)  # fewer where the context ends
             accepted[i, j] = r.accepted
-    at, present, drafted, accepted = (x.to(batch.device) for x in (at, present, drafted, accepted))
-    where = at[:, :, None] + torch.arange(1, length + 1, device=batch.device)
+    at, present, drafted, accepted, proposed = (
+        x.to(batch.device) for x in (at, present, drafted, accepted, proposed)
+    )
+    offset = torch.arange(1, length + 1, device=batch.device)
+    where = at[:, :, None] + offset
     valid = (where <= batch.ends[:, None, None]) & present[:, :, None]
+    valid &= offset <= proposed[:, :, None]
     rowwise = torch.arange(rows, device=batch.device)[:, None, None]
     labels = batch.ids[rowwise, where.clamp_max(batch.ids.shape[1] - 1)]
     return Blocks(at, present, drafted, accepted, labels, valid, present.float())

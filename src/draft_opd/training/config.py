@@ -111,8 +111,8 @@ class Opd(_Section):
     rollout: Literal["hindsight", "live"] = "hindsight"
     anchors: Literal["trace", "random", "all", "occupancy"] = Field(
         "trace",
-        description="replay where rounds began, as many random positions, every position, or "
-        "every position weighted by the probability that a round begins there",
+        description="replay where rounds began, as many random positions, max_anchors of all "
+        "positions, or positions drawn by the probability that a round begins there",
     )
     max_anchors: int = Field(16, ge=1, description="anchors a trajectory and step, drawn evenly")
     stride: int = Field(1, ge=1, description="replay every n-th round of a trace")
@@ -159,6 +159,12 @@ class Recipe(_Section):
                 f"({self.opd.trace_every}), so that a resumed run has the same traces"
             )
         objective = self.opd.objective
+        single = objective.estimator in ("k1", "k2", "k3", "bernoulli")
+        if single and objective.kind in ("total_variation", "log_overlap"):
+            raise ValueError(
+                f"opd.objective.estimator '{objective.estimator}' estimates a KL divergence, not "
+                f"{objective.kind}: use exact or top_k"
+            )
         if objective.accepted_weight + objective.rejected_weight == 0:
             raise ValueError("accepted_weight and rejected_weight cannot both be 0")
         return self
@@ -205,7 +211,10 @@ def _for_stage(tree: dict, stage: str | None, path: Path) -> dict:
     stages = tree.pop("stages", None) or {}
     if not isinstance(stages, dict) or set(stages) - {"sft", "opd"}:
         raise UserError(f"recipe '{path}': 'stages' holds the sections 'sft' and 'opd' only")
-    return _laid_over(tree, stages.get(stage) or {})
+    chosen = stages.get(stage) or {}
+    if not isinstance(chosen, dict):
+        raise UserError(f"recipe '{path}': stages.{stage} must hold KEY: VALUE pairs")
+    return _laid_over(tree, chosen)
 
 
 def _laid_over(below: dict, above: dict) -> dict:

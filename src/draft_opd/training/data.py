@@ -63,7 +63,11 @@ class BatchSource:
         if mine == theirs:
             self._known = other._known
 
-    def batch(self, trajectories: list[Trajectory], with_cache: bool = False) -> Batch:
+    def batch(
+        self, trajectories: list[Trajectory], with_cache: bool = False, remember: bool = True
+    ) -> Batch:
+        """`with_cache`: the target's keys and values too. Texts that will not come again should
+        not be remembered."""
         ids = pad_rows([t.ids for t in trajectories], self.target.device)
         keys = [tuple(t.ids) for t in trajectories]
         if self.remember and not with_cache and all(k in self._known for k in keys):
@@ -78,7 +82,7 @@ class BatchSource:
         cache = self.target.cache(ids.shape[1]) if with_cache else None
         out = self.target.trajectories(ids, self.layers, cache)
         features, hidden = out.features, out.hidden
-        if self.remember:
+        if self.remember and remember:
             stored = [x.to(self.dtype) for x in (features, hidden)]
             for row, key in enumerate(keys):
                 self._known[key] = tuple(x[row, : len(key)].clone().cpu() for x in stored)

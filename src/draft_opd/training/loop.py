@@ -15,12 +15,13 @@ from typing import Literal
 import torch
 import transformers
 import yaml
+from pydantic import ValidationError
 
 from draft_opd.drafters.base import FAMILIES, Drafter
 from draft_opd.errors import UserError
-from draft_opd.files import make_folder, write_json, write_text
+from draft_opd.files import make_folder, recover_folder, write_json, write_text
 from draft_opd.rollout.trace import tau
-from draft_opd.rollout.trajectory import Trajectory, read_trajectories
+from draft_opd.rollout.trajectory import Trajectory, check_trajectories, read_trajectories
 from draft_opd.target import Target
 from draft_opd.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from draft_opd.training.config import Recipe
@@ -32,6 +33,7 @@ from draft_opd.training.sft import sft_loss
 from draft_opd.training.stopwatch import Stopwatch
 
 Stage = Literal["sft", "opd"]
+ROWS = 32  # trajectories that one trace forward looks at: more would only take memory
 OnMetrics = Callable[[dict], None]
 
 
@@ -106,6 +108,8 @@ class Run:
             or Target.from_pretrained(recipe.target, trust_remote_code=recipe.trust_remote_code)
         )
         self._check_ids()
+        for folder in ("last", "best"):
+            recover_folder(self.out / folder)
         resuming = resume and (self.out / "last" / "training").is_dir()
         source = str(self.out / "last") if resuming else recipe.drafter
         torch.manual_seed(recipe.seed)
@@ -114,12 +118,7 @@ class Run:
             self.drafter.check_target(self.target)
         else:
             self.drafter = self._create()
-        self.length = recipe.draft_length or self.drafter.draft_length
-        if self.length > self.drafter.draft_length:
-            raise UserError(
-                f"draft_length {self.length} exceeds what the drafter was built for "
-                f"({self.drafter.draft_length})"
-            )
+        self.length = self.drafter.checked_length(recipe.draft_length)
         self.optimizer = Optimizer(self.drafter, recipe.optim)
         self.progress = Progress()
         if resuming:
@@ -167,9 +166,9 @@ class Run:
         return kept
 
     def _check_ids(self) -> None:
-        size, room = self.target.vocab_size, self.target.max_positions
         asked = self.recipe.sampling.filters
         for name, rows in (("trajectories", self.train_set), ("heldout", self.held_out)):
+            check_trajectories(rows, self.target, f"data.{name}")
             for t in rows:
                 if (t.temperature, t.top_k, t.top_p) != asked:
                     raise UserError(
@@ -177,19 +176,8 @@ class Run:
                         f"top_p) = {(t.temperature, t.top_k, t.top_p)}, the recipe's `sampling` "
                         f"says {asked}: set it to what the data has"
                     )
-                if max(t.ids) >= size:
-                    raise UserError(
-                        f"data.{name}: trajectory {t.id} has token id {max(t.ids)}, the target's "
-                        f"vocabulary ends at {size - 1}: was it collected from another target?"
-                    )
-                if len(t.ids) > room:
-                    raise UserError(
-                        f"data.{name}: trajectory {t.id} has {len(t.ids)} tokens, the target's "
-                        f"context holds {room}: set data.max_length"
-                    )
-        if {t.id for t in self.train_set} & {t.id for t in self.held_out} and {
-            tuple(t.prompt_ids) for t in self.train_set
-        } & {tuple(t.prompt_ids) for t in self.held_out}:
+        seen = {tuple(t.prompt_ids) for t in self.train_set}
+        if any(tuple(t.prompt_ids) in seen for t in self.held_out):
             raise UserError("data.heldout shares prompts with data.trajectories: τ would flatter")
 
     def _create(self) -> Drafter:
@@ -200,8 +188,10 @@ class Run:
             )
         try:
             return family.create(self.target, **self.recipe.model.options)
-        except TypeError as error:
-            raise UserError(f"model.options: {error}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise UserError(f"model.options.{key}: {first['msg'].lower()}") from None
 
     def _prepare_folder(self) -> None:
         make_folder(self.out)
@@ -326,7 +316,7 @@ class Run:
                     r.sampling, seed,
                 )  # fmt: skip
             with self.clock("target"):
-                return self.source.batch(rows, with_cache), traces
+                return self.source.batch(rows, with_cache, remember=False), traces
         if r.opd.trace_every == 1:
             with self.clock("target"):
                 batch = self.source.batch(self._trajectories(index), with_cache)
@@ -336,10 +326,12 @@ class Run:
             count = r.opd.trace_every * r.accumulate
             indices = range(index, min(index + count, r.steps * r.accumulate))
             groups = [self._trajectories(i) for i in indices]
-            with self.clock("target"):
-                joint = self.source.batch([t for g in groups for t in g])
-            with self.clock("trace"):
-                traces = self._hindsight(joint, seed)
+            joint, traces = [t for g in groups for t in g], []
+            for start in range(0, len(joint), ROWS):
+                with self.clock("target"):
+                    batch = self.source.batch(joint[start : start + ROWS])
+                with self.clock("trace"):
+                    traces += self._hindsight(batch, seed + start)
             for group in groups:
                 self._rollouts.append((group, traces[: len(group)]))
                 traces = traces[len(group) :]
@@ -359,9 +351,9 @@ class Run:
         """Rounds of speculative decoding on the held-out texts (above temperature 0: one draw)."""
         self.drafter.eval()
         traces: Traces = []
-        for start in range(0, len(self.held_out), 32):
+        for start in range(0, len(self.held_out), ROWS):
             traces += self._hindsight(
-                self.yardstick.batch(self.held_out[start : start + 32]), start
+                self.yardstick.batch(self.held_out[start : start + ROWS]), start
             )
         return traces
 

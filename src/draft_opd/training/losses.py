@@ -233,6 +233,8 @@ def acceptance_aware_loss(
         draft_logits, target_logits = (
             x.masked_fill(blank, 0.0) for x in (draft_logits, target_logits)
         )
+    if draft_logits.dtype != torch.float64:
+        draft_logits, target_logits = draft_logits.float(), target_logits.float()
     a_raw, r_raw = stream_weights(accepted, draft_logits.shape[1], valid, gamma)
     return combine_streams(
         forward_kl(draft_logits, target_logits),

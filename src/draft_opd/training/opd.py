@@ -51,13 +51,13 @@ def live_rollout(
     sampling: Sampling | None = None,
     seed: int = 0,
 ) -> tuple[list[Trajectory], Traces]:
-    """Decodes the prompts again with the current drafter, to the stored responses' length."""
+    """Decodes the prompts again with the current drafter, each to its stored response's length."""
     sampling = sampling or Sampling()
     made = speculate(
         target,
         drafter,
         [t.prompt_ids for t in trajectories],
-        max_new_tokens=max(len(t.response_ids) for t in trajectories),
+        max_new_tokens=[len(t.response_ids) for t in trajectories],
         draft_length=length,
         sampling=sampling,
         seed=seed,
@@ -147,7 +147,9 @@ def choose_blocks(
     elif options.anchors == "all":
         anchors = random_anchors(batch, [options.max_anchors] * len(every), seed)
     else:
-        anchors, weights = _by_occupancy(target, drafter, batch, every, length, sampling, options)
+        anchors, weights = _by_occupancy(
+            target, drafter, batch, every, length, sampling, options, seed
+        )
     rounds = draft_at(target, drafter, batch, anchors, length, sampling, seed)
     blocks = pack(batch, anchors, rounds, length)
     if weights is not None:
@@ -163,8 +165,10 @@ def _by_occupancy(
     length: int,
     sampling: Sampling,
     options: Opd,
+    seed: str,
 ) -> tuple[list[list[int]], Tensor]:
-    """The likeliest `max_anchors` anchors a row and the probability that a round begins there."""
+    """About `max_anchors` anchors a row, drawn in proportion to the probability that a round begins
+    there; their weights make every mean that of all positions."""
     blocks = pack(batch, every, [[] for _ in every], length)
     with torch.no_grad():
         context = drafter.context(target, batch.ids, batch.features)
@@ -172,19 +176,39 @@ def _by_occupancy(
             target, drafter, context, batch.ids, batch.hidden, blocks.anchors, length, sampling
         )
         begins = occupancy(alpha, blocks.valid)
-    count = min(options.max_anchors, begins.shape[1])
-    index = begins.topk(count, 1).indices.sort(1).values
-    kept = begins.gather(1, index)
-    chosen = blocks.anchors.gather(1, index).tolist()
-    anchors = [
-        [a for a, v in zip(row, values, strict=True) if v > 0]
-        for row, values in zip(chosen, kept.tolist(), strict=True)
+    rng = random.Random(seed)
+    found = [
+        draw_by_weight(row.tolist(), options.max_anchors, rng.random()) for row in begins.cpu()
     ]
-    weights = torch.zeros(len(anchors), max(map(len, anchors)), device=batch.device)
-    for i, row in enumerate(kept):
-        row = row[row > 0]
-        weights[i, : len(row)] = row
+    anchors = [[every[i][j] for j, _ in row] for i, row in enumerate(found)]
+    weights = torch.zeros(len(found), max(map(len, found)), device=batch.device)
+    for i, row in enumerate(found):
+        weights[i, : len(row)] = torch.tensor([w for _, w in row])
     return anchors, weights
+
+
+def draw_by_weight(weights: list[float], count: int, start: float) -> list[tuple[int, float]]:
+    """Systematic sampling: about `count` indices, index i with probability π_i = min(1, λ w_i), as
+    (i, w_i / π_i), so that weighted sums keep their expectation. `start` is uniform in [0, 1)."""
+    weights = [w if w > 1e-9 else 0.0 for w in weights]
+    positive = [w for w in weights if w > 0]
+    certain = min(count, len(positive))
+    # λ: the largest weights are certain, the others share what is left of `count`.
+    ordered = sorted(positive, reverse=True)
+    scale, rest = float("inf"), sum(positive)
+    for i, w in enumerate(ordered[:certain]):
+        if (certain - i) * w < rest:
+            scale = (certain - i) / rest
+            break
+        rest -= w
+    drawn, total = [], start
+    for i, w in enumerate(weights):
+        if w > 0:
+            chance = 1.0 if w * scale >= 1 else w * scale
+            before, total = total, total + chance
+            if int(total) > int(before):
+                drawn.append((i, w / chance))
+    return drawn or [(weights.index(max(weights)), 1.0)]
 
 
 def opd_loss(
