@@ -11,10 +11,11 @@ import draft_opd as d
 from draft_opd.ablation import Ablation, load_plan, summarise
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.rollout.hindsight import hindsight_traces
+from draft_opd.training.anchors import choose_blocks, choose_rounds, draw_by_weight
 from draft_opd.training.config import Opd
 from draft_opd.training.data import BatchSource
 from draft_opd.training.loop import Run
-from draft_opd.training.opd import choose_blocks, choose_rounds, draw_by_weight, opd_loss
+from draft_opd.training.opd import opd_loss
 
 GREEDY = Sampling()
 

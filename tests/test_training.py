@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 import draft_opd as d
+from draft_opd.training.anchors import random_anchors
 from draft_opd.training.blocks import pack
 from draft_opd.training.config import load_recipe
 from draft_opd.training.data import BatchSource, batch_at, batch_order, cut
 from draft_opd.training.loop import Run, learning_rate
 from draft_opd.training.objectives import default_decay
 from draft_opd.training.opd import hindsight_rollout, live_rollout
-from draft_opd.training.sft import random_anchors
 
 
 def metrics(out):

@@ -12,7 +12,7 @@ from draft_opd.evaluation.measure import acceptance_by_position
 from draft_opd.rollout.trace import by_accepted, tau
 from draft_opd.rollout.trajectory import Trajectory
 from draft_opd.target import Target
-from draft_opd.training.blocks import pack, replay
+from draft_opd.training.blocks import pack, replay, text_states
 from draft_opd.training.data import BatchSource
 from draft_opd.training.losses import forward_kl, overlap, reverse_kl
 from draft_opd.training.opd import hindsight_rollout, teacher_states
@@ -56,7 +56,7 @@ def analyse(
                 anchors[min(BINS - 1, int(part * BINS))] += 1
         blocks = pack(batch, [[r.anchor for r in trace] for trace in traces], traces, length)
         drafted = replay(target, drafter, batch, blocks, teacher_states(target, batch, blocks))
-        on_text = teacher_states(target, batch, blocks, branches=False).flatten(0, 1)
+        on_text = text_states(batch, blocks).flatten(0, 1)
         offset = torch.arange(length, device=batch.device)
         n = drafted.accepted[:, None]
         views = {

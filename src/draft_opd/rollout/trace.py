@@ -16,6 +16,9 @@ class Round:
     accepted: int
 
 
+Traces = list[list[Round]]  # one list of rounds a trajectory
+
+
 def tau(rounds: Iterable[Round]) -> float:
     """Acceptance length: mean of accepted + 1 over rounds (the bonus token counts); 0 if none."""
     lengths = [r.accepted + 1 for r in rounds]

@@ -64,6 +64,13 @@ def pack(
     return Blocks(at, present, drafted, accepted, labels, valid, present.float())
 
 
+def text_states(batch: Batch, blocks: Blocks) -> Tensor:
+    """The target's hidden states [batch, A, K, H] along the text: what scores offset k there."""
+    before = blocks.anchors[:, :, None] + torch.arange(blocks.valid.shape[2], device=batch.device)
+    rows = torch.arange(len(batch.ids), device=batch.device)[:, None, None]
+    return batch.hidden[rows, before.clamp_max(batch.ids.shape[1] - 1)]
+
+
 def replay_hidden(target: Target, drafter: Drafter, batch: Batch, blocks: Blocks) -> Tensor:
     """The drafter's hidden states [batch, A, K, H] at the blocks, with gradient."""
     context = drafter.context(target, batch.ids, batch.features)

@@ -20,14 +20,14 @@ from pydantic import ValidationError
 from draft_opd.drafters.base import FAMILIES, Drafter
 from draft_opd.errors import UserError
 from draft_opd.files import make_folder, recover_folder, write_json, write_text
-from draft_opd.rollout.trace import tau
+from draft_opd.rollout.trace import Traces, tau
 from draft_opd.rollout.trajectory import Trajectory, check_trajectories, read_trajectories
 from draft_opd.target import Target
 from draft_opd.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from draft_opd.training.config import Recipe
 from draft_opd.training.data import Batch, BatchSource, batch_at, cut
 from draft_opd.training.objectives import needs_branches
-from draft_opd.training.opd import Traces, hindsight_rollout, live_rollout, opd_loss
+from draft_opd.training.opd import hindsight_rollout, live_rollout, opd_loss
 from draft_opd.training.optimizer import Optimizer
 from draft_opd.training.sft import sft_loss
 from draft_opd.training.stopwatch import Stopwatch

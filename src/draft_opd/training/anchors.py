@@ -1,0 +1,162 @@
+"""Which anchors are replayed, and what was drafted there."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from draft_opd.decoding.sampling import Sampling
+from draft_opd.drafters.base import Drafter
+from draft_opd.rollout.hindsight import text_chooser
+from draft_opd.rollout.occupancy import occupancy, text_acceptance
+from draft_opd.rollout.trace import Round, Traces
+from draft_opd.target import Target
+from draft_opd.training.blocks import Blocks, pack, replay_hidden, text_states
+from draft_opd.training.config import Opd
+from draft_opd.training.data import Batch
+
+
+def random_anchors(batch: Batch, count: int | list[int], seed: str) -> list[list[int]]:
+    """Distinct response anchors a row, uniform over positions that have a next token."""
+    rng = random.Random(seed)
+    rows = []
+    for i, t in enumerate(batch.trajectories):
+        first, last = len(t.prompt_ids) - 1, len(t.ids) - 2
+        wanted = count if isinstance(count, int) else count[i]
+        rows.append(sorted(rng.sample(range(first, last + 1), min(wanted, last + 1 - first))))
+    return rows
+
+
+def choose_rounds(traces: Traces, options: Opd, length: int, seed: str) -> Traces:
+    """The rounds to replay: every `stride`-th, at most `max_anchors` (and `max_tokens` worth of
+    blocks) a trajectory, drawn without replacement, in order."""
+    rng = random.Random(seed)
+    limit = options.max_anchors
+    if options.max_tokens is not None:
+        limit = max(1, min(limit, options.max_tokens // length))
+    chosen = []
+    for trace in traces:
+        kept = trace[rng.randrange(options.stride) :: options.stride] or trace[:1]
+        drawn = rng.sample(range(len(kept)), min(limit, len(kept)))
+        chosen.append([kept[i] for i in sorted(drawn)])
+    return chosen
+
+
+def choose_blocks(
+    target: Target,
+    drafter: Drafter,
+    batch: Batch,
+    traces: Traces,
+    options: Opd,
+    length: int,
+    sampling: Sampling,
+    seed: str,
+) -> Blocks:
+    """What is replayed: rounds of the trace, or other anchors with the same number of blocks."""
+    rounds = choose_rounds(traces, options, length, seed)
+    if options.anchors == "trace":
+        return pack(batch, [[r.anchor for r in row] for row in rounds], rounds, length)
+    every = [range(len(t.prompt_ids) - 1, len(t.ids) - 1) for t in batch.trajectories]
+    weights = None
+    if options.anchors == "random":
+        anchors = random_anchors(batch, [len(row) for row in rounds], seed)
+    elif options.anchors == "all":
+        anchors = random_anchors(batch, [options.max_anchors] * len(every), seed)
+    else:
+        anchors, weights = _by_occupancy(
+            target, drafter, batch, every, length, sampling, options, seed
+        )
+    rounds = draft_at(target, drafter, batch, anchors, length, sampling, seed)
+    blocks = pack(batch, anchors, rounds, length)
+    if weights is not None:
+        blocks.weight = weights
+    return blocks
+
+
+def _by_occupancy(
+    target: Target,
+    drafter: Drafter,
+    batch: Batch,
+    every: list[range],
+    length: int,
+    sampling: Sampling,
+    options: Opd,
+    seed: str,
+) -> tuple[list[list[int]], Tensor]:
+    """About `max_anchors` anchors a row, drawn in proportion to the probability that a round begins
+    there; their weights make every mean that of all positions."""
+    blocks = pack(batch, every, [[] for _ in every], length)
+    with torch.no_grad():
+        context = drafter.context(target, batch.ids, batch.features)
+        alpha = text_acceptance(
+            target, drafter, context, batch.ids, batch.hidden, blocks.anchors, length, sampling
+        )
+        begins = occupancy(alpha, blocks.valid)
+    rng = random.Random(seed)
+    found = [
+        draw_by_weight(row.tolist(), options.max_anchors, rng.random()) for row in begins.cpu()
+    ]
+    anchors = [[every[i][j] for j, _ in row] for i, row in enumerate(found)]
+    weights = torch.zeros(len(found), max(map(len, found)), device=batch.device)
+    for i, row in enumerate(found):
+        weights[i, : len(row)] = torch.tensor([w for _, w in row])
+    return anchors, weights
+
+
+def draw_by_weight(weights: list[float], count: int, start: float) -> list[tuple[int, float]]:
+    """Systematic sampling: about `count` indices, index i with probability π_i = min(1, λ w_i), as
+    (i, w_i / π_i), so that weighted sums keep their expectation. `start` is uniform in [0, 1)."""
+    weights = [w if w > 1e-9 else 0.0 for w in weights]
+    positive = [w for w in weights if w > 0]
+    certain = min(count, len(positive))
+    # λ: the largest weights are certain, the others share what is left of `count`.
+    ordered = sorted(positive, reverse=True)
+    scale, rest = float("inf"), sum(positive)
+    for i, w in enumerate(ordered[:certain]):
+        if (certain - i) * w < rest:
+            scale = (certain - i) / rest
+            break
+        rest -= w
+    drawn, total = [], start
+    for i, w in enumerate(weights):
+        if w > 0:
+            chance = 1.0 if w * scale >= 1 else w * scale
+            before, total = total, total + chance
+            if int(total) > int(before):
+                drawn.append((i, w / chance))
+    return drawn or [(weights.index(max(weights)), 1.0)]
+
+
+@torch.no_grad()
+def draft_at(
+    target: Target,
+    drafter: Drafter,
+    batch: Batch,
+    anchors: list[list[int]],
+    length: int,
+    sampling: Sampling,
+    seed: str,
+) -> Traces:
+    """What the drafter proposes at given anchors, and how much of it the text confirms."""
+    blocks = pack(batch, anchors, [[] for _ in anchors], length)
+    hidden = replay_hidden(target, drafter, batch, blocks)
+    states = text_states(batch, blocks)
+    weight = drafter.head_weight(target)
+    generator = torch.Generator(batch.device).manual_seed(random.Random(seed).getrandbits(32))
+    drafted = torch.stack(
+        [
+            text_chooser(target, sampling, blocks.labels[i], blocks.valid[i], states[i], generator)(
+                F.linear(row.to(weight.dtype), weight)
+            )[0]
+            for i, row in enumerate(hidden)
+        ]
+    )
+    agree = (drafted == blocks.labels) & blocks.valid
+    accepted = agree.long().cumprod(-1).sum(-1)
+    return [
+        [Round(a, drafted[i, j].tolist(), int(accepted[i, j])) for j, a in enumerate(row)]
+        for i, row in enumerate(anchors)
+    ]
