@@ -163,7 +163,8 @@ def _mismatch(analysis: dict[str, dict]) -> str:
             values = [found[key][g] or 0.0 for g in groups]
             at = [x + 0.38 * j - 0.19 for x in range(len(groups))]
             axes.bar(at, values, 0.36, color=COLOURS.get(name), label=LABELS[name])
-            axes.set_xticks(range(len(groups)), [g.replace("_", "\n") for g in groups])
+            labels = [g.replace("_", "\n") for g in groups]
+            axes.set_xticks(range(len(groups)), labels, fontsize=8)
         if i == 0:
             axes.legend(frameon=False, fontsize=8)
     return _svg(figure)

@@ -320,7 +320,7 @@ class Run:
         if r.opd.trace_every == 1:
             with self.clock("target"):
                 batch = self.source.batch(self._trajectories(index), with_cache)
-            with self.clock("trace"):
+            with self.clock("trace"), self._autocast():
                 return batch, self._hindsight(batch, seed)
         if not self._rollouts:
             count = r.opd.trace_every * r.accumulate
@@ -330,7 +330,7 @@ class Run:
             for start in range(0, len(joint), ROWS):
                 with self.clock("target"):
                     batch = self.source.batch(joint[start : start + ROWS])
-                with self.clock("trace"):
+                with self.clock("trace"), self._autocast():
                     traces += self._hindsight(batch, seed + start)
             for group in groups:
                 self._rollouts.append((group, traces[: len(group)]))
