@@ -122,7 +122,7 @@ def test_sampled_decoding_repeats_with_its_seed_and_follows_the_target(
     target, trained, heldout, draft
 ):
     """First committed tokens over many samples, against the target's own distribution (5 sigma)."""
-    prompt, n = heldout[0].prompt_ids, 1000
+    prompt, n = heldout[0].prompt_ids + heldout[0].response_ids[:40], 1000
     sampling = Sampling(temperature=1.5, draft=draft)
 
     def run(seed, count):

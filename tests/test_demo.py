@@ -11,7 +11,7 @@ from draft_opd.demo import run_demo
 pytestmark = pytest.mark.xdist_group("demo")  # one run of it serves all
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "run"
     small = [

@@ -148,7 +148,7 @@ def test_expected_tau_is_the_decoded_one_at_temperature_zero(target, trained, he
     assert expected_tau(target, trained, some) == pytest.approx(d.tau(decoded), rel=1e-9)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sampled(target, heldout):
     """Texts of the target at temperature 1, 4 a prompt."""
     sampling = Sampling(temperature=1.0)
