@@ -338,7 +338,7 @@ def analyze(
 @app.command(
     epilog=example(
         "draft-opd generate --target embedded --drafter runs/demo/draft_opd/best"
-        ' --prompt "Mia has 3 apples and buys 4 more. How many are there now?"'
+        ' --prompt "A row begins with 16, 24, 32, 40. Which number is 2 places after 40?"'
     )
 )
 def generate(
