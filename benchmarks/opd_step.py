@@ -1,6 +1,7 @@
-"""What does a Draft-OPD step cost with a hindsight trace, and what when it decodes live?
+r"""What does a Draft-OPD step cost with a hindsight trace, and what when it decodes live?
 
-    python benchmarks/opd_step.py --drafter runs/demo/sft/last --trajectories runs/demo/data/train
+    python benchmarks/opd_step.py --drafter runs/demo/sft/last \
+        --trajectories runs/demo/data/train --heldout runs/demo/data/heldout
 
 Same prompts, same process, in alternation, batch 1, 8 and 32: trace, branches, forward, backward,
 update. Live decodes greedily what hindsight has stored, so both see the same text and rounds.

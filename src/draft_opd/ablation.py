@@ -235,10 +235,7 @@ def summarise(rows: list[dict], baseline: str) -> list[dict]:
                 "gain_percent": statistics.mean(gains) if gains else None,
                 "gain_sd": _spread(gains),
                 "wins": sum(g > 0 for g in gains),
-                **{
-                    k: statistics.mean(r[k] for r in mine)
-                    for k in ("steps", "supervised", "seconds")
-                },
+                **{k: statistics.mean(r[k] for r in mine) for k in COSTS},
             }
         )
     return sorted(table, key=lambda row: -row["tau"])
