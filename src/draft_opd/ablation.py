@@ -3,12 +3,14 @@
     recipe: embedded              # what every run is made from
     common: {data.limit: 1200}    # keys for every run
     seeds: [0, 1, 2]
-    start: {steps: 1500}          # the SFT run that all variants of a seed go on from
+    start: {steps: 1500}          # the SFT run that all variants of a seed go on from, or a
+                                  # finished one: {drafter: "runs/sft-{seed}/last"}
     baseline: sft_continued       # differences are taken to this variant, seed by seed
     variants:
       sft_continued: {stage: sft, set: {sft.anchors: 16}}
       paper: {set: {opd.objective.kind: acceptance_aware}}
       paper_time: {as: paper, budget: seconds}   # as many steps as fit the baseline's seconds
+    sweep: {optim.learning_rate: [5e-4, 2e-3]}   # optional: every variant with each value
 
 Rows that are in the results file are not run again, and a run that was killed is resumed.
 """
@@ -54,6 +56,9 @@ class Plan(BaseModel):
     start: dict[str, Any] = Field(default_factory=dict)
     baseline: str
     variants: dict[str, Variant] = Field(min_length=1)
+    sweep: dict[str, list[Any]] = Field(
+        default_factory=dict, description="variant V becomes V@value, for each value of each key"
+    )
     only: list[str] | None = Field(None, exclude=True, description="run no others")
 
     def narrowed(self, seeds: str | None, only: str | None) -> Plan:
@@ -71,6 +76,20 @@ class Plan(BaseModel):
                     raise UserError(f"--only: no variant '{name}'; there are {known}")
             update["only"] = only.split(",")
         return self.model_copy(update=update)
+
+    @model_validator(mode="after")
+    def _spread(self) -> Plan:
+        """Variants as they are run: one for each value of a swept key."""
+        for key, values in self.sweep.items():
+            spread = {}
+            for name, v in self.variants.items():
+                if v.like:
+                    raise ValueError(f"variant '{name}': `as` and a sweep do not go together")
+                for value in values:
+                    spread[f"{name}@{value}"] = v.model_copy(update={"set": {**v.set, key: value}})
+            self.variants = spread
+        self.sweep = {}
+        return self
 
     @model_validator(mode="after")
     def _references(self) -> Plan:
@@ -139,6 +158,13 @@ class Ablation:
         pairs = {**self.plan.common, **self.plan.start, "seed": seed}
         return self._load("sft", {**pairs, "out": str(self.out / f"start-{seed}")})
 
+    def _start(self, seed: int) -> Path:
+        """The drafter that a seed's variants begin with: an SFT run's, or one that is there."""
+        given = self.plan.start.get("drafter")
+        if given:
+            return Path(str(given).replace("{seed}", str(seed)))
+        return self._train("sft", self._start_recipe(seed)).last
+
     def _recipe(self, name: str, seed: int, start: Path, final: bool = True) -> Recipe:
         """A variant's recipe. All take their schedule and budget from the recipe's stage `opd`."""
         variant = self.plan.variants[name]
@@ -178,16 +204,16 @@ class Ablation:
             missing = [n for n in order if self._row(n, seed) is None]
             if not missing:
                 continue
-            begin = self._train("sft", self._start_recipe(seed))
-            self.say(f"seed {seed}: SFT τ {begin.tau:.3f}")
+            start = self._start(seed)
+            self.say(f"seed {seed}, from {start}")
             for name in missing:
-                recipe = self._recipe(name, seed, begin.last)
+                recipe = self._recipe(name, seed, start)
                 done = self._train(self._stage(name), recipe)
                 self.rows.append(
                     {
                         "variant": name,
                         "seed": seed,
-                        "start": begin.tau,
+                        "start": done.start_tau,
                         "tau": done.tau,
                         "best": done.best_tau,
                         "steps": done.step,
@@ -195,7 +221,9 @@ class Ablation:
                         "seconds": round(done.seconds, 1),
                     }
                 )
-                self.say(f"  {name}: τ {done.tau:.3f} in {done.seconds:.0f} s")
+                self.say(
+                    f"  {name}: τ {done.start_tau:.3f} -> {done.tau:.3f} in {done.seconds:.0f} s"
+                )
                 write_json(self.file, self.report())
         return self.report()
 

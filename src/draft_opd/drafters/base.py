@@ -101,6 +101,17 @@ class Drafter(nn.Module):
         distributions [batch, K, V] (or None), as `choose` gave them."""
         raise NotImplementedError
 
+    def follow(
+        self, target: Target, context: Any, anchors: Tensor, ids: Tensor, text: Tensor
+    ) -> Tensor:
+        """Argmax drafts up to and including the first that is not `text` [batch, K].
+
+        Returns ids [batch, K]; behind that offset they may be -1, for "not looked at".
+        """
+        return self.propose(
+            target, context, anchors, ids, text.shape[1], lambda logits: (logits.argmax(-1), None)
+        )[0]
+
     def select(self, context: Any, rows: Tensor) -> None:
         """Keeps only the given batch rows of a context."""
         raise NotImplementedError

@@ -118,10 +118,15 @@ def walk(
     hidden: Tensor,
     sampling: Sampling | None = None,
     seed: int = 0,
+    whole: bool = True,
 ) -> list[list[Round]]:
     """Traces of a batch. `ids` [batch, L], `hidden` [batch, L, H] (the target's states) and
-    `context` belong to the whole trajectories; the context is consumed."""
+    `context` belong to the whole trajectories; the context is consumed.
+
+    Without `whole` an argmax draft is only followed until it goes wrong; later offsets may be -1.
+    """
     sampling = sampling or Sampling()
+    follow = not whole and (sampling.greedy or sampling.draft == "argmax")
     generator = torch.Generator(ids.device).manual_seed(seed)
     ends = [len(t.ids) - 1 for t in trajectories]  # index of the last token
     anchors = [len(t.prompt_ids) - 1 for t in trajectories]
@@ -137,11 +142,14 @@ def walk(
             where = at[:, None] + torch.arange(1, count + 1, device=ids.device)
             known = where <= torch.tensor([[ends[i]] for i in active], device=ids.device)
             where = where.clamp_max(ids.shape[1] - 1)
-            row = rows[:, None]
-            choose = text_chooser(
-                target, sampling, ids[row, where], known, hidden[row, where - 1], generator
-            )
-            drafted, _ = drafter.propose(target, context, at, ids[rows, at], count, choose)
+            row, last = rows[:, None], ids[rows, at]
+            if follow:
+                drafted = drafter.follow(target, context, at, last, ids[row, where])
+            else:
+                choose = text_chooser(
+                    target, sampling, ids[row, where], known, hidden[row, where - 1], generator
+                )
+                drafted, _ = drafter.propose(target, context, at, last, count, choose)
             proposals = drafted.tolist()
         else:
             proposals = [[] for _ in active]

@@ -49,7 +49,8 @@ def pack(
         at[i, : len(row)] = torch.tensor(row, dtype=torch.long)
         present[i, : len(row)] = True
         for j, r in enumerate(rounds[i]):
-            drafted[i, j, : len(r.drafted)] = torch.tensor(r.drafted, dtype=torch.long)
+            ids = torch.tensor(r.drafted, dtype=torch.long)
+            drafted[i, j, : len(ids)] = ids.clamp_min(0)  # what nobody looked at nobody scores
             proposed[i, j] = len(r.drafted)  # fewer where the context ends
             accepted[i, j] = r.accepted
     at, present, drafted, accepted, proposed = (

@@ -39,9 +39,10 @@ OnMetrics = Callable[[dict], None]
 
 @dataclass
 class RunResult:
-    """Held-out τ at the end and at its best; `best` and `last` are drafter folders."""
+    """Held-out τ before, at the end and at its best; `best` and `last` are drafter folders."""
 
     out: Path
+    start_tau: float
     tau: float
     best_tau: float
     best_step: int
@@ -230,7 +231,7 @@ class Run:
         """Runs to the last step; on a fresh run step 0 is evaluated first."""
         r = self.recipe
         if self.progress.step == 0:
-            self._evaluate(0)
+            self.progress.extra["start"] = self._evaluate(0)
         last_tau = self.progress.extra.get("tau", 0.0)
         while self.progress.step < r.steps:
             step = self.progress.step
@@ -248,8 +249,9 @@ class Run:
                 save_checkpoint(self.out / "last", self.drafter, self.optimizer, self.progress)
         p = self.progress
         return RunResult(
-            self.out, last_tau, p.best_tau, p.best_step, p.step, p.supervised, p.seconds
-        )
+            self.out, p.extra["start"], last_tau, p.best_tau, p.best_step, p.step, p.supervised,
+            p.seconds,
+        )  # fmt: skip
 
     def _record(self, line: dict) -> None:
         with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -321,7 +323,7 @@ class Run:
             with self.clock("target"):
                 batch = self.source.batch(self._trajectories(index), with_cache)
             with self.clock("trace"), self._autocast():
-                return batch, self._hindsight(batch, seed)
+                return batch, self._hindsight(batch, seed, with_cache)
         if not self._rollouts:
             count = r.opd.trace_every * r.accumulate
             indices = range(index, min(index + count, r.steps * r.accumulate))
@@ -331,7 +333,7 @@ class Run:
                 with self.clock("target"):
                     batch = self.source.batch(joint[start : start + ROWS])
                 with self.clock("trace"), self._autocast():
-                    traces += self._hindsight(batch, seed + start)
+                    traces += self._hindsight(batch, seed + start, with_cache)
             for group in groups:
                 self._rollouts.append((group, traces[: len(group)]))
                 traces = traces[len(group) :]
@@ -339,9 +341,9 @@ class Run:
         with self.clock("target"):
             return self.source.batch(rows, with_cache), traces
 
-    def _hindsight(self, batch: Batch, seed: int) -> Traces:
+    def _hindsight(self, batch: Batch, seed: int, whole: bool = True) -> Traces:
         return hindsight_rollout(
-            self.target, self.drafter, batch, self.length, self.recipe.sampling, seed
+            self.target, self.drafter, batch, self.length, self.recipe.sampling, seed, whole
         )
 
     # -- measuring --------------------------------------------------------------------------
@@ -352,9 +354,8 @@ class Run:
         self.drafter.eval()
         traces: Traces = []
         for start in range(0, len(self.held_out), ROWS):
-            traces += self._hindsight(
-                self.yardstick.batch(self.held_out[start : start + ROWS]), start
-            )
+            batch = self.yardstick.batch(self.held_out[start : start + ROWS])
+            traces += self._hindsight(batch, start, whole=False)
         return traces
 
     def _evaluate(self, step: int) -> float:

@@ -220,7 +220,7 @@ def needs_states(o: Objective) -> bool:
 
 
 def needs_branches(o: Objective) -> bool:
-    """Whether states off the trajectory do: offsets behind the first rejection."""
+    """Whether what was drafted behind the first rejection does, in states off the trajectory."""
     return o.kind in STREAMS and o.suffix and o.rejected_weight > 0
 
 

@@ -27,13 +27,14 @@ def hindsight_rollout(
     length: int,
     sampling: Sampling | None = None,
     seed: int = 0,
+    whole: bool = True,
 ) -> Traces:
-    """Traces of the current drafter on stored text."""
+    """Traces of the current drafter on stored text; see `walk`."""
     with torch.no_grad():
         context = drafter.context(target, batch.ids, batch.features)
         return walk(
             target, drafter, batch.trajectories, batch.ids, context, length, batch.hidden,
-            sampling, seed,
+            sampling, seed, whole,
         )  # fmt: skip
 
 
