@@ -1,9 +1,11 @@
 """What is replayed: rounds of the trace or other anchors, and how many of them."""
 
 import json
+import shutil
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +14,7 @@ from draft_opd.ablation import Ablation, load_plan, summarise
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.rollout.hindsight import hindsight_traces
 from draft_opd.training.anchors import choose_blocks, choose_rounds, draw_by_weight
-from draft_opd.training.config import Opd
+from draft_opd.training.config import Opd, load_recipe
 from draft_opd.training.data import BatchSource
 from draft_opd.training.loop import Run
 from draft_opd.training.opd import opd_loss
@@ -185,9 +187,35 @@ def test_an_ablation_is_paired_and_resumable(data, tmp_path, monkeypatch):
     assert len(report["runs"]) == 6 and {r["seeds"] for r in report["table"]} == {2}
     base = next(r for r in report["table"] if r["variant"] == "sft_continued")
     assert base["gain_percent"] == 0
+    assert "<svg" in (tmp_path / "out" / "ablation.svg").read_text()
     path.write_text(PLAN.format(data=data).replace("cross_entropy", "dpace"))
     with pytest.raises(d.UserError, match=r"changed: variants\.replay"):
         Ablation(load_plan(path), tmp_path / "out")
+
+
+def test_an_ablation_may_sweep_and_begin_with_finished_drafters(data, trained_folder, tmp_path):
+    path = tmp_path / "plan.yaml"
+    plan = yaml.safe_load(PLAN.format(data=data))
+    folder = tmp_path / "begin-0" / "last"
+    shutil.copytree(trained_folder, folder)
+    plan |= {
+        "seeds": [0],
+        "start": {"drafter": str(tmp_path / "begin-{seed}" / "last")},
+        "sweep": {"optim.learning_rate": [0.0001, 0.001]},
+        "baseline": "replay@0.001",
+        "variants": {"replay": plan["variants"]["replay"]},
+    }
+    path.write_text(json.dumps(plan))
+    report = Ablation(load_plan(path), tmp_path / "out").run()
+    assert {r["variant"] for r in report["runs"]} == {"replay@0.0001", "replay@0.001"}
+    (start,) = {r["start"] for r in report["runs"]}
+    assert start > 1 and not list((tmp_path / "out").glob("start-*"))
+    rates = [load_recipe(tmp_path / "out" / f"{n}-0" / "recipe.yaml").optim.learning_rate
+             for n in ("replay@0.0001", "replay@0.001")]  # fmt: skip
+    assert rates == [0.0001, 0.001]
+    path.write_text(json.dumps(plan | {"baseline": "replay"}))
+    with pytest.raises(d.UserError, match="not one of the variants"):
+        load_plan(path)
 
 
 def test_paired_differences():

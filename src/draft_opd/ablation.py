@@ -30,7 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from draft_opd.console import table
 from draft_opd.errors import UserError
-from draft_opd.files import make_folder, write_json
+from draft_opd.files import make_folder, write_json, write_text
+from draft_opd.plots import new_axes, svg
 from draft_opd.training.config import Recipe, load_recipe
 from draft_opd.training.loop import Run, RunResult
 
@@ -225,6 +226,7 @@ class Ablation:
                     f"  {name}: τ {done.start_tau:.3f} -> {done.tau:.3f} in {done.seconds:.0f} s"
                 )
                 write_json(self.file, self.report())
+        write_text(self.out / "ablation.svg", plot(self.rows, self.plan.baseline))
         return self.report()
 
     def _stage(self, name: str) -> str:
@@ -248,12 +250,11 @@ class Ablation:
 def summarise(rows: list[dict], baseline: str) -> list[dict]:
     """One entry a variant, best first: τ (mean, spread) and the difference to the baseline in
     percent, paired by seed (mean, spread, and on how many seeds it is positive)."""
-    base = {r["seed"]: r["tau"] for r in rows if r["variant"] == baseline}
     table = []
     for name in dict.fromkeys(r["variant"] for r in rows):
         mine = [r for r in rows if r["variant"] == name]
         taus = [r["tau"] for r in mine]
-        gains = [100 * (r["tau"] / base[r["seed"]] - 1) for r in mine if r["seed"] in base]
+        gains = _gains(rows, name, baseline)
         table.append(
             {
                 "variant": name,
@@ -269,8 +270,29 @@ def summarise(rows: list[dict], baseline: str) -> list[dict]:
     return sorted(table, key=lambda row: -row["tau"])
 
 
+def _gains(rows: list[dict], name: str, baseline: str) -> list[float]:
+    """Percent to the baseline, on the seeds that both have."""
+    base = {r["seed"]: r["tau"] for r in rows if r["variant"] == baseline}
+    mine = [r for r in rows if r["variant"] == name and r["seed"] in base]
+    return [100 * (r["tau"] / base[r["seed"]] - 1) for r in mine]
+
+
 def _spread(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
+
+
+def plot(rows: list[dict], baseline: str) -> str:
+    """Differences to the baseline as SVG: a dot a seed, a bar for the mean, best on top."""
+    names = [r["variant"] for r in reversed(summarise(rows, baseline)) if r["variant"] != baseline]
+    figure, axes = new_axes(f"τ, % to {baseline}", "", height=0.8 + 0.25 * len(names))
+    for y, name in enumerate(names):
+        gains = _gains(rows, name, baseline)
+        axes.plot(gains, [y] * len(gains), "o", color="#1f77b4", alpha=0.45, markersize=4)
+        if gains:
+            axes.plot([statistics.mean(gains)], [y], "|", color="#d62728", markersize=12, mew=2)
+    axes.axvline(0, color="#7f7f7f", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    return svg(figure)
 
 
 def show(rows: list[dict], baseline: str):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
 from draft_opd.files import make_folder, write_text
+from draft_opd.plots import new_axes, svg
 
 COLOURS = {"sft": "#7f7f7f", "sft_continued": "#1f77b4", "draft_opd": "#d62728"}
 LABELS = {
@@ -72,8 +69,8 @@ def write_report(out: Path, summary: dict, details: dict) -> Path:
         "halves": _halves(out),
     }
     folder = make_folder(out / "plots")
-    for name, svg in plots.items():
-        write_text(folder / f"{name}.svg", svg)
+    for name, drawing in plots.items():
+        write_text(folder / f"{name}.svg", drawing)
     texts = {
         "plateau": (
             "Held-out τ over steps",
@@ -107,7 +104,7 @@ def write_report(out: Path, summary: dict, details: dict) -> Path:
     html = page.render(
         rows=rows,
         composition=[(LABELS[n], found["share"]) for n, found in details["analysis"].items()],
-        plots=[(*texts[name], svg) for name, svg in plots.items()],
+        plots=[(*texts[name], drawing) for name, drawing in plots.items()],
         family=details["family"],
         prompts=details["prompts"],
         **{k: summary[k] for k in ("seed", "gain", "lossless")},
@@ -117,39 +114,23 @@ def write_report(out: Path, summary: dict, details: dict) -> Path:
     return path
 
 
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight")
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _axes(x: str, y: str):
-    figure = Figure(figsize=(7, 3.4))
-    axes = figure.add_subplot()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def _plateau(out: Path, summary: dict) -> str:
-    figure, axes = _axes("step", "held-out τ")
+    figure, axes = new_axes("step", "held-out τ")
     for name, colour in COLOURS.items():
         start = 0 if name == "sft" else summary["steps"]["sft"]
         points = [(start + m["step"], m["tau"]) for m in read_metrics(out / name) if "tau" in m]
         axes.plot(*zip(*points, strict=True), color=colour, label=LABELS[name], marker=".")
     axes.legend(frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _positions(positions: dict[str, list[float]]) -> str:
-    figure, axes = _axes("offset k in the block", "accepted")
+    figure, axes = new_axes("offset k in the block", "accepted")
     for name, values in positions.items():
         axes.plot(range(1, len(values) + 1), values, color=COLOURS.get(name), label=LABELS[name])
     axes.set_ylim(0, 1)
     axes.legend(frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _mismatch(analysis: dict[str, dict]) -> str:
@@ -167,11 +148,11 @@ def _mismatch(analysis: dict[str, dict]) -> str:
             axes.set_xticks(range(len(groups)), labels, fontsize=8)
         if i == 0:
             axes.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _halves(out: Path) -> str:
-    figure, axes = _axes("accepted length n", "share of rounds")
+    figure, axes = new_axes("accepted length n", "share of rounds")
     counts = [m["rounds_by_accepted"] for m in read_metrics(out / "draft_opd") if "loss" in m]
     half = len(counts) // 2
     for label, part, shift in (("first half", counts[:half], -0.2), ("second", counts[half:], 0.2)):
@@ -179,15 +160,15 @@ def _halves(out: Path) -> str:
         total = max(1, sum(sums))
         axes.bar([n + shift for n in range(len(sums))], [x / total for x in sums], 0.4, label=label)
     axes.legend(frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _anchors(analysis: dict[str, dict]) -> str:
-    figure, axes = _axes("part of the response", "rounds")
+    figure, axes = new_axes("part of the response", "rounds")
     for name, found in analysis.items():
         counts = found["anchors"]["by_tenth"]
         at = [(i + 0.5) / len(counts) for i in range(len(counts))]
         axes.plot(at, counts, color=COLOURS.get(name), label=LABELS[name], marker=".")
     axes.set_ylim(0)
     axes.legend(frameon=False)
-    return _svg(figure)
+    return svg(figure)
