@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from draft_opd.training.config import Objective
 from draft_opd.training.losses import dpace_weights, sampled, stream_weights, top_k
-from draft_opd.training.objectives import OBJECTIVES, STREAMS, Replay, default_decay, objective_loss
+from draft_opd.training.objectives import OBJECTIVES, STREAMS, Replay, objective_loss
 
 V, H = 6, 5
 
@@ -33,6 +33,7 @@ def make(seed: int, blocks: int = 3, length: int = 4) -> Replay:
         weight=torch.rand(blocks, generator=g, dtype=torch.float64) + 0.1,
         head=normal(V, H),
         target_head=normal(V, H),
+        decay=4.3,
         supervision_temperature=0.7,
     )
 
@@ -89,7 +90,7 @@ def slow_streams(r: Replay, o: Objective) -> float:
 def slow_blocks(r: Replay, o: Objective) -> float:
     """The objectives that see blocks along the text."""
     top = bottom = 0.0
-    decay = default_decay(r.valid.shape[1] + 1)
+    decay = r.decay
     for n in range(len(r.valid)):
         w, length = float(r.weight[n]), int(r.valid[n].sum())
         within = min(length, int(r.accepted[n]) + 1)

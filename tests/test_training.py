@@ -15,7 +15,6 @@ from draft_opd.training.blocks import pack
 from draft_opd.training.config import load_recipe
 from draft_opd.training.data import BatchSource, batch_at, batch_order, cut
 from draft_opd.training.loop import Run, learning_rate
-from draft_opd.training.objectives import default_decay
 from draft_opd.training.opd import hindsight_rollout, live_rollout
 
 
@@ -229,7 +228,7 @@ def test_random_anchors_have_a_next_token(target, heldout):
 
 
 def test_schedules(recipe_for, tmp_path):
-    assert [default_decay(b) for b in (8, 10, 16)] == [4, 5, 7]
+    assert [dflash.default_decay(b) for b in (8, 10, 16)] == [4, 5, 7]
     recipe = recipe_for("sft", tmp_path, "optim.warmup=0.1", "optim.learning_rate=1.0")
     rates = [learning_rate(s, 100, recipe) for s in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == 1.0

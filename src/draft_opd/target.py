@@ -52,6 +52,7 @@ class Target:
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.head.weight.shape[0]
         self.max_positions: int = getattr(self.config, "max_position_embeddings", None) or 1 << 30
+        self._narrow_head: Tensor | None = None
         self._check_supported()
 
     @classmethod
@@ -138,6 +139,17 @@ class Target:
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V]."""
         return self.head(hidden)
+
+    def head_weight(self) -> Tensor:
+        """LM head [V, H], in autocast's type where that is on: autocast itself would convert a
+        frozen weight again at every use."""
+        weight, kind = self.head.weight, self.device.type
+        if not torch.is_autocast_enabled(kind) or weight.dtype == torch.get_autocast_dtype(kind):
+            return weight
+        dtype = torch.get_autocast_dtype(kind)
+        if self._narrow_head is None or self._narrow_head.dtype != dtype:
+            self._narrow_head = weight.to(dtype)
+        return self._narrow_head
 
     def cache(self, capacity: int = 0) -> PositionCache:
         return PositionCache(capacity)

@@ -135,7 +135,10 @@ def speculate(
         # Never run past the context; the last rounds draft less.
         count = min(length, target.max_positions - 1 - max(anchor_list))
         if drafter and count:
-            drafted, draft_probs = drafter.propose(target, context, anchors, last, count, choose)
+            drafted, draft_probs = drafter.propose(
+                target, context, anchors[:, None], last[:, None], count, choose
+            )
+            drafted, draft_probs = drafted[:, 0], None if draft_probs is None else draft_probs[:, 0]
         else:
             drafted = last.new_empty(len(rows), 0)
             draft_probs = None

@@ -8,9 +8,29 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 # Below this many queries the dense mask is small and flex_attention's overhead does not pay.
 FLEX_MINIMUM = 1024
+
+
+class Rotary(LlamaRotaryEmbedding):
+    """Frequencies stay float32 whatever the drafter is cast to: rounded, far positions drift."""
+
+    def _apply(self, fn, recurse=True):
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            self._buffers[name] = value.to(self._buffers[name].device)
+        return self
+
+
+def rope_parameters(config) -> dict:
+    """Rotary parameters of a transformers config, whichever release wrote it."""
+    rope = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
+    if "full_attention" in rope:  # one entry per layer type
+        rope = rope["full_attention"]
+    return {"rope_theta": getattr(config, "rope_theta", None) or 10000.0, **rope}
 
 
 @dataclass

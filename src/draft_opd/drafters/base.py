@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,6 +37,8 @@ class Drafter(nn.Module):
     family: ClassVar[str]
     target_layers: tuple[int, ...]  # 0-based target layers whose outputs are the features
     draft_length: int  # K, tokens proposed per round as trained
+    vocabulary: Tensor | None = None  # [Vd] the target's ids it can draft, ascending; None: all
+    soft_labels: ClassVar[bool] = False  # SFT learns the target's distribution, not its token
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -44,8 +47,11 @@ class Drafter(nn.Module):
     # -- what a family implements ---------------------------------------------------------
 
     @classmethod
-    def create(cls, target: Target, **options: Any) -> Drafter:
-        """A fresh, randomly initialised drafter that fits `target`."""
+    def create(cls, target: Target, counts: Tensor | None = None, **options: Any) -> Drafter:
+        """A fresh, randomly initialised drafter that fits `target`.
+
+        counts [V]: how often the target says each token, for a draft vocabulary.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -83,8 +89,9 @@ class Drafter(nn.Module):
     ) -> Tensor:
         """Drafts again, with gradient, exactly as at inference.
 
-        anchors, ids [batch, A]: anchor positions and the tokens there; drafted [batch, A, K]: what
-        was proposed then. Returns hidden states [batch, A, K, H] for `head_weight`.
+        anchors, ids [batch, A]: anchor positions and the tokens there; drafted [batch, A, K]: the
+        tokens that later offsets are conditioned on, for families that are (at inference: what was
+        proposed). Returns hidden states [batch, A, K, H] for `logits`.
         """
         raise NotImplementedError
 
@@ -97,8 +104,11 @@ class Drafter(nn.Module):
         draft_length: int,
         choose: Choose,
     ) -> tuple[Tensor, Tensor | None]:
-        """Drafts one block per row; anchors, ids [batch]. Returns ids [batch, K] and
-        distributions [batch, K, V] (or None), as `choose` gave them."""
+        """Drafts a block at every anchor; anchors, ids [batch, A].
+
+        `choose` is given logits [batch * A, m, V] of the next m offsets, from left to right.
+        Returns ids [batch, A, K] and their distributions [batch, A, K, V] (or None).
+        """
         raise NotImplementedError
 
     def follow(
@@ -106,21 +116,46 @@ class Drafter(nn.Module):
     ) -> Tensor:
         """Argmax drafts up to and including the first that is not `text` [batch, K].
 
-        Returns ids [batch, K]; behind that offset they may be -1, for "not looked at".
+        anchors, ids [batch]. Returns ids [batch, K]; behind that offset they may be -1, for "not
+        looked at".
         """
-        return self.propose(
-            target, context, anchors, ids, text.shape[1], lambda logits: (logits.argmax(-1), None)
-        )[0]
+        raise NotImplementedError
 
     def select(self, context: Any, rows: Tensor) -> None:
         """Keeps only the given batch rows of a context."""
         raise NotImplementedError
 
     def head_weight(self, target: Target) -> Tensor:
-        """LM head [V, H] that turns `replay`'s hidden states into logits."""
+        """LM head [Vd, H] that turns `replay`'s hidden states into logits over `vocabulary`."""
         raise NotImplementedError
 
+    def position_decay(self, length: int) -> float:
+        """γ_sft for blocks of `length` offsets: SFT weighs offset k with exp(-(k-1)/γ_sft)."""
+        raise NotImplementedError
+
+    def serve_command(self, target: str, folder: Path, engine: str) -> str:
+        """How `engine` (one of `export`'s formats) serves this drafter from `folder`."""
+        raise NotImplementedError
+
+    @classmethod
+    def adapt_tensors(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a file under the names used here, when other layouts name them otherwise."""
+        return tensors
+
     # -- common -----------------------------------------------------------------------------
+
+    def logits(self, target: Target, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V], the target's vocabulary; -inf for what cannot be drafted."""
+        head = self.head_weight(target)
+        return over_target(
+            F.linear(hidden.to(head.dtype), head), self.vocabulary, target.vocab_size
+        )
+
+    def can_draft(self, ids: Tensor) -> Tensor:
+        """Whether each of `ids` [...] is in the draft vocabulary."""
+        if self.vocabulary is None:
+            return torch.ones_like(ids, dtype=torch.bool)
+        return torch.isin(ids, self.vocabulary)
 
     def checked_length(self, asked: int | None) -> int:
         """A draft length in range; None is as trained. Raises `UserError`."""
@@ -173,7 +208,7 @@ class Drafter(nn.Module):
                 f"drafter '{folder}' has no model.safetensors (no other format is read)"
             )
         try:
-            tensors = load_file(weights)
+            tensors = family.adapt_tensors(load_file(weights))
         except (SafetensorError, OSError) as error:
             raise UserError(f"'{weights}' is not a readable safetensors file ({error})") from error
         expected = drafter.state_dict()
@@ -198,8 +233,26 @@ class Drafter(nn.Module):
             dtype = dtype or next(self.parameters()).dtype
             config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            tensors = {k: v.to(dtype).cpu().contiguous() for k, v in self.state_dict().items()}
+            tensors = {
+                k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous()
+                for k, v in self.state_dict().items()
+            }
             save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+
+
+def over_target(logits: Tensor, vocabulary: Tensor | None, size: int) -> Tensor:
+    """Logits [..., Vd] over a draft vocabulary -> [..., size] over the target's, else -inf."""
+    if vocabulary is None:
+        return logits
+    wide = logits.new_full((*logits.shape[:-1], size), -torch.inf)
+    return wide.index_copy(-1, vocabulary, logits)
+
+
+def vllm_command(target: str, method: str, folder: Path, length: int) -> str:
+    return (
+        f"vllm serve {target} --speculative-config "
+        f'\'{{"method": "{method}", "model": "{folder}", "num_speculative_tokens": {length}}}\''
+    )
 
 
 def find_folder(path_or_id: str | Path, kind: str) -> Path:

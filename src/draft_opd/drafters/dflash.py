@@ -8,21 +8,21 @@ itself; embeddings and LM head are the target's.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3MLP,
     Qwen3RMSNorm,
-    Qwen3RotaryEmbedding,
     apply_rotary_pos_emb,
 )
 
 from draft_opd.cache import PositionCache
-from draft_opd.drafters.attention import Visibility, attend
-from draft_opd.drafters.base import Choose, Drafter
+from draft_opd.drafters.attention import Rotary, Visibility, attend, rope_parameters
+from draft_opd.drafters.base import Choose, Drafter, vllm_command
 from draft_opd.errors import UserError
 from draft_opd.target import Target
 
@@ -37,15 +37,11 @@ def default_target_layers(num_target_layers: int, count: int) -> tuple[int, ...]
     return tuple(round(1 + i * span / (count - 1)) for i in range(count))
 
 
-class _Rotary(Qwen3RotaryEmbedding):
-    """Frequencies stay float32 whatever the drafter is cast to: rounded, far positions drift."""
-
-    def _apply(self, fn, recurse=True):
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, value in kept.items():
-            self._buffers[name] = value.to(self._buffers[name].device)
-        return self
+def default_decay(block_size: int) -> float:
+    """γ_sft of the published recipe: 7 for 16, 5 for 10, 4 for 8 (linear between)."""
+    if block_size <= 10:
+        return max(1.0, 4 + (block_size - 8) / 2)
+    return 5 + (block_size - 10) / 3
 
 
 class DFlashAttention(nn.Module):
@@ -131,7 +127,7 @@ class DFlashDrafter(Drafter):
         self.hidden_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(DFlashLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.rotary = _Rotary(config=config)
+        self.rotary = Rotary(config=config)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -157,7 +153,7 @@ class DFlashDrafter(Drafter):
         return cls(Qwen3Config.from_dict({**config, "model_type": "qwen3"}))
 
     @classmethod
-    def create(cls, target: Target, **options) -> DFlashDrafter:
+    def create(cls, target: Target, counts=None, **options) -> DFlashDrafter:
         """A new drafter for `target`; options are the fields of `DFlashOptions`."""
         o, t = DFlashOptions(**options), target.config
         count = o.num_target_features or min(5, max(1, target.num_layers - 3))
@@ -180,7 +176,7 @@ class DFlashDrafter(Drafter):
             head_dim=o.head_dim or getattr(t, "head_dim", None) or t.hidden_size // heads,
             rms_norm_eps=getattr(t, "rms_norm_eps", 1e-6),
             max_position_embeddings=target.max_positions,
-            rope_parameters=dict(_rope(t)),
+            rope_parameters=dict(rope_parameters(t)),
             tie_word_embeddings=False,
             attention_bias=False,
         )
@@ -198,7 +194,7 @@ class DFlashDrafter(Drafter):
 
     def config_dict(self) -> dict:
         config = self.config.to_dict()
-        rope = _rope(self.config)
+        rope = rope_parameters(self.config)
         config.update(
             architectures=["DFlashDraftModel"],
             model_type="qwen3",
@@ -264,7 +260,7 @@ class DFlashDrafter(Drafter):
         context.select(rows)
 
     def head_weight(self, target: Target) -> Tensor:
-        return target.head.weight
+        return target.head_weight()
 
     def _blocks(self, target: Target, context, anchors: Tensor, ids: Tensor, length: int) -> Tensor:
         """anchors, ids [batch, A] -> hidden states [batch, A, length, H] of the mask slots."""
@@ -293,31 +289,39 @@ class DFlashDrafter(Drafter):
         return self._blocks(target, context, anchors, ids, drafted.shape[2])
 
     def propose(self, target, context, anchors, ids, draft_length, choose: Choose):
-        hidden = self._blocks(target, context, anchors[:, None], ids[:, None], draft_length)
-        return choose(F.linear(hidden[:, 0].to(target.dtype), self.head_weight(target)))
+        hidden = self._blocks(target, context, anchors, ids, draft_length)
+        drafted, probs = choose(self.logits(target, hidden.flatten(0, 1)))
+        shape = anchors.shape
+        return drafted.unflatten(0, shape), None if probs is None else probs.unflatten(0, shape)
 
     def follow(self, target, context, anchors, ids, text) -> Tensor:
-        hidden = self._blocks(target, context, anchors[:, None], ids[:, None], text.shape[1])
-        hidden, head = hidden[:, 0].to(target.dtype), self.head_weight(target)
+        hidden = self._blocks(target, context, anchors[:, None], ids[:, None], text.shape[1])[:, 0]
         drafted = torch.full_like(text, -1)
         rows = torch.arange(len(text), device=text.device)
         # A weak drafter is wrong early, and with a large vocabulary the head is most of its cost.
-        piece = max(1, PIECE // (len(text) * len(head)))
+        piece = max(1, PIECE // (len(text) * target.vocab_size))
         for start in range(0, text.shape[1], piece):
             part = slice(start, start + piece)
-            found = F.linear(hidden[rows, part], head).argmax(-1)
+            found = self.logits(target, hidden[rows, part]).argmax(-1)
             drafted[rows, part] = found
             rows = rows[(found == text[rows, part]).all(1)]
             if not len(rows):
                 break
         return drafted
 
+    def position_decay(self, length: int) -> float:
+        return default_decay(length + 1)
 
-def _rope(config) -> dict:
-    rope = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
-    if "full_attention" in rope:  # one entry per layer type
-        rope = rope["full_attention"]
-    return {"rope_theta": getattr(config, "rope_theta", None) or 10000.0, **rope}
+    def serve_command(self, target: str, folder: Path, engine: str) -> str:
+        if engine == "vllm":
+            return vllm_command(target, "dflash", folder, self.draft_length)
+        if engine == "sglang":
+            return (
+                f"python -m sglang.launch_server --model-path {target} "
+                f"--speculative-algorithm DFLASH --speculative-draft-model-path {folder} "
+                f"--speculative-num-draft-tokens {self.block_size}"
+            )
+        return f'dflash\'s DFlashDraftModel.from_pretrained("{folder}")'
 
 
 def find_mask_token(target: Target) -> int:

@@ -43,20 +43,5 @@ def export(
         "family": helper.family,
         "format": format,
         "dtype": dtype,
-        "serve": _serve(target, out, format, helper.draft_length),
+        "serve": helper.serve_command(resolve_path(target), out, format),
     }
-
-
-def _serve(target: str, out: Path, format: str, length: int) -> str:
-    path = resolve_path(target)
-    if format == "vllm":
-        return (
-            f"vllm serve {path} --speculative-config "
-            f'\'{{"method": "dflash", "model": "{out}", "num_speculative_tokens": {length}}}\''
-        )
-    if format == "sglang":
-        return (
-            f"python -m sglang.launch_server --model-path {path} --speculative-algorithm DFLASH "
-            f"--speculative-draft-model-path {out} --speculative-num-draft-tokens {length + 1}"
-        )
-    return f'dflash\'s DFlashDraftModel.from_pretrained("{out}")'

@@ -149,7 +149,10 @@ def walk(
                 choose = text_chooser(
                     target, sampling, ids[row, where], known, hidden[row, where - 1], generator
                 )
-                drafted, _ = drafter.propose(target, context, at, last, count, choose)
+                drafted, _ = drafter.propose(
+                    target, context, at[:, None], last[:, None], count, choose
+                )
+                drafted = drafted[:, 0]
             proposals = drafted.tolist()
         else:
             proposals = [[] for _ in active]

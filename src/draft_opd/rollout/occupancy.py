@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from draft_opd.decoding.sampling import Sampling
@@ -47,14 +46,13 @@ def text_acceptance(
     where = (anchors[:, :, None] + offset).clamp_max(ids.shape[1] - 1)  # [batch, A, K]
     rows = torch.arange(batch, device=ids.device)[:, None, None]
     text = ids[rows, where]
-    weight = drafter.head_weight(target)
     alpha = torch.empty(batch, count, length, device=ids.device)
-    step = max(1, LOGITS // (batch * length * weight.shape[0]))
+    step = max(1, LOGITS // (batch * length * target.vocab_size))
     for start in range(0, count, step):
         part = slice(start, start + step)
         at = anchors[:, part]
         states = drafter.replay(target, context, at, ids.gather(1, at), text[:, part])
-        logits = F.linear(states.to(weight.dtype), weight)
+        logits = drafter.logits(target, states)
         if sampling.greedy or sampling.draft == "argmax":
             alpha[:, part] = (logits.argmax(-1) == text[:, part]).float()
             continue

@@ -5,16 +5,15 @@ from __future__ import annotations
 import random
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.drafters.base import Drafter
 from draft_opd.rollout.hindsight import text_chooser
-from draft_opd.rollout.occupancy import occupancy, text_acceptance
+from draft_opd.rollout.occupancy import LOGITS, occupancy, text_acceptance
 from draft_opd.rollout.trace import Round, Traces
 from draft_opd.target import Target
-from draft_opd.training.blocks import Blocks, pack, replay_hidden, text_states
+from draft_opd.training.blocks import Blocks, pack, text_states
 from draft_opd.training.config import Opd
 from draft_opd.training.data import Batch
 
@@ -142,18 +141,21 @@ def draft_at(
 ) -> Traces:
     """What the drafter proposes at given anchors, and how much of it the text confirms."""
     blocks = pack(batch, anchors, [[] for _ in anchors], length)
-    hidden = replay_hidden(target, drafter, batch, blocks)
     states = text_states(batch, blocks)
-    weight = drafter.head_weight(target)
+    context = drafter.context(target, batch.ids, batch.features)
+    ids = batch.ids.gather(1, blocks.anchors)
     generator = torch.Generator(batch.device).manual_seed(random.Random(seed).getrandbits(32))
-    drafted = torch.stack(
-        [
-            text_chooser(target, sampling, blocks.labels[i], blocks.valid[i], states[i], generator)(
-                F.linear(row.to(weight.dtype), weight)
-            )[0]
-            for i, row in enumerate(hidden)
-        ]
-    )
+    step = max(1, LOGITS // (len(anchors) * length * target.vocab_size))
+    found = []
+    for start in range(0, blocks.anchors.shape[1], step):
+        part = slice(start, start + step)
+        choose = text_chooser(
+            target, sampling, blocks.labels[:, part].flatten(0, 1),
+            blocks.valid[:, part].flatten(0, 1), states[:, part].flatten(0, 1), generator,
+        )  # fmt: skip
+        at = blocks.anchors[:, part]
+        found.append(drafter.propose(target, context, at, ids[:, part], length, choose)[0])
+    drafted = torch.cat(found, 1)
     agree = (drafted == blocks.labels) & blocks.valid
     accepted = agree.long().cumprod(-1).sum(-1)
     return [

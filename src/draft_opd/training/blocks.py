@@ -105,6 +105,9 @@ def replay(
         valid=blocks.valid.flatten(0, 1),
         weight=blocks.weight.flatten(),
         head=drafter.head_weight(target),
-        target_head=target.head.weight,
+        target_head=target.head_weight(),
+        decay=drafter.position_decay(blocks.valid.shape[2]),
+        vocabulary=drafter.vocabulary,
+        draftable=drafter.can_draft(blocks.labels).flatten(0, 1),
         **temperatures,
     )

@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from draft_opd.drafters.base import over_target
 
 # score(draft logits [..., V], *references) -> [...]; references as they are given: target logits
 # [..., V], then labels [...].
 Score = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """What turns a chunk of hidden states into scores, apart from the tensors."""
+
+    score: Score
+    draft_scale: float
+    target_scale: float
+    vocabulary: Tensor | None
+    size: int  # of the target's vocabulary
+
+    def __call__(self, hidden, weight, teacher_hidden, teacher_weight, labels) -> Tensor:
+        wide = _wide(hidden.dtype)
+        logits = F.linear(hidden.to(weight.dtype), weight).to(wide) * self.draft_scale
+        references = []
+        if teacher_hidden is not None:
+            target = F.linear(teacher_hidden.to(teacher_weight.dtype), teacher_weight)
+            references.append(target.to(wide) * self.target_scale)
+        if labels is not None:
+            references.append(labels)
+        return self.score(over_target(logits, self.vocabulary, self.size), *references)
 
 
 class _ChunkedScore(torch.autograd.Function):
@@ -21,22 +47,14 @@ class _ChunkedScore(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, score, chunk, teacher_hidden, teacher_weight, scales, labels):
+    def forward(ctx, hidden, weight, scoring, chunk, teacher_hidden, teacher_weight, labels):
         scores = hidden.new_empty(len(hidden), dtype=_wide(hidden.dtype))
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        draft_scale, target_scale = scales
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
+        for part in _parts(len(hidden), chunk):
             h = hidden[part].detach().requires_grad_(gradient is not None)
-            references = []
-            if teacher_hidden is not None:
-                logits = F.linear(teacher_hidden[part].to(teacher_weight.dtype), teacher_weight)
-                references.append(logits.to(scores.dtype) * target_scale)
-            if labels is not None:
-                references.append(labels[part])
+            references = (_cut(teacher_hidden, part), teacher_weight, _cut(labels, part))
             with torch.enable_grad():
-                logits = F.linear(h.to(weight.dtype), weight).to(scores.dtype) * draft_scale
-                s = score(logits, *references)
+                s = scoring(h, weight, *references)
                 if gradient is not None:
                     gradient[part] = torch.autograd.grad(s.sum(), h)[0]
             scores[part] = s.detach()
@@ -46,7 +64,15 @@ class _ChunkedScore(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
-        return (gradient * upstream[:, None].to(gradient.dtype), *[None] * 7)
+        return (gradient * upstream[:, None].to(gradient.dtype), *[None] * 6)
+
+
+def _parts(count: int, chunk: int):
+    return (slice(start, start + chunk) for start in range(0, count, chunk))
+
+
+def _cut(x: Tensor | None, part: slice) -> Tensor | None:
+    return None if x is None else x[part]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -63,6 +89,7 @@ def chunked_score(
     labels: Tensor | None = None,
     temperature: float = 1.0,
     draft_temperature: float = 1.0,
+    vocabulary: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """`score(hidden @ weight.T, *references)` per token.
@@ -70,18 +97,31 @@ def chunked_score(
     Args:
         score: one of the per-token scores of `losses`.
         hidden: [tokens, H], receives gradient.
-        weight: LM head [V, H], frozen.
+        weight: LM head [V, H], or [Vd, H] over a draft vocabulary. Where it is trained, the chunks
+            are computed again in the backward pass.
         teacher_hidden, teacher_weight: [tokens, Ht], [V, Ht]: the target's side, when the score
             compares distributions; its logits are divided by `temperature`.
         labels: [tokens], when the score looks at one token.
         draft_temperature: divides the drafter's logits.
+        vocabulary: [Vd] the target's ids of the draft vocabulary; other tokens have q = 0.
         chunk: tokens at a time; by default about 16M logits.
 
-    Returns: [tokens] scores, float32 (float64 for float64 input), differentiable in `hidden`.
+    Returns: [tokens] scores, float32 (float64 for float64 input), differentiable in `hidden` and,
+    where it is trained, `weight`.
     """
-    chunk = chunk or max(16, (1 << 24) // weight.shape[0])
     teacher_weight = weight if teacher_weight is None else teacher_weight
-    scales = (1.0 / draft_temperature, 1.0 / temperature)
-    return _ChunkedScore.apply(
-        hidden, weight, score, chunk, teacher_hidden, teacher_weight, scales, labels
-    )
+    size = len(teacher_weight)
+    chunk = chunk or max(16, (1 << 24) // size)
+    scoring = _Scoring(score, 1.0 / draft_temperature, 1.0 / temperature, vocabulary, size)
+    if not (weight.requires_grad and torch.is_grad_enabled()):
+        return _ChunkedScore.apply(
+            hidden, weight, scoring, chunk, teacher_hidden, teacher_weight, labels
+        )
+    scores = [
+        checkpoint(
+            scoring, hidden[part], weight, _cut(teacher_hidden, part), teacher_weight,
+            _cut(labels, part), use_reentrant=False,
+        )
+        for part in _parts(len(hidden), chunk)
+    ]  # fmt: skip
+    return torch.cat(scores) if scores else hidden.new_zeros(0, dtype=_wide(hidden.dtype))

@@ -18,8 +18,12 @@ from draft_opd.training.head import Score
 
 
 def forward_kl(draft_logits: Tensor, target_logits: Tensor) -> Tensor:
-    """KL(p || q) = Σ_v p log(p / q): mass-covering."""
-    log_p = target_logits.log_softmax(-1)
+    """KL(p || q) = Σ_v p log(p / q): mass-covering.
+
+    Over what can be drafted: where the draft logits are -inf (a draft vocabulary), p is left out
+    and the rest of it normalised.
+    """
+    log_p = target_logits.masked_fill(draft_logits == -torch.inf, -torch.inf).log_softmax(-1)
     return _expectation(log_p, log_p - draft_logits.log_softmax(-1))
 
 

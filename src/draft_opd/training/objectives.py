@@ -32,19 +32,14 @@ from draft_opd.training.losses import (
 )
 
 
-def default_decay(block_size: int) -> float:
-    """γ_sft of the published DFlash recipe: 7 for 16, 5 for 10, 4 for 8 (linear between)."""
-    if block_size <= 10:
-        return max(1.0, 4 + (block_size - 8) / 2)
-    return 5 + (block_size - 10) / 3
-
-
 @dataclass
 class Replay:
     """What an objective sees; N blocks of K offsets.
 
     hidden [N, K, H] with gradient; states [N, K, Ht], the target's (None when nothing asks for
-    them); labels, drafted [N, K]; accepted [N]; valid [N, K]; weight [N]; heads [V, H], [V, Ht].
+    them); labels, drafted [N, K]; accepted [N]; valid [N, K]; weight [N]; heads [Vd, H], [V, Ht];
+    decay γ_sft. With a draft vocabulary [Vd] q is 0 outside of it, and draftable [N, K] says which
+    labels are in it.
     """
 
     hidden: Tensor
@@ -56,6 +51,9 @@ class Replay:
     weight: Tensor
     head: Tensor
     target_head: Tensor
+    decay: float
+    vocabulary: Tensor | None = None
+    draftable: Tensor | None = None
     supervision_temperature: float = 1.0
     draft_temperature: float = 1.0
 
@@ -72,19 +70,28 @@ class Replay:
                 labels=None if tokens is None else tokens[where],
                 temperature=self.supervision_temperature,
                 draft_temperature=self.draft_temperature,
+                vocabulary=self.vocabulary,
             ),
         )
 
+    @cached_property
+    def reachable(self) -> Tensor:
+        """[N, K]: valid, and no label so far is one that the drafter cannot draft."""
+        if self.draftable is None:
+            return self.valid
+        return self.valid & self.draftable.cumprod(1).bool()
+
     def _surprise(self, temperature: float) -> Tensor:
-        hidden, labels = self.hidden[self.valid], self.labels[self.valid]
+        hidden, labels = self.hidden[self.reachable], self.labels[self.reachable]
         values = chunked_score(
-            cross_entropy, hidden, self.head, labels=labels, draft_temperature=temperature
-        )
-        return self._dense(self.valid, values)
+            cross_entropy, hidden, self.head, labels=labels, teacher_weight=self.target_head,
+            draft_temperature=temperature, vocabulary=self.vocabulary,
+        )  # fmt: skip
+        return self._dense(self.reachable, values)
 
     @cached_property
     def plain_surprise(self) -> Tensor:
-        """-log q(y) at temperature 1, [N, K], zero where not valid."""
+        """-log q(y) at temperature 1, [N, K], zero where not reachable."""
         return self._surprise(1.0)
 
     @cached_property
@@ -114,12 +121,18 @@ class Replay:
 
 
 def decayed_cross_entropy(r: Replay, decay: float | None = None) -> Tensor:
-    """Σ w_k (-log q(y_k)) / Σ w_k with w_k = exp(-(k-1)/γ), over valid offsets (method §3)."""
-    length = r.valid.shape[1]
-    decay = decay or default_decay(length + 1)
-    surprise = r.plain_surprise
-    weights = torch.exp(-torch.arange(length).to(surprise) / decay)
-    return r.mean(surprise, r.valid * weights)
+    """Σ w_k (-log q(y_k)) / Σ w_k with w_k = exp(-(k-1)/γ), over reachable offsets (method §3)."""
+    return _decayed(r, r.plain_surprise, decay)
+
+
+def decayed_divergence(r: Replay, decay: float | None = None) -> Tensor:
+    """The same with KL(p || q), the soft cross-entropy up to a constant."""
+    return _decayed(r, r.score(forward_kl, r.reachable), decay)
+
+
+def _decayed(r: Replay, values: Tensor, decay: float | None) -> Tensor:
+    offsets = torch.arange(values.shape[1]).to(values)
+    return r.mean(values, r.reachable * torch.exp(-offsets / (decay or r.decay)))
 
 
 def _divergence(objective: Objective, score: Score, direction: str) -> tuple[Score, bool]:
@@ -170,13 +183,13 @@ def _cross_entropy(r: Replay, o: Objective) -> tuple[Tensor, dict]:
 
 def _auf(r: Replay, o: Objective) -> tuple[Tensor, dict]:
     """Mean of -log q(y_k) over k <= n + 1."""
-    used = up_to_first_rejection(r.accepted, r.valid)
+    used = up_to_first_rejection(r.accepted, r.reachable)
     return r.mean(r.surprise, used.to(r.surprise)), {"supervised": int(used.sum())}
 
 
 def _dpace(r: Replay, o: Objective) -> tuple[Tensor, dict]:
     """Σ w_k (-log q(y_k)) / blocks, w by D-PACE (its authors' normalisation)."""
-    weights = dpace_weights((-r.surprise).exp(), r.valid, o.dpace_alpha)
+    weights = dpace_weights((-r.surprise).exp(), r.reachable, o.dpace_alpha)
     return r.block_mean((r.surprise * weights).sum(1), r.valid), {}
 
 
@@ -187,12 +200,13 @@ def _length(r: Replay, log_accept: Tensor, valid: Tensor) -> Tensor:
 
 
 def _expected_length(r: Replay, o: Objective) -> tuple[Tensor, dict]:
-    return _length(r, -r.surprise, r.valid), {}
+    return _length(r, -r.surprise, r.reachable), {}
 
 
 def _expected_overlap(r: Replay, o: Objective) -> tuple[Tensor, dict]:
     """With p along the trajectory: the expectation over texts of what sampling accepts."""
-    return _length(r, -r.score(negative_log_overlap, r.valid), r.valid), {}
+    log_overlap = -r.score(negative_log_overlap, r.valid)
+    return _length(r, log_overlap, r.valid), {"supervised": int(r.valid.sum())}
 
 
 def _chain_tv(r: Replay, o: Objective) -> tuple[Tensor, dict]:
@@ -214,6 +228,11 @@ OBJECTIVES: dict[str, Callable[[Replay, Objective], tuple[Tensor, dict]]] = {
 }
 
 
+def on_text(o: Objective) -> bool:
+    """Whether offsets are conditioned on the trajectory's tokens, not on what was drafted."""
+    return o.kind not in STREAMS
+
+
 def needs_states(o: Objective) -> bool:
     """Whether the target's distribution enters at all."""
     return o.kind in STREAMS or o.kind in ("expected_overlap", "chain_tv")
@@ -227,8 +246,8 @@ def needs_branches(o: Objective) -> bool:
 def objective_loss(r: Replay, o: Objective) -> tuple[Tensor, dict]:
     """The loss (0-d) and figures for the metrics."""
     loss, figures = OBJECTIVES[o.kind](r, o)
-    figures = {"supervised": int(r.valid.sum()), **figures}
+    figures = {"supervised": int(r.reachable.sum()), **figures}
     if o.trajectory_weight:
-        figures["supervised"] = int(r.valid.sum())
+        figures["supervised"] = int(r.reachable.sum())
         loss = loss + o.trajectory_weight * decayed_cross_entropy(r)
     return loss, figures

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from draft_opd.training.anchors import choose_blocks
 from draft_opd.training.blocks import Blocks, replay, text_states
 from draft_opd.training.config import Opd
 from draft_opd.training.data import Batch
-from draft_opd.training.objectives import needs_branches, needs_states, objective_loss
+from draft_opd.training.objectives import needs_branches, needs_states, objective_loss, on_text
 from draft_opd.training.stopwatch import Stopwatch
 
 
@@ -126,6 +128,8 @@ def opd_loss(
             states = teacher_states(target, batch, blocks)
         elif needs_states(objective):
             states = text_states(batch, blocks)
+    if on_text(objective):
+        blocks = replace(blocks, drafted=blocks.labels)
     with clock("forward"):
         replayed = replay(target, drafter, batch, blocks, states, objective)
         loss, figures = objective_loss(replayed, objective)

@@ -1,17 +1,22 @@
-"""Stage 1: teacher-forced cross-entropy at random anchors of the target's own text."""
+"""Stage 1: teacher-forced training at random anchors of the target's own text.
+
+Cross-entropy with its tokens (DFlash), or KL to its distributions (EAGLE-3, whose unrolled blocks
+are the training-time test).
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from torch import Tensor
 
 from draft_opd.drafters.base import Drafter
 from draft_opd.target import Target
 from draft_opd.training.anchors import random_anchors
-from draft_opd.training.blocks import pack, replay
+from draft_opd.training.blocks import pack, replay, text_states
 from draft_opd.training.data import Batch
-from draft_opd.training.objectives import decayed_cross_entropy
+from draft_opd.training.objectives import decayed_cross_entropy, decayed_divergence
 
 
 def sft_loss(
@@ -27,7 +32,10 @@ def sft_loss(
     """The loss of one batch and figures for the metrics."""
     rows = random_anchors(batch, anchors, seed)
     blocks = pack(batch, rows, [[] for _ in rows], length)
-    loss = decayed_cross_entropy(replay(target, drafter, batch, blocks), decay)
+    blocks = replace(blocks, drafted=blocks.labels)  # teacher-forced
+    states = text_states(batch, blocks) if drafter.soft_labels else None
+    loss_of = decayed_divergence if drafter.soft_labels else decayed_cross_entropy
+    loss = loss_of(replay(target, drafter, batch, blocks, states), decay)
     return loss, {
         "supervised": int(blocks.valid.sum()),
         "perplexity": math.exp(min(loss.item(), 50)),
