@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from draft_opd.drafters import Drafter
-from draft_opd.drafters.dflash import DFlashDrafter
+from draft_opd.drafters import FAMILIES, Drafter
 from draft_opd.rollout.collect import collect
 from draft_opd.rollout.prompts import read_prompts
 from draft_opd.rollout.trajectory import Trajectory, read_trajectories
@@ -25,7 +24,15 @@ torch.set_num_threads(1)
 MAX_NEW_TOKENS = 320
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    """A module with `FAMILY = "dflash"` runs for that family only."""
+
+    def wanted(item) -> bool:
+        family = getattr(item, "callspec", None) and item.callspec.params.get("family")
+        return not family or getattr(item.module, "FAMILY", family) == family
+
+    config.hook.pytest_deselected(items=[i for i in items if not wanted(i)])
+    items[:] = [i for i in items if wanted(i)]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device here")
@@ -55,8 +62,21 @@ def heldout(data) -> list[Trajectory]:
     return read_trajectories(data / "heldout")
 
 
+# Shapes of the tests' drafters. The draft vocabulary is small enough to miss tokens of the text.
+SHAPES = {
+    "dflash": {"num_layers": 2, "block_size": 16},
+    "eagle3": {"draft_length": 15, "draft_vocab_size": 150},
+}
+
+
+@pytest.fixture(scope="session", params=sorted(SHAPES))
+def family(request) -> str:
+    """Every test that trains or takes a drafter runs for every family."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def recipe_for(data):
+def recipe_for(data, family):
     """recipe_for(stage, out, "key=value", …) on the shared trajectories, small."""
 
     def make(stage: str, out: Path, *pairs: str):
@@ -68,9 +88,10 @@ def recipe_for(data):
             "steps=4",
             "evaluation.every=2",
             "opd.trace_every=1",
+            f"model.options={SHAPES[family]}",
             f"out={out}",
         ]
-        return load_recipe("embedded", [*small, *pairs], stage)
+        return load_recipe(f"embedded:{family}", [*small, *pairs], stage)
 
     return make
 
@@ -90,9 +111,10 @@ def trained(trained_folder) -> Drafter:
 
 
 @pytest.fixture(scope="session")
-def untrained(target) -> Drafter:
+def untrained(target, family) -> Drafter:
     torch.manual_seed(0)
-    return DFlashDrafter.create(target, num_layers=2, block_size=16).eval()
+    counts = torch.arange(target.vocab_size).flip(0)
+    return FAMILIES[family].create(target, counts, **SHAPES[family]).eval()
 
 
 @pytest.fixture(scope="session")

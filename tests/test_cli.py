@@ -9,6 +9,7 @@ import yaml
 
 from draft_opd.cli import app, run
 
+FAMILY = "dflash"
 COMMANDS = [
     "demo",
     "collect",

@@ -14,6 +14,8 @@ from draft_opd.rollout.collect import collect
 from draft_opd.rollout.prompts import read_prompts
 from draft_opd.rollout.trajectory import TrajectoryWriter
 
+FAMILY = "dflash"
+
 
 def test_a_killed_collection_goes_on_without_losing_or_doubling(tmp_path, data):
     command = [

@@ -44,7 +44,7 @@ def same_rounds(target, drafter, trajectory, one, other):
             continue
         batch = BatchSource(target, drafter.target_layers).batch([trajectory])
         blocks = pack(batch, [[a.anchor]], [[a]], len(a.drafted))
-        logits = target.logits(replay_hidden(target, drafter, batch, blocks)[0, 0])
+        logits = drafter.logits(target, replay_hidden(target, drafter, batch, blocks)[0, 0])
         for k, (x, y) in enumerate(zip(a.drafted, b.drafted, strict=True)):
             assert x == y or (logits[k, x] - logits[k, y]).abs() < 1e-4 * logits[k].abs().max()
 

@@ -8,6 +8,7 @@ import draft_opd as d
 from draft_opd.console import Screen
 from draft_opd.demo import run_demo
 
+FAMILY = "dflash"
 pytestmark = pytest.mark.xdist_group("demo")  # one run of it serves all
 
 

@@ -24,7 +24,7 @@ from draft_opd.rollout.trace import tau
 from draft_opd.rollout.trajectory import read_trajectories
 from draft_opd.target import EMBEDDED, Target
 from draft_opd.threads import settle_threads
-from draft_opd.training.config import EMBEDDED_RECIPE, load_recipe
+from draft_opd.training.config import load_recipe
 from draft_opd.training.loop import Run
 
 MAX_NEW_TOKENS = 320
@@ -66,7 +66,6 @@ def run_demo(
         screen.say(f"{threads} CPU thread{'s' * (threads > 1)}: the fastest here and now")
     common = [
         f"seed={seed}",
-        f"model.family={family}",
         f"data.trajectories={out / 'data' / 'train'}",
         f"data.heldout={out / 'data' / 'heldout'}",
         *(overrides or []),
@@ -74,7 +73,7 @@ def run_demo(
 
     def recipe(stage: str, name: str, *more: str):
         pairs = [*common, f"out={out / name}", *more]
-        return load_recipe(EMBEDDED_RECIPE, pairs, stage)
+        return load_recipe(f"{EMBEDDED}:{family}", pairs, stage)
 
     sft, opd = recipe("sft", "sft"), recipe("opd", "draft_opd", f"drafter={out / 'sft' / 'last'}")
     # The control: the SFT loss with Draft-OPD's steps, batches, schedule and number of blocks.

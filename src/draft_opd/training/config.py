@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.errors import UserError
 
-EMBEDDED_RECIPE = Path(__file__).parent.parent / "embedded" / "recipe.yaml"
+EMBEDDED_RECIPES = Path(__file__).parent.parent / "embedded" / "recipes"
 
 
 class _Section(BaseModel):
@@ -177,9 +177,16 @@ class Recipe(_Section):
 def load_recipe(path: str | Path, overrides: list[str] = (), stage: str | None = None) -> Recipe:
     """Reads a recipe, lays `stages.<stage>` over it, applies `a.b=value` pairs (values are YAML).
 
-    `embedded` is the demo's recipe. Raises `UserError`.
+    `embedded` and `embedded:FAMILY` are the demo's recipes. Raises `UserError`.
     """
-    path = EMBEDDED_RECIPE if str(path) == "embedded" else Path(path)
+    name, _, family = str(path).partition(":")
+    known = sorted(p.stem for p in EMBEDDED_RECIPES.glob("*.yaml"))
+    if name != "embedded":
+        path = Path(path)
+    elif family and family not in known:
+        raise UserError(f"recipe '{path}': no such family; there are {', '.join(known)}")
+    else:
+        path = EMBEDDED_RECIPES / f"{family or 'dflash'}.yaml"
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -188,7 +188,9 @@ class Run:
                 f"unknown drafter family '{self.recipe.model.family}'; known: {', '.join(FAMILIES)}"
             )
         try:
-            return family.create(self.target, **self.recipe.model.options)
+            said = [i for t in self.train_set for i in t.response_ids]
+            counts = torch.bincount(torch.tensor(said), minlength=self.target.vocab_size)
+            return family.create(self.target, counts, **self.recipe.model.options)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))

@@ -1,0 +1,383 @@
+"""EAGLE-3: one decoder layer that drafts token by token on the target's fused hidden states.
+
+Layout and mathematics are those of the files SGLang and vLLM serve (SafeAILab's cnets.py, sglang
+llama_eagle3.py, vllm llama_eagle3.py). Slot t pairs the embedding of token t with the fused
+features h of token t - 1 (RoPE position t - 1). While drafting, h is the drafter's own output of
+the step before; once the target has run on a token, its slot is made again from real features.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+
+from draft_opd.cache import PositionCache
+from draft_opd.drafters.attention import Rotary, rope_parameters
+from draft_opd.drafters.base import Choose, Drafter, vllm_command
+from draft_opd.drafters.vocabulary import as_buffers, most_frequent, target_ids
+from draft_opd.errors import UserError
+from draft_opd.target import Target
+
+# The training-time test of the published recipes unrolls 7 steps weighted 0.8^step.
+STEPS, STEP_DECAY = 7, 4.4814  # 0.8^k = exp(-k / 4.4814)
+
+
+def default_target_layers(count: int) -> tuple[int, ...]:
+    """0-based layers whose outputs are hidden_states[2], [n // 2] and [n - 3]; spread evenly where
+    a short target makes these collide."""
+    layers = (1, count // 2 - 1, count - 4)
+    if len(set(layers)) == 3 and min(layers) >= 0 and list(layers) == sorted(layers):
+        return layers
+    if count < 4:
+        raise UserError(f"EAGLE-3 taps three layers before the last; the target has {count}")
+    return (0, (count - 2) // 2, count - 2)
+
+
+class Eagle3Attention(nn.Module):
+    """Queries of one step against context slots and the block's own earlier steps."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        hidden, self.head_dim = config.hidden_size, config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.groups = heads // kv_heads
+        self.q_proj = nn.Linear(2 * hidden, heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(2 * hidden, kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(2 * hidden, kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=False)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def keys_values(self, x: Tensor, rotary) -> tuple[Tensor, Tensor]:
+        """[batch, m, 2H] -> rotated keys and values, each [batch, kv_heads, m, d]."""
+        k = self._split(self.k_proj(x))
+        return apply_rotary_pos_emb(k, k, *rotary)[0], self._split(self.v_proj(x))
+
+    def forward(self, x: Tensor, rotary, context, seen: Tensor, own_k: Tensor, own_v: Tensor):
+        """x [batch, A, 2H], one query a block; context (k, v) [batch, heads, C, d]; seen
+        [batch, A, C]; own_k, own_v [batch, kv_heads, A, steps, d]. Returns [batch, A, H]."""
+        q = self._split(self.q_proj(x))
+        q = apply_rotary_pos_emb(q, q, *rotary)[0] * self.head_dim**-0.5
+        keys, values = context
+        own_k, own_v = (t.repeat_interleave(self.groups, 1) for t in (own_k, own_v))
+        far = (q @ keys.to(q.dtype).transpose(2, 3)).masked_fill(~seen[:, None], -torch.inf)
+        near = (q[:, :, :, None] * own_k).sum(-1)
+        weights = torch.cat([far, near], -1).float().softmax(-1).to(own_v.dtype)
+        width = keys.shape[2]
+        out = weights[..., :width] @ values.to(weights.dtype)
+        out = out + (weights[..., width:, None] * own_v).sum(3)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class Eagle3Layer(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.self_attn = Eagle3Attention(config)
+        self.mlp = LlamaMLP(config)
+        for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
+            setattr(self, name, LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+
+    def join(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """Token embeddings and hidden states, normed and side by side, [..., 2H]."""
+        return torch.cat([self.input_layernorm(embedded), self.hidden_norm(hidden)], -1)
+
+
+class Eagle3Options(BaseModel):
+    """Shape of a new drafter; None means "as the target has it"."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    draft_length: int = Field(STEPS, ge=1, description="steps unrolled in training; K")
+    draft_vocab_size: int | None = Field(None, ge=2, description="None: the whole vocabulary")
+    target_layers: tuple[int, int, int] | None = None
+    intermediate_size: int | None = Field(None, ge=1)
+    num_attention_heads: int | None = Field(None, ge=1)
+    num_key_value_heads: int | None = Field(None, ge=1)
+    head_dim: int | None = Field(None, ge=2, multiple_of=2)
+
+
+class Eagle3Drafter(Drafter):
+    """See the module docstring. `config` is a LlamaConfig with the EAGLE-3 keys."""
+
+    family = "eagle3"
+    soft_labels = True
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        options = getattr(config, "eagle_config", None) or {}
+        self.config = config
+        self.draft_length = int(options.get("draft_length", STEPS))
+        nested = options.get("eagle_aux_hidden_state_layer_ids")  # layer outputs, as SGLang reads
+        outer = getattr(config, "eagle_aux_hidden_state_layer_ids", None)  # one higher, as vLLM
+        layers = nested or (outer and [i - 1 for i in outer])
+        # Without either, what engines default to: it depends on the target's depth.
+        self._given_layers = tuple(layers) if layers else None
+        self.target_layers = self._given_layers or ()
+        hidden, size = config.hidden_size, config.draft_vocab_size or config.vocab_size
+        fused = getattr(config, "target_hidden_size", None) or hidden
+        self.fc = nn.Linear(3 * fused, hidden, bias=False)
+        self.midlayer = Eagle3Layer(config)
+        self.norm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(hidden, size, bias=False)
+        d2t, t2d = as_buffers(torch.arange(size), config.vocab_size)
+        self.register_buffer("d2t", d2t)
+        self.register_buffer("t2d", t2d)
+        self.rotary = Rotary(config=config)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+
+    # -- configuration ----------------------------------------------------------------------
+
+    @classmethod
+    def matches(cls, config: dict) -> bool:
+        return any("Eagle3" in a for a in config.get("architectures") or [])
+
+    @classmethod
+    def from_config(cls, config: dict) -> Eagle3Drafter:
+        if config.get("num_hidden_layers", 1) != 1:
+            raise UserError("EAGLE-3 drafters of more than one layer are not supported")
+        if not isinstance(config.get("vocab_size"), int):
+            raise UserError("the EAGLE-3 config.json has no vocab_size")
+        config = {"draft_vocab_size": None, **config, "model_type": "llama"}
+        return cls(LlamaConfig.from_dict(config))
+
+    @classmethod
+    def adapt_tensors(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """speculators names the layer `layers.0`."""
+        return {
+            "midlayer." + k.removeprefix("layers.0.") if k.startswith("layers.0.") else k: v
+            for k, v in tensors.items()
+        }
+
+    @classmethod
+    def create(cls, target: Target, counts: Tensor | None = None, **options) -> Eagle3Drafter:
+        """A new drafter for `target`; options are the fields of `Eagle3Options`."""
+        o, t = Eagle3Options(**options), target.config
+        heads = o.num_attention_heads or t.num_attention_heads
+        kv_heads = o.num_key_value_heads or getattr(t, "num_key_value_heads", None) or heads
+        kv_heads = min(heads, kv_heads)
+        if heads % kv_heads:
+            raise UserError(
+                f"model.options: {heads} attention heads are not a multiple of {kv_heads} "
+                "key/value heads"
+            )
+        size = o.draft_vocab_size or target.vocab_size
+        if size > target.vocab_size:
+            raise UserError(
+                f"model.options.draft_vocab_size: {size} is more than the target's "
+                f"{target.vocab_size} tokens"
+            )
+        layers = o.target_layers or default_target_layers(target.num_layers)
+        config = LlamaConfig(
+            vocab_size=target.vocab_size,
+            hidden_size=target.hidden_size,
+            intermediate_size=o.intermediate_size or t.intermediate_size,
+            num_hidden_layers=1,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=o.head_dim or getattr(t, "head_dim", None) or t.hidden_size // heads,
+            rms_norm_eps=getattr(t, "rms_norm_eps", 1e-6),
+            max_position_embeddings=target.max_positions,
+            rope_parameters=dict(rope_parameters(t)),
+            tie_word_embeddings=False,
+            attention_bias=False,
+        )
+        config.draft_vocab_size = size
+        config.eagle_config = {
+            "eagle_aux_hidden_state_layer_ids": list(layers),
+            "draft_length": o.draft_length,
+        }
+        drafter = cls(config)
+        if size < target.vocab_size:
+            if counts is None:
+                raise UserError("a draft vocabulary is chosen from trajectories: give some")
+            ids = most_frequent(counts.cpu(), size)
+            drafter.d2t, drafter.t2d = as_buffers(ids, target.vocab_size)
+        else:
+            ids = torch.arange(size)
+        drafter.check_target(target)
+        drafter.lm_head.weight.data.copy_(target.head.weight[ids.to(target.device)])
+        final_norm = getattr(getattr(target.decoder, "norm", None), "weight", None)
+        if final_norm is not None and final_norm.shape == drafter.norm.weight.shape:
+            drafter.norm.weight.data.copy_(final_norm)
+        return drafter.to(target.device)
+
+    def config_dict(self) -> dict:
+        config, rope = self.config.to_dict(), rope_parameters(self.config)
+        layers = list(self.target_layers)
+        config.update(
+            architectures=["LlamaForCausalLMEagle3"],
+            model_type="llama",
+            draft_vocab_size=len(self.d2t),
+            target_hidden_size=self.fc.in_features // 3,
+            norm_before_residual=False,
+            rope_theta=rope.get("rope_theta", 10000.0),
+            rope_scaling=None if rope.get("rope_type", "default") == "default" else dict(rope),
+        )
+        options = {**(getattr(self.config, "eagle_config", None) or {})}
+        options |= {"draft_length": self.draft_length, "use_aux_hidden_state": True}
+        if layers:  # two spellings, one apart: SGLang reads the nested one, vLLM the other
+            options["eagle_aux_hidden_state_layer_ids"] = layers
+            config["eagle_aux_hidden_state_layer_ids"] = [i + 1 for i in layers]
+        config["eagle_config"] = options
+        return config
+
+    def check_target(self, target: Target) -> None:
+        if not self._given_layers:
+            self.target_layers = default_target_layers(target.num_layers)
+        pairs = (
+            ("hidden size", self.config.hidden_size, target.hidden_size),
+            ("features of", self.fc.in_features // 3, target.hidden_size),
+            ("vocabulary of", self.config.vocab_size, target.vocab_size),
+        )
+        for what, ours, theirs in pairs:
+            if ours != theirs:
+                raise UserError(
+                    f"this drafter does not fit target '{target.name}': {what} {ours} against the "
+                    f"target's {theirs}"
+                )
+        layers = list(self.target_layers)
+        if len(layers) != 3 or layers != sorted(set(layers)):
+            raise UserError(f"tapped target layers {layers} must be three, ascending and unique")
+        if layers[0] < 0 or layers[-1] > target.num_layers - 2:
+            raise UserError(
+                f"this drafter does not fit target '{target.name}': tapped layers {layers} against "
+                f"usable layers 0..{target.num_layers - 2}"
+            )
+        ids = target_ids(self.d2t, target.vocab_size)
+        if len(ids) == target.vocab_size and self.d2t.any():
+            raise UserError("d2t reorders a whole vocabulary, which engines do not expect")
+
+    @property
+    def vocabulary(self) -> Tensor | None:
+        if len(self.d2t) == self.config.vocab_size:
+            return None
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def position_decay(self, length: int) -> float:
+        return STEP_DECAY
+
+    def head_weight(self, target: Target) -> Tensor:
+        return self.lm_head.weight
+
+    def serve_command(self, target: str, folder: Path, engine: str) -> str:
+        if engine == "sglang":
+            return (
+                f"python -m sglang.launch_server --model-path {target} "
+                f"--speculative-algorithm EAGLE3 --speculative-draft-model-path {folder} "
+                f"--speculative-num-steps {self.draft_length} --speculative-eagle-topk 1 "
+                f"--speculative-num-draft-tokens {self.draft_length + 1}"
+            )
+        return vllm_command(target, "eagle3", folder, self.draft_length)
+
+    # -- drafting ---------------------------------------------------------------------------
+
+    # A context is a PositionCache: layer 0 holds keys and values by slot, layer 1 the fused
+    # features by position (as keys; its values are empty).
+
+    def _slots(self, target: Target, ids: Tensor, before: Tensor, positions: Tensor):
+        """Keys and values of slots: tokens [batch, m], features of the token before each."""
+        x = self.midlayer.join(target.embed(ids).to(before.dtype), before)
+        return self.midlayer.self_attn.keys_values(x, self.rotary(x, positions - 1))
+
+    def _fuse(self, features: Tensor) -> Tensor:
+        return self.fc(features.to(self.fc.weight.dtype))
+
+    def context(self, target: Target, ids: Tensor, features: Tensor) -> PositionCache:
+        fused = self._fuse(features)
+        before = torch.cat([torch.zeros_like(fused[:, :1]), fused[:, :-1]], 1)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+        k, v = self._slots(target, ids, before, positions)
+        fused = fused[:, None]
+        return PositionCache.of([k, fused], [v, fused[..., :0]])
+
+    def observe(self, context, target, ids, features, positions) -> None:
+        fused = self._fuse(features)
+        before = torch.cat([self._fused_before(context, positions[:, :1]), fused[:, :-1]], 1)
+        context.prepare(positions, int(positions.max()) + 1)
+        context.update(*self._slots(target, ids, before, positions), 0)
+        context.update(fused[:, None], fused[:, None, :, :0], 1)
+
+    @staticmethod
+    def _fused_before(context: PositionCache, positions: Tensor) -> Tensor:
+        """Fused features [batch, A, H] of the token before each position; zeros before the text."""
+        fused = context.keys[1][:, 0]
+        shape = (*positions.shape, fused.shape[-1])
+        if not fused.shape[1]:
+            return fused.new_zeros(shape)
+        found = fused.gather(1, (positions - 1).clamp_min(0)[..., None].expand(shape))
+        return found * (positions > 0)[..., None]
+
+    def select(self, context: PositionCache, rows: Tensor) -> None:
+        context.select(rows)
+
+    def _unroll(self, target, context, anchors: Tensor, ids: Tensor, length: int, following):
+        """Hidden states [batch, A, length, H], normed for the head.
+
+        anchors, ids [batch, A]; following(k, normed [batch, A, H]) -> the token after step k, or
+        None to stop there.
+        """
+        layer = self.midlayer
+        attention = layer.self_attn
+        visible = min(int(anchors.max()), context.keys[0].shape[2])
+        far = tuple(
+            x[0][:, :, :visible].repeat_interleave(attention.groups, 1)
+            for x in (context.keys, context.values)
+        )
+        slot = torch.arange(visible, device=ids.device)
+        # Slot 0 has no token before it; engines have no such slot.
+        seen = (slot >= 1) & (slot < anchors[..., None])
+        hidden = self._fused_before(context, anchors)
+        tokens, keys, values, out = ids, [], [], []
+        for k in range(length):
+            x = layer.join(target.embed(tokens).to(hidden.dtype), hidden)
+            rotary = self.rotary(x, anchors + k - 1)
+            key, value = attention.keys_values(x, rotary)
+            keys.append(key)
+            values.append(value)
+            own = torch.stack(keys, 3), torch.stack(values, 3)
+            hidden = hidden + attention(x, rotary, far, seen, *own)
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            out.append(self.norm(hidden))
+            tokens = following(k, out[-1])
+            if tokens is None:
+                break
+        return torch.stack(out, 2)
+
+    def replay(self, target, context, anchors, ids, drafted) -> Tensor:
+        return self._unroll(
+            target, context, anchors, ids, drafted.shape[2], lambda k, _: drafted[:, :, k]
+        )
+
+    def propose(self, target, context, anchors, ids, draft_length, choose: Choose):
+        drafted, probs = [], []
+
+        def following(k: int, hidden: Tensor) -> Tensor:
+            found, q = choose(self.logits(target, hidden.flatten(0, 1))[:, None])
+            drafted.append(found.view(anchors.shape))
+            if q is not None:
+                probs.append(q[:, 0].unflatten(0, anchors.shape))
+            return drafted[-1]
+
+        self._unroll(target, context, anchors, ids, draft_length, following)
+        return torch.stack(drafted, 2), torch.stack(probs, 2) if probs else None
+
+    def follow(self, target, context, anchors, ids, text) -> Tensor:
+        drafted = torch.full_like(text, -1)
+        right = torch.ones(len(text), dtype=torch.bool, device=text.device)
+
+        def following(k: int, hidden: Tensor) -> Tensor | None:
+            nonlocal right
+            drafted[:, k] = self.logits(target, hidden[:, 0]).argmax(-1)
+            right = right & (drafted[:, k] == text[:, k])
+            return drafted[:, k, None] if right.any() else None
+
+        self._unroll(target, context, anchors[:, None], ids[:, None], text.shape[1], following)
+        return drafted
