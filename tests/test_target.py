@@ -91,7 +91,9 @@ def test_branches_see_their_own_prefix_and_themselves_only(model):
     branch = torch.tensor([[0, 0, 0, 1, 1, -1]] * 2)
     prefix = torch.tensor([[a] * 3 + [b] * 2 + [0] for a, b in prefixes])
     offset = torch.tensor([0, 1, 2, 0, 1, 0])
-    hidden = model.branches(ids, prefix + offset, branch, prefix, cache)
+    at = prefix + offset
+    own = (branch[:, :, None] == branch[:, None, :]) & (at[:, None, :] <= at[:, :, None])
+    hidden = model.branches(ids, at, own, prefix, cache).hidden
     for row, (a, b) in enumerate(prefixes):
         for start, end, length in ((0, 3, a), (3, 5, b)):
             expected = plain(model, rows[row][:length] + ids[row, start:end].tolist())[length:]

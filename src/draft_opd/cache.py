@@ -21,7 +21,8 @@ class PositionCache(Cache):
 
     Set `positions` ([batch, tokens], the slots the next forward writes) before each
     forward. With `branch=True` the next forward reads the cache without writing to
-    it: its own keys are appended behind the first `visible` slots.
+    it: its own keys are appended behind the first `visible` slots. `keep` writes some
+    of them after all.
     """
 
     def __init__(self, capacity: int = 0):
@@ -33,6 +34,7 @@ class PositionCache(Cache):
         self.visible = 0
         self.branch = False
         self._start: int | None = None
+        self._branched: dict[int, tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def of(cls, keys: list[Tensor], values: list[Tensor]) -> PositionCache:
@@ -57,6 +59,7 @@ class PositionCache(Cache):
             self.values.append(value_states.new_zeros(shape))
         if self.branch:
             keys, values = self.keys[layer_idx], self.values[layer_idx]
+            self._branched[layer_idx] = key_states, value_states
             return (
                 torch.cat([keys[:, :, : self.visible], key_states], 2),
                 torch.cat([values[:, :, : self.visible], value_states], 2),
@@ -77,6 +80,15 @@ class PositionCache(Cache):
             self.keys[layer_idx][:, :, : self.visible],
             self.values[layer_idx][:, :, : self.visible],
         )
+
+    def keep(self, index: Tensor, positions: Tensor) -> None:
+        """Writes tokens `index` [batch, m] of the last branch forward to slots `positions`."""
+        branched, self._branched = self._branched, {}
+        self.prepare(positions, int(positions.max()) + 1)
+        for layer, pair in branched.items():
+            where = index[:, None, :, None]
+            self.update(*(x.gather(2, where.expand(-1, x.shape[1], -1, x.shape[3])) for x in pair),
+                        layer)  # fmt: skip
 
     def select(self, rows: Tensor) -> None:
         """Keeps only the given batch rows (index tensor)."""

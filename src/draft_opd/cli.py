@@ -36,6 +36,10 @@ Trust = Annotated[
 Length = Annotated[
     int | None, typer.Option("--draft-length", help="Tokens drafted a round; default: all.")
 ]
+Tree = Annotated[
+    str | None,
+    typer.Option("--tree", help="Draft a tree: nodes at depth 1, 2, ..., as 4,4,2 (EAGLE-3)."),
+]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int, typer.Option(help="0 keeps all tokens.")]
 TopP = Annotated[float, typer.Option(help="1 keeps all tokens.")]
@@ -65,6 +69,15 @@ def _sampling(temperature: float, top_k: int, top_p: float, draft: str = "sample
         first = error.errors()[0]
         name = str(first["loc"][0]).replace("_", "-")
         raise UserError(f"--{name} {first['input']}: {first['msg'].lower()}") from None
+
+
+def _widths(tree: str | None) -> list[int] | None:
+    if tree is None:
+        return None
+    try:
+        return [int(x) for x in tree.split(",")]
+    except ValueError:
+        raise UserError(f"--tree {tree}: give the nodes at each depth, as 4,4,2") from None
 
 
 def _target(name: str, device: str | None, dtype: str | None, trust: bool):
@@ -239,6 +252,7 @@ def evaluate(
     skip: Annotated[int, typer.Option(help="Leave out the first N prompts a task.")] = 0,
     max_new_tokens: NewTokens = 512,
     draft_length: Length = None,
+    tree: Tree = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -263,7 +277,7 @@ def evaluate(
     from draft_opd.files import make_folder, write_json
 
     screen = Screen(json)
-    sampling = _sampling(temperature, top_k, top_p, draft)
+    sampling, widths = _sampling(temperature, top_k, top_p, draft), _widths(tree)
     chosen = load_tasks(tasks, prompts, limit, skip)
     model = _target(target, device, dtype, trust_remote_code)
     helper = _drafter(drafter, model)
@@ -271,7 +285,7 @@ def evaluate(
         count = iter(range(1, 1 << 30))
         measured = run(
             model, helper, chosen, max_new_tokens=max_new_tokens, draft_length=draft_length,
-            sampling=sampling, thinking=thinking, seed=seed,
+            tree=widths, sampling=sampling, thinking=thinking, seed=seed,
             progress=lambda name, *_: update(next(count), name),
         )  # fmt: skip
     report = evaluation_report(target, drafter, temperature, measured)
@@ -347,6 +361,7 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="Default: standard input.")] = None,
     max_new_tokens: NewTokens = 512,
     draft_length: Length = None,
+    tree: Tree = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -370,7 +385,7 @@ def generate(
 
     if mark not in MARKS:
         raise UserError(f"--mark {mark}: choose one of {', '.join(MARKS)}")
-    sampling = _sampling(temperature, top_k, top_p, draft)
+    sampling, widths = _sampling(temperature, top_k, top_p, draft), _widths(tree)
     text = sys.stdin.read() if prompt is None else prompt
     if not text.strip():
         raise UserError("the prompt is empty: give --prompt or text on standard input")
@@ -379,7 +394,8 @@ def generate(
     helper = _drafter(drafter, model)
     value = stream(
         model, helper, text, screen, raw=raw, mark=mark, thinking=thinking,
-        max_new_tokens=max_new_tokens, draft_length=draft_length, sampling=sampling, seed=seed,
+        max_new_tokens=max_new_tokens, draft_length=draft_length, tree=widths, sampling=sampling,
+        seed=seed,
     )  # fmt: skip
     screen.result(value)
 

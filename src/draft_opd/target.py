@@ -242,31 +242,33 @@ class Target:
 
     @torch.no_grad()
     def branches(
-        self, ids: Tensor, positions: Tensor, branch: Tensor, prefix: Tensor, cache: PositionCache
-    ) -> Tensor:
-        """Scores many drafted continuations of cached trajectories in one forward.
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        own: Tensor,
+        prefix: Tensor,
+        cache: PositionCache,
+        layers: Sequence[int] = (),
+    ) -> TargetOutput:
+        """Runs many continuations of cached texts in one forward.
 
-        ids, positions, branch, prefix: [batch, m]. Tokens with the same `branch` number belong
-        together (negative: padding); such a token sees the first `prefix` cached slots and the
-        tokens of its own branch at or before its position. The cache is not changed.
-        Returns hidden states [batch, m, H].
+        ids, positions, prefix [batch, m]; own [batch, m, m]: which of these tokens each sees. A
+        token also sees the first `prefix` cached slots. The cache is not changed (`cache.keep`
+        takes what should stay).
         """
         width = int(prefix.max()) if prefix.numel() else 0
         cache.prepare(positions, width, branch=True)
         slots = torch.arange(width, device=ids.device)[None]
-        own = (branch[:, :, None] == branch[:, None, :]) & (
-            positions[:, None, :] <= positions[:, :, None]
-        )
         visible = torch.cat([slots[:, None, :] < prefix[:, :, None], own], -1)
         key = torch.cat([slots.expand(len(ids), -1), positions], -1)
         return self._forward(
             ids,
-            (),
+            layers,
             position_ids=positions,
             attention_mask=self._mask(visible, positions, key),
             past_key_values=cache,
             use_cache=True,
-        ).hidden
+        )
 
     def chat_ids(self, messages: list[dict], thinking: bool | None = None) -> list[int]:
         """Messages through the chat template, ready for the response to begin."""

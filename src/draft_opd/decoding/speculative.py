@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from draft_opd.decoding.sampling import Sampling
+from draft_opd.decoding.tree import check_widths, verify_tree
 from draft_opd.decoding.verification import verify_greedy, verify_sampled
 from draft_opd.drafters.base import Drafter
 from draft_opd.errors import UserError
@@ -65,6 +66,7 @@ def speculate(
     *,
     max_new_tokens: int | Sequence[int],
     draft_length: int | None = None,
+    tree: Sequence[int] | None = None,
     sampling: Sampling | None = None,
     stop_ids: Iterable[int] | None = None,
     seed: int = 0,
@@ -78,6 +80,8 @@ def speculate(
         prompts: token ids, one list a row, none empty.
         max_new_tokens: for all rows, or one a row.
         draft_length: tokens proposed a round; at most, and by default, what was trained.
+        tree: draft a tree with so many nodes at depths 1, 2, .. instead. A round's `drafted` is
+            then the path that was accepted, -1 behind it.
         sampling: greedy by default.
         stop_ids: tokens that end a row; by default the target's.
         timing: filled in when given (this adds a device synchronisation a phase).
@@ -89,6 +93,9 @@ def speculate(
     sampling = sampling or Sampling()
     stops = frozenset(target.stop_ids if stop_ids is None else stop_ids)
     length = _draft_length(target, drafter, draft_length)
+    if drafter and tree is not None:
+        tree = check_widths(tree, drafter.draft_length)
+        length = len(tree)
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {i} is empty: at least one token is needed")
@@ -134,7 +141,9 @@ def speculate(
         last = torch.tensor([(r.token_ids or r.prompt_ids)[-1] for r in rows], device=device)
         # Never run past the context; the last rounds draft less.
         count = min(length, target.max_positions - 1 - max(anchor_list))
-        if drafter and count:
+        if tree and drafter and count:
+            nodes = drafter.propose_tree(target, context, anchors, last, tree[:count])
+        elif drafter and count:
             drafted, draft_probs = drafter.propose(
                 target, context, anchors[:, None], last[:, None], count, choose
             )
@@ -145,23 +154,30 @@ def speculate(
         drafted_at = now()
         clock.draft += drafted_at - began
 
-        block = torch.cat([last[:, None], drafted], 1)
-        positions = anchors[:, None] + torch.arange(block.shape[1], device=device)
-        out = target.extend(block, positions, cache, layers)
-        logits = target.logits(out.hidden)
-        if sampling.greedy:
-            accepted = verify_greedy(drafted, logits)
-            bonus = logits.argmax(-1).gather(1, accepted[:, None])[:, 0]
+        if tree and drafter and count:
+            block, positions, features, accepted, bonus = verify_tree(
+                target, cache, layers, *nodes, anchors, sampling, generator
+            )
+            behind = torch.arange(1, count + 1, device=device) > accepted[:, None]
+            drafted = block[:, 1:].masked_fill(behind, -1)
         else:
-            probs = sampling.probabilities(logits)
-            if draft_probs is None:
-                draft_probs = probs[:, :0]
-            accepted, bonus = verify_sampled(drafted, draft_probs, probs, generator)
+            block = torch.cat([last[:, None], drafted], 1)
+            positions = anchors[:, None] + torch.arange(block.shape[1], device=device)
+            out = target.extend(block, positions, cache, layers)
+            features, logits = out.features, target.logits(out.hidden)
+            if sampling.greedy:
+                accepted = verify_greedy(drafted, logits)
+                bonus = logits.argmax(-1).gather(1, accepted[:, None])[:, 0]
+            else:
+                probs = sampling.probabilities(logits)
+                if draft_probs is None:
+                    draft_probs = probs[:, :0]
+                accepted, bonus = verify_sampled(drafted, draft_probs, probs, generator)
         verified_at = now()
         clock.verify += verified_at - drafted_at
 
         if drafter:
-            drafter.observe(context, target, block, out.features, positions)
+            drafter.observe(context, target, block, features, positions)
         table = torch.cat([accepted[:, None], bonus[:, None], drafted], 1).tolist()
         going = []
         for row, (result, anchor, line) in enumerate(zip(rows, anchor_list, table, strict=True)):
@@ -202,6 +218,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     draft_length: int | None = None,
+    tree: Sequence[int] | None = None,
     seed: int = 0,
     on_round: OnRound | None = None,
 ) -> Generation:
@@ -219,6 +236,7 @@ def generate(
         [list(prompt_ids)],
         max_new_tokens=max_new_tokens,
         draft_length=draft_length,
+        tree=tree,
         sampling=sampling,
         seed=seed,
         on_round=on_round,

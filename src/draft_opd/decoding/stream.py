@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 
 from rich.text import Text
 
@@ -43,6 +44,7 @@ def stream(
     thinking: bool | None = None,
     max_new_tokens: int = 512,
     draft_length: int | None = None,
+    tree: Sequence[int] | None = None,
     sampling: Sampling | None = None,
     seed: int = 0,
 ) -> dict:
@@ -71,7 +73,7 @@ def stream(
     clock, began = Timing(), time.perf_counter()
     result = speculate(
         target, drafter, [ids], max_new_tokens=max_new_tokens, draft_length=draft_length,
-        sampling=sampling, seed=seed, timing=clock, on_round=on_round,
+        tree=tree, sampling=sampling, seed=seed, timing=clock, on_round=on_round,
     )[0]  # fmt: skip
     seconds = time.perf_counter() - began
     count, rounds = len(result.token_ids), len(result.rounds)

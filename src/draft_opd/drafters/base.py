@@ -111,6 +111,18 @@ class Drafter(nn.Module):
         """
         raise NotImplementedError
 
+    def propose_tree(
+        self, target: Target, context: Any, anchors: Tensor, ids: Tensor, widths: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A draft tree a row; anchors, ids [batch]; `widths` nodes at depths 1, 2, ...
+
+        Returns tokens, parents and depths [batch, 1 + Σ widths]; node 0 is the anchor's token, and
+        parents (-1 for it) come before their children. Raises `UserError` where there are no trees.
+        """
+        raise UserError(
+            f"{self.family} drafts a block at once, so it has no trees: leave --tree out"
+        )
+
     def follow(
         self, target: Target, context: Any, anchors: Tensor, ids: Tensor, text: Tensor
     ) -> Tensor:

@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from draft_opd.cache import PositionCache
+from draft_opd.decoding.tree import best_children
 from draft_opd.drafters.attention import Rotary, rope_parameters
 from draft_opd.drafters.base import Choose, Drafter, vllm_command
 from draft_opd.drafters.vocabulary import as_buffers, most_frequent, target_ids
@@ -318,14 +319,13 @@ class Eagle3Drafter(Drafter):
     def select(self, context: PositionCache, rows: Tensor) -> None:
         context.select(rows)
 
-    def _unroll(self, target, context, anchors: Tensor, ids: Tensor, length: int, following):
-        """Hidden states [batch, A, length, H], normed for the head.
+    def _steps(self, target: Target, context, anchors: Tensor, ids: Tensor):
+        """Drafting, step by step: a generator of hidden states [batch, A, H], normed for the head.
 
-        anchors, ids [batch, A]; following(k, normed [batch, A, H]) -> the token after step k, or
-        None to stop there.
+        anchors, ids [batch, A]. It is sent (tokens, parents) [batch, A'], the next step's tokens
+        and the blocks of this step that they continue (None: each its own).
         """
-        layer = self.midlayer
-        attention = layer.self_attn
+        layer, attention = self.midlayer, self.midlayer.self_attn
         visible = min(int(anchors.max()), context.keys[0].shape[2])
         far = tuple(
             x[0][:, :, :visible].repeat_interleave(attention.groups, 1)
@@ -334,50 +334,71 @@ class Eagle3Drafter(Drafter):
         slot = torch.arange(visible, device=ids.device)
         # Slot 0 has no token before it; engines have no such slot.
         seen = (slot >= 1) & (slot < anchors[..., None])
-        hidden = self._fused_before(context, anchors)
-        tokens, keys, values, out = ids, [], [], []
-        for k in range(length):
+        hidden, tokens, own = self._fused_before(context, anchors), ids, []
+        positions = anchors
+        while True:
             x = layer.join(target.embed(tokens).to(hidden.dtype), hidden)
-            rotary = self.rotary(x, anchors + k - 1)
-            key, value = attention.keys_values(x, rotary)
-            keys.append(key)
-            values.append(value)
-            own = torch.stack(keys, 3), torch.stack(values, 3)
+            rotary = self.rotary(x, positions - 1)
+            new = [t[:, :, :, None] for t in attention.keys_values(x, rotary)]
+            own = [torch.cat(pair, 3) for pair in zip(own, new, strict=True)] if own else new
             hidden = hidden + attention(x, rotary, far, seen, *own)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-            out.append(self.norm(hidden))
-            tokens = following(k, out[-1])
-            if tokens is None:
-                break
-        return torch.stack(out, 2)
+            tokens, parents = yield self.norm(hidden)
+            positions = positions + 1
+            if parents is not None:
+                hidden, seen, positions = (_take(t, parents, 1) for t in (hidden, seen, positions))
+                own = [_take(t, parents, 2) for t in own]
 
     def replay(self, target, context, anchors, ids, drafted) -> Tensor:
-        return self._unroll(
-            target, context, anchors, ids, drafted.shape[2], lambda k, _: drafted[:, :, k]
-        )
+        steps = self._steps(target, context, anchors, ids)
+        out = [next(steps)]
+        for k in range(drafted.shape[2] - 1):
+            out.append(steps.send((drafted[:, :, k], None)))
+        return torch.stack(out, 2)
 
     def propose(self, target, context, anchors, ids, draft_length, choose: Choose):
         drafted, probs = [], []
-
-        def following(k: int, hidden: Tensor) -> Tensor:
+        steps = self._steps(target, context, anchors, ids)
+        hidden = next(steps)
+        while True:
             found, q = choose(self.logits(target, hidden.flatten(0, 1))[:, None])
             drafted.append(found.view(anchors.shape))
             if q is not None:
                 probs.append(q[:, 0].unflatten(0, anchors.shape))
-            return drafted[-1]
-
-        self._unroll(target, context, anchors, ids, draft_length, following)
-        return torch.stack(drafted, 2), torch.stack(probs, 2) if probs else None
+            if len(drafted) == draft_length:
+                return torch.stack(drafted, 2), torch.stack(probs, 2) if probs else None
+            hidden = steps.send((drafted[-1], None))
 
     def follow(self, target, context, anchors, ids, text) -> Tensor:
         drafted = torch.full_like(text, -1)
-        right = torch.ones(len(text), dtype=torch.bool, device=text.device)
-
-        def following(k: int, hidden: Tensor) -> Tensor | None:
-            nonlocal right
+        steps = self._steps(target, context, anchors[:, None], ids[:, None])
+        hidden = next(steps)
+        for k in range(text.shape[1]):
             drafted[:, k] = self.logits(target, hidden[:, 0]).argmax(-1)
-            right = right & (drafted[:, k] == text[:, k])
-            return drafted[:, k, None] if right.any() else None
-
-        self._unroll(target, context, anchors[:, None], ids[:, None], text.shape[1], following)
+            if k + 1 == text.shape[1] or not (drafted[:, : k + 1] == text[:, : k + 1]).all(1).any():
+                break
+            hidden = steps.send((drafted[:, k, None], None))
         return drafted
+
+    def propose_tree(self, target, context, anchors, ids, widths):
+        steps = self._steps(target, context, anchors[:, None], ids[:, None])
+        hidden, score = next(steps), torch.zeros_like(anchors[:, None], dtype=torch.float32)
+        tokens, parents, first = [ids[:, None]], [torch.full_like(ids[:, None], -1)], 0
+        for width in widths:
+            found, parent, score = best_children(self.logits(target, hidden), score, width)
+            tokens.append(found)
+            parents.append(parent + first)
+            first += hidden.shape[1]
+            if len(tokens) <= len(widths):
+                hidden = steps.send((found, parent))
+        depths = torch.cat([torch.full_like(t, k) for k, t in enumerate(tokens)], 1)
+        return torch.cat(tokens, 1), torch.cat(parents, 1), depths
+
+
+def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """x with its `dim`-th axis (blocks) replaced by the blocks index [batch, A']."""
+    shape = list(x.shape)
+    shape[dim] = index.shape[1]
+    view = [1] * x.dim()
+    view[0], view[dim] = index.shape
+    return x.gather(dim, index.view(view).expand(shape))

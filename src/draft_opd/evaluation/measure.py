@@ -25,6 +25,7 @@ def evaluate(
     *,
     max_new_tokens: int = 512,
     draft_length: int | None = None,
+    tree: Sequence[int] | None = None,
     sampling: Sampling | None = None,
     thinking: bool | None = None,
     seed: int = 0,
@@ -45,7 +46,8 @@ def evaluate(
         for _, which in sides:  # warm up: allocators, code paths, caches
             speculate(
                 target, which, prompts[:1], max_new_tokens=min(16, max_new_tokens),
-                draft_length=draft_length if which else None, sampling=sampling, timing=Timing(),
+                draft_length=draft_length if which else None, tree=tree if which else None,
+                sampling=sampling, timing=Timing(),
             )  # fmt: skip
         for i, ids in enumerate(prompts):
             for side, which in sides if i % 2 else sides[::-1]:
@@ -55,6 +57,7 @@ def evaluate(
                     [ids],
                     max_new_tokens=max_new_tokens,
                     draft_length=draft_length if which else None,
+                    tree=tree if which else None,
                     sampling=sampling,
                     seed=seed + i,
                     timing=clocks[side],

@@ -90,13 +90,15 @@ def teacher_states(target: Target, batch: Batch, blocks: Blocks) -> Tensor:
         return torch.where(real, x.flatten(1).gather(1, order), fill)
 
     prefix = (blocks.anchors + blocks.accepted + 1).gather(1, block)
+    at = packed(blocks.anchors[:, :, None] + offset, 0)
+    branch = torch.where(real, block, -1)
     hidden = target.branches(
         packed(blocks.drafted, 0),
-        packed(blocks.anchors[:, :, None] + offset, 0),
-        torch.where(real, block, -1),
+        at,
+        (branch[:, :, None] == branch[:, None, :]) & (at[:, None, :] <= at[:, :, None]),
         torch.where(real, prefix, 0),
         batch.cache,
-    )
+    ).hidden
     states = states.flatten(1, 2).clone()
     row = torch.arange(len(flat), device=flat.device)[:, None].expand_as(order)
     states[row[real], order[real] + 1] = hidden[real].to(states.dtype)
