@@ -12,6 +12,7 @@ import draft_opd as d
 from draft_opd.drafters.base import over_target
 from draft_opd.drafters.eagle3 import Eagle3Drafter, default_target_layers
 from draft_opd.drafters.vocabulary import as_buffers, most_frequent, target_ids
+from draft_opd.export.engines import export
 from draft_opd.training.blocks import pack, replay
 from draft_opd.training.data import BatchSource
 from draft_opd.training.head import chunked_score
@@ -285,3 +286,18 @@ def test_labels_outside_end_what_a_block_can_reach(target, trained, heldout):
     known = r.surprise[r.reachable]
     logits = trained.logits(target, r.hidden[r.reachable])
     torch.testing.assert_close(known, cross_entropy(logits, r.labels[r.reachable]))
+
+
+def test_an_export_says_how_to_serve_it(trained_folder, tmp_path):
+    made = export("embedded", str(trained_folder), "sglang", tmp_path / "s", dtype="bfloat16")
+    assert (
+        "--speculative-algorithm EAGLE3" in made["serve"] and str(tmp_path / "s") in made["serve"]
+    )
+    for part in ("--speculative-num-steps 15", "--speculative-eagle-topk 1",
+                 "--speculative-num-draft-tokens 16"):  # fmt: skip
+        assert part in made["serve"]
+    made = export("embedded", str(trained_folder), "vllm", tmp_path / "v")
+    assert '"method": "eagle3"' in made["serve"] and '"num_speculative_tokens": 15' in made["serve"]
+    with pytest.raises(d.UserError, match="sglang, vllm only"):
+        export("embedded", str(trained_folder), "z-lab", tmp_path / "z")
+    assert not (tmp_path / "z").exists()

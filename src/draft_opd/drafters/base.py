@@ -38,6 +38,7 @@ class Drafter(nn.Module):
     target_layers: tuple[int, ...]  # 0-based target layers whose outputs are the features
     draft_length: int  # K, tokens proposed per round as trained
     vocabulary: Tensor | None = None  # [Vd] the target's ids it can draft, ascending; None: all
+    formats: ClassVar[tuple[str, ...]]  # layouts that engines read, as `export` names them
     soft_labels: ClassVar[bool] = False  # SFT learns the target's distribution, not its token
 
     def __init_subclass__(cls, **kwargs):

@@ -109,6 +109,7 @@ class DFlashDrafter(Drafter):
     """See the module docstring. `config` is a Qwen3Config with the z-lab keys."""
 
     family = "dflash"
+    formats = ("z-lab", "sglang", "vllm")
 
     def __init__(self, config: Qwen3Config):
         super().__init__()

@@ -107,6 +107,7 @@ class Eagle3Drafter(Drafter):
     """See the module docstring. `config` is a LlamaConfig with the EAGLE-3 keys."""
 
     family = "eagle3"
+    formats = ("sglang", "vllm")
     soft_labels = True
 
     def __init__(self, config: LlamaConfig):

@@ -1,7 +1,8 @@
 """Drafters for inference engines.
 
-DFlash: vLLM, SGLang and z-lab's own package all read the z-lab layout, which is also the layout
-of every drafter folder here; an export fixes the type of the weights and says how to serve it.
+A drafter folder is in the layout its engines read already (for DFlash that of z-lab, for EAGLE-3
+the one that SGLang and vLLM share); an export fixes the type of the weights and says how to serve
+it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ def export(
     helper = Drafter.from_pretrained(drafter, device="cpu")
     model = Target.from_pretrained(target, device="cpu", trust_remote_code=trust_remote_code)
     helper.check_target(model)
+    if format not in helper.formats:
+        raise UserError(
+            f"--format {format}: a drafter of family {helper.family} has "
+            f"{', '.join(helper.formats)} only"
+        )
     helper.save_pretrained(out, dtype=getattr(torch, dtype))
     return {
         "kind": "drafter",

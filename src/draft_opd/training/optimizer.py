@@ -1,4 +1,4 @@
-"""AdamW; or Muon for the matrices and AdamW for the rest, at the same learning rate."""
+"""AdamW; or Muon for the hidden matrices and AdamW for the rest, at the same learning rate."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, options: Optim):
         self._names = {p: n for n, p in model.named_parameters()}
-        matrices = [p for p in self._names if p.ndim == 2 and options.name == "muon"]
-        others = [p for p in self._names if p.ndim != 2 or options.name != "muon"]
+        # Heads are left to AdamW, as Muon's authors do.
+        matrices = [
+            p
+            for p, n in self._names.items()
+            if options.name == "muon" and p.ndim == 2 and not n.startswith("lm_head")
+        ]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in self._names if id(p) not in chosen]
         shared = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
         self.members: list[torch.optim.Optimizer] = []
         if others:
