@@ -122,8 +122,16 @@ def test_sampled_decoding_repeats_with_its_seed_and_follows_the_target(
     target, trained, heldout, draft
 ):
     """First committed tokens over many samples, against the target's own distribution (5 sigma)."""
-    prompt, n = heldout[0].prompt_ids + heldout[0].response_ids[:40], 1000
-    sampling = Sampling(temperature=1.5, draft=draft)
+    sampling, n = Sampling(temperature=1.5, draft=draft), 1000
+
+    def next_token(prompt):
+        hidden = target.trajectories(torch.tensor([prompt])).hidden[0, -1]
+        return sampling.probabilities(target.logits(hidden))
+
+    # Somewhere the drafter is right and the target in doubt.
+    rounds = d.hindsight_trace(target, trained, heldout[0])
+    starts = (heldout[0].ids[: r.anchor + 1] for r in rounds if r.accepted)
+    prompt = next(ids for ids in starts if next_token(ids).max() < 0.95)
 
     def run(seed, count):
         return d.speculate(
@@ -133,11 +141,10 @@ def test_sampled_decoding_repeats_with_its_seed_and_follows_the_target(
 
     assert [g.token_ids for g in run(7, 20)] == [g.token_ids for g in run(7, 20)]
     made = run(0, n)
-    logits = target.logits(target.trajectories(torch.tensor([prompt])).hidden[0, -1])
-    p = sampling.probabilities(logits)
+    p = next_token(prompt)
     share = torch.bincount(torch.tensor([g.token_ids[0] for g in made]), minlength=len(p)) / n
     assert ((share - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 5 / n).all()
-    assert p.max() < 0.99 and 0 < sum(g.rounds[0].accepted for g in made) < 3 * n
+    assert 0 < sum(g.rounds[0].accepted for g in made) < 3 * n
 
 
 @pytest.mark.parametrize(
