@@ -1,6 +1,7 @@
 """The EAGLE-3 drafter: the published layout, its draft vocabulary, and a head that is trained."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,19 @@ from draft_opd.drafters.base import over_target
 from draft_opd.drafters.eagle3 import Eagle3Drafter, default_target_layers
 from draft_opd.drafters.vocabulary import as_buffers, most_frequent, target_ids
 from draft_opd.export.engines import export
-from draft_opd.training.blocks import pack, replay
+from draft_opd.rollout.hindsight import hindsight_traces
+from draft_opd.training.blocks import pack, replay, text_states
+from draft_opd.training.config import Objective
 from draft_opd.training.data import BatchSource
 from draft_opd.training.head import chunked_score
-from draft_opd.training.losses import cross_entropy, forward_kl, overlap, reverse_kl
-from draft_opd.training.objectives import decayed_cross_entropy
+from draft_opd.training.losses import (
+    cross_entropy,
+    forward_kl,
+    overlap,
+    reverse_kl,
+    up_to_first_rejection,
+)
+from draft_opd.training.objectives import decayed_cross_entropy, objective_loss
 
 FAMILY = "eagle3"
 
@@ -155,6 +164,7 @@ def tap(*layers):
         (lambda c, w: c.update(draft_vocab_size=149), "lm_head.weight|d2t"),
         (lambda c, w: w.pop("lm_head.weight"), "lacks the tensor"),
         (lambda c, w: w["d2t"].add_(torch.arange(150)), "must hold offsets"),  # absolute ids
+        (lambda c, w: c.update(norm_before_residual=True), "norm_before_residual"),
         (tap(1, 1, 3), "three"),
         (tap(1, 3, 7), "usable"),
     ],
@@ -264,6 +274,34 @@ def test_a_trained_head_gets_the_gradient_of_the_whole(score):
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
         assert torch.isfinite(a).all()
+
+
+def test_nothing_to_supervise_is_a_loss_of_zero(target, trained, heldout):
+    """No label is draftable: zero, with zero gradients."""
+    batch = BatchSource(target, trained.target_layers).batch(heldout[:1])
+    blocks = pack(batch, [[len(heldout[0].prompt_ids) - 1]], [[]], 3)
+    blocks.labels = torch.full_like(blocks.labels, int((~trained.t2d).nonzero()[0, 0]))
+    r = replay(target, trained, batch, blocks)
+    loss = decayed_cross_entropy(r)
+    loss.backward()
+    assert loss.item() == 0 and not r.reachable.any()
+    trained.zero_grad()
+
+
+def test_the_trajectory_term_stops_where_q_leaves_the_text(target, trained, heldout):
+    """Behind the first wrong proposal the replayed states are not the text's."""
+    batch = BatchSource(target, trained.target_layers).batch(heldout[:4], with_cache=True)
+    traces = hindsight_traces(target, trained, heldout[:4])
+    blocks = pack(batch, [[r.anchor for r in t] for t in traces], traces, 15)
+    fed = {"drafts": blocks, "text": replace(blocks, drafted=blocks.labels)}
+    states = text_states(batch, blocks)
+    objective = Objective(kind="forward_kl", suffix=False, trajectory_weight=1.0)
+    found = {}
+    for name, made in fed.items():
+        r = replay(target, trained, batch, made, states, objective)
+        found[name] = objective_loss(r, objective)[0].item()
+        assert not torch.equal(r.valid, up_to_first_rejection(r.accepted, r.valid))
+    assert found["drafts"] == pytest.approx(found["text"], rel=1e-5)
 
 
 def test_labels_outside_end_what_a_block_can_reach(target, trained, heldout):

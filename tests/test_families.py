@@ -54,6 +54,20 @@ def test_batched_anchors_are_single_anchors(target, untrained, heldout):
             torch.testing.assert_close(hidden[i, j], one[0, 0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}])
+def test_prompts_of_one_token(target, trained, options):
+    """Nothing to condition on: the first round has an empty context."""
+    for prompt in ([5], [40]):
+        result = d.generate(target, trained, prompt, max_new_tokens=12, **options)
+        assert len(result.token_ids) > 0
+        if not options:
+            alone = d.generate(target, None, prompt, max_new_tokens=12)
+            assert result.token_ids == alone.token_ids
+    mixed = d.speculate(target, trained, [[5], [5, 6, 7]], max_new_tokens=12)
+    alone = d.speculate(target, None, [[5], [5, 6, 7]], max_new_tokens=12)
+    assert [g.token_ids for g in mixed] == [g.token_ids for g in alone]
+
+
 def test_saving_and_loading_changes_nothing(target, trained, tmp_path):
     trained.save_pretrained(tmp_path / "copy")
     again = d.Drafter.from_pretrained(str(tmp_path / "copy"), device="cpu")

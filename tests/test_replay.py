@@ -213,6 +213,9 @@ def test_an_ablation_may_sweep_and_begin_with_finished_drafters(data, trained_fo
     rates = [load_recipe(tmp_path / "out" / f"{n}-0" / "recipe.yaml").optim.learning_rate
              for n in ("replay@0.0001", "replay@0.001")]  # fmt: skip
     assert rates == [0.0001, 0.001]
+    path.write_text(json.dumps(plan | {"start": {"drafter": str(tmp_path / "no-{seed}")}}))
+    with pytest.raises(d.UserError, match=r"start\.drafter .*no-0"):
+        Ablation(load_plan(path), tmp_path / "other")
     path.write_text(json.dumps(plan | {"baseline": "replay"}))
     with pytest.raises(d.UserError, match="not one of the variants"):
         load_plan(path)

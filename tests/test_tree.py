@@ -135,3 +135,8 @@ def test_families_without_trees_say_so(target):
 
     with pytest.raises(d.UserError, match="no trees"):
         d.generate(target, DFlashDrafter.create(target), [5, 6], tree=(2, 2))
+
+
+def test_a_tree_and_a_draft_length_contradict(target, trained):
+    with pytest.raises(d.UserError, match="not both"):
+        d.generate(target, trained, [5, 6], tree=(2, 2), draft_length=2)

@@ -29,6 +29,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from draft_opd.console import table
+from draft_opd.drafters.base import find_folder
 from draft_opd.errors import UserError
 from draft_opd.files import make_folder, write_json, write_text
 from draft_opd.plots import new_axes, svg
@@ -96,7 +97,8 @@ class Plan(BaseModel):
     def _references(self) -> Plan:
         for name in (self.baseline, *(v.like for v in self.variants.values() if v.like)):
             if name not in self.variants:
-                raise ValueError(f"'{name}' is not one of the variants")
+                known = ", ".join(self.variants)
+                raise ValueError(f"'{name}' is not one of the variants: {known}")
         for name, v in self.variants.items():
             if v.budget != "steps" and not v.like:
                 raise ValueError(f"variant '{name}': a budget of {v.budget} needs `as: VARIANT`")
@@ -130,8 +132,14 @@ class Ablation:
         if self.file.exists():
             self._take_up(json.loads(self.file.read_text()))
         # Before the first hour of training: every recipe must be valid.
+        given = "drafter" in plan.start
+        if given and len(plan.start) > 1:
+            raise UserError("'start': with a drafter there is nothing else to set")
         for seed in plan.seeds:
-            self._start_recipe(seed)
+            if given:
+                find_folder(str(self._given(seed)), "start.drafter")
+            else:
+                self._start_recipe(seed)
             for name in plan.variants:
                 self._recipe(name, seed, Path("start"), final=False)
         self._last: Run | None = None
@@ -161,10 +169,12 @@ class Ablation:
 
     def _start(self, seed: int) -> Path:
         """The drafter that a seed's variants begin with: an SFT run's, or one that is there."""
-        given = self.plan.start.get("drafter")
-        if given:
-            return Path(str(given).replace("{seed}", str(seed)))
+        if "drafter" in self.plan.start:
+            return self._given(seed)
         return self._train("sft", self._start_recipe(seed)).last
+
+    def _given(self, seed: int) -> Path:
+        return Path(str(self.plan.start["drafter"]).replace("{seed}", str(seed)))
 
     def _recipe(self, name: str, seed: int, start: Path, final: bool = True) -> Recipe:
         """A variant's recipe. All take their schedule and budget from the recipe's stage `opd`."""
@@ -222,9 +232,8 @@ class Ablation:
                         "seconds": round(done.seconds, 1),
                     }
                 )
-                self.say(
-                    f"  {name}: τ {done.start_tau:.3f} -> {done.tau:.3f} in {done.seconds:.0f} s"
-                )
+                start_tau = done.start_tau or 0.0
+                self.say(f"  {name}: τ {start_tau:.3f} -> {done.tau:.3f} in {done.seconds:.0f} s")
                 write_json(self.file, self.report())
         write_text(self.out / "ablation.svg", plot(self.rows, self.plan.baseline))
         return self.report()

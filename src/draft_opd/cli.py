@@ -288,7 +288,10 @@ def evaluate(
             tree=widths, sampling=sampling, thinking=thinking, seed=seed,
             progress=lambda name, *_: update(next(count), name),
         )  # fmt: skip
-    report = evaluation_report(target, drafter, temperature, measured)
+    report = evaluation_report(
+        target, drafter, temperature, measured, draft_length=draft_length, tree=widths, draft=draft,
+        seed=seed,
+    )  # fmt: skip
     if out:
         write_json(make_folder(out) / "eval.json", report)
     rows = [

@@ -94,6 +94,10 @@ def speculate(
     stops = frozenset(target.stop_ids if stop_ids is None else stop_ids)
     length = _draft_length(target, drafter, draft_length)
     if drafter and tree is not None:
+        if draft_length is not None:
+            raise UserError("give a draft length or a tree, not both")
+        if not drafter.has_trees:
+            raise UserError(f"{drafter.family} drafts a block at once, so it has no trees")
         tree = check_widths(tree, drafter.draft_length)
         length = len(tree)
     for i, prompt in enumerate(prompts):
@@ -121,7 +125,8 @@ def speculate(
     cache = target.cache(max(map(len, prompts)) + max(limits) + length + 1)
     context = None
     width = max(len(p) for p in prompts) - 1
-    ids = torch.tensor([[*p[:-1]] + [0] * (width + 1 - len(p)) for p in prompts], device=device)
+    rows = [[*p[:-1]] + [0] * (width + 1 - len(p)) for p in prompts]
+    ids = torch.tensor(rows, dtype=torch.long, device=device)
     if width:
         out = target.trajectories(ids, layers, cache)
         features = out.features

@@ -39,6 +39,8 @@ class Drafter(nn.Module):
     draft_length: int  # K, tokens proposed per round as trained
     vocabulary: Tensor | None = None  # [Vd] the target's ids it can draft, ascending; None: all
     formats: ClassVar[tuple[str, ...]]  # layouts that engines read, as `export` names them
+    has_trees: ClassVar[bool] = False
+    sees_drafts: ClassVar[bool] = False  # an offset is conditioned on the tokens before it
     soft_labels: ClassVar[bool] = False  # SFT learns the target's distribution, not its token
 
     def __init_subclass__(cls, **kwargs):
@@ -118,11 +120,9 @@ class Drafter(nn.Module):
         """A draft tree a row; anchors, ids [batch]; `widths` nodes at depths 1, 2, ...
 
         Returns tokens, parents and depths [batch, 1 + Σ widths]; node 0 is the anchor's token, and
-        parents (-1 for it) come before their children. Raises `UserError` where there are no trees.
+        parents (-1 for it) come before their children. Only where `has_trees`.
         """
-        raise UserError(
-            f"{self.family} drafts a block at once, so it has no trees: leave --tree out"
-        )
+        raise NotImplementedError
 
     def follow(
         self, target: Target, context: Any, anchors: Tensor, ids: Tensor, text: Tensor

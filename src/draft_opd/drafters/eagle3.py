@@ -108,7 +108,7 @@ class Eagle3Drafter(Drafter):
 
     family = "eagle3"
     formats = ("sglang", "vllm")
-    soft_labels = True
+    has_trees = sees_drafts = soft_labels = True
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -145,6 +145,9 @@ class Eagle3Drafter(Drafter):
     def from_config(cls, config: dict) -> Eagle3Drafter:
         if config.get("num_hidden_layers", 1) != 1:
             raise UserError("EAGLE-3 drafters of more than one layer are not supported")
+        for key in ("norm_before_residual", "norm_output", "norm_before_fc", "fc_norm"):
+            if config.get(key):
+                raise UserError(f"EAGLE-3 drafters with '{key}' are not supported")
         if not isinstance(config.get("vocab_size"), int):
             raise UserError("the EAGLE-3 config.json has no vocab_size")
         config = {"draft_vocab_size": None, **config, "model_type": "llama"}
@@ -290,7 +293,8 @@ class Eagle3Drafter(Drafter):
         return self.midlayer.self_attn.keys_values(x, self.rotary(x, positions - 1))
 
     def _fuse(self, features: Tensor) -> Tensor:
-        return self.fc(features.to(self.fc.weight.dtype))
+        # Back from autocast's type: every step adds to what the step before has left.
+        return self.fc(features.to(self.fc.weight.dtype)).to(self.fc.weight.dtype)
 
     def context(self, target: Target, ids: Tensor, features: Tensor) -> PositionCache:
         fused = self._fuse(features)

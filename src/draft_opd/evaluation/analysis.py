@@ -37,10 +37,12 @@ def analyse(
 
     Groups: offsets that were accepted, the first rejected offset, the suffix behind it (scored in
     the drafted states, by the branch forward); and `trajectory`, the same offsets all scored on
-    the text, as teacher forcing sees them. `overlap` is Σ min(p, q). Only offsets inside the text
+    the text, as teacher forcing sees them. With a draft vocabulary KL(p‖q) is over it (p normalised
+    there). `overlap` is Σ min(p, q). Only offsets inside the text
     count. `share` is the composition of the replayed tokens. `anchors` counts rounds by tenth of
     the response; `rounds_by_accepted` by accepted length 0..K.
     """
+    drafter.check_target(target)
     length = drafter.checked_length(draft_length)
     source = BatchSource(target, drafter.target_layers)
     tokens = dict.fromkeys(GROUPS, 0)
@@ -56,11 +58,14 @@ def analyse(
                 anchors[min(BINS - 1, int(part * BINS))] += 1
         blocks = pack(batch, [[r.anchor for r in trace] for trace in traces], traces, length)
         drafted = replay(target, drafter, batch, blocks, teacher_states(target, batch, blocks))
-        on_text = text_states(batch, blocks).flatten(0, 1)
+        on_text = replay(
+            target, drafter, batch, replace(blocks, drafted=blocks.labels),
+            text_states(batch, blocks),
+        )  # fmt: skip
         offset = torch.arange(length, device=batch.device)
         n = drafted.accepted[:, None]
         views = {
-            "trajectory": (replace(drafted, states=on_text), offset >= 0),
+            "trajectory": (on_text, offset >= 0),
             "accepted": (drafted, offset < n),
             "first_rejected": (drafted, offset == n),
             "suffix": (drafted, offset > n),

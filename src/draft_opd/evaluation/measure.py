@@ -100,13 +100,18 @@ def _summary(
 
 
 def evaluation_report(
-    target_name: str, drafter_name: str, temperature: float, tasks: list[dict]
+    target_name: str,
+    drafter_name: str,
+    temperature: float,
+    tasks: list[dict],
+    **options: object,
 ) -> dict:
-    """The object that `eval.json` holds; means are over tasks."""
+    """The object that `eval.json` holds, `options` included; means are over tasks."""
     return {
         "target": target_name,
         "drafter": drafter_name,
         "temperature": temperature,
+        **options,
         "tasks": tasks,
         "mean": {key: sum(t[key] for t in tasks) / len(tasks) for key in ("tau", "speedup")},
     }

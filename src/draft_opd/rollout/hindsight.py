@@ -186,6 +186,7 @@ def hindsight_traces(
     seed: int = 0,
 ) -> list[list[Round]]:
     """Traces of many trajectories, in their order, without decoding. See `hindsight_trace`."""
+    drafter.check_target(target)
     length = drafter.checked_length(draft_length)
     order = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].ids))
     traces: list[list[Round]] = [[] for _ in trajectories]
@@ -222,7 +223,6 @@ def hindsight_trace(
 
     Anchors index `prompt_ids + response_ids`. Raises `UserError` when the drafter does not fit.
     """
-    drafter.check_target(target)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, draft=draft)
     return hindsight_traces(
         target, drafter, [trajectory], draft_length=draft_length, sampling=sampling, seed=seed

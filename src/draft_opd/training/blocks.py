@@ -108,6 +108,7 @@ def replay(
         target_head=target.head_weight(),
         decay=drafter.position_decay(blocks.valid.shape[2]),
         vocabulary=drafter.vocabulary,
+        sees_drafts=drafter.sees_drafts,
         draftable=drafter.can_draft(blocks.labels).flatten(0, 1),
         **temperatures,
     )

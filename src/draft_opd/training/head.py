@@ -100,7 +100,8 @@ def chunked_score(
         weight: LM head [V, H], or [Vd, H] over a draft vocabulary. Where it is trained, the chunks
             are computed again in the backward pass.
         teacher_hidden, teacher_weight: [tokens, Ht], [V, Ht]: the target's side, when the score
-            compares distributions; its logits are divided by `temperature`.
+            compares distributions; its logits are divided by `temperature`. With a draft vocabulary
+            `teacher_weight` is always needed, for V.
         labels: [tokens], when the score looks at one token.
         draft_temperature: divides the drafter's logits.
         vocabulary: [Vd] the target's ids of the draft vocabulary; other tokens have q = 0.
@@ -120,8 +121,8 @@ def chunked_score(
     scores = [
         checkpoint(
             scoring, hidden[part], weight, _cut(teacher_hidden, part), teacher_weight,
-            _cut(labels, part), use_reentrant=False,
+            _cut(labels, part), use_reentrant=False, preserve_rng_state=False,
         )
         for part in _parts(len(hidden), chunk)
     ]  # fmt: skip
-    return torch.cat(scores) if scores else hidden.new_zeros(0, dtype=_wide(hidden.dtype))
+    return torch.cat(scores) if scores else hidden[:, 0].to(_wide(hidden.dtype))

@@ -42,7 +42,7 @@ class RunResult:
     """Held-out τ before, at the end and at its best; `best` and `last` are drafter folders."""
 
     out: Path
-    start_tau: float
+    start_tau: float | None
     tau: float
     best_tau: float
     best_step: int
@@ -251,7 +251,7 @@ class Run:
                 save_checkpoint(self.out / "last", self.drafter, self.optimizer, self.progress)
         p = self.progress
         return RunResult(
-            self.out, p.extra["start"], last_tau, p.best_tau, p.best_step, p.step, p.supervised,
+            self.out, p.extra.get("start"), last_tau, p.best_tau, p.best_step, p.step, p.supervised,
             p.seconds,
         )  # fmt: skip
 

@@ -64,6 +64,8 @@ def top_k(score: Score, k: int) -> Score:
     """A divergence over the target's k most likely tokens and one bucket with the rest."""
 
     def coarse(draft_logits: Tensor, target_logits: Tensor) -> Tensor:
+        if score is forward_kl:  # over what can be drafted, as there
+            target_logits = target_logits.masked_fill(draft_logits == -torch.inf, -torch.inf)
         log_p, log_q = target_logits.log_softmax(-1), draft_logits.log_softmax(-1)
         kept, ids = log_p.topk(min(k, log_p.shape[-1] - 1), -1)
         # Divergences normalise what they get; k tokens and their rest are normalised already.

@@ -8,7 +8,7 @@ multiply a block's share of every mean.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -54,6 +54,7 @@ class Replay:
     decay: float
     vocabulary: Tensor | None = None
     draftable: Tensor | None = None
+    sees_drafts: bool = False
     supervision_temperature: float = 1.0
     draft_temperature: float = 1.0
 
@@ -249,5 +250,9 @@ def objective_loss(r: Replay, o: Objective) -> tuple[Tensor, dict]:
     figures = {"supervised": int(r.reachable.sum()), **figures}
     if o.trajectory_weight:
         figures["supervised"] = int(r.reachable.sum())
-        loss = loss + o.trajectory_weight * decayed_cross_entropy(r)
+        along = r
+        if r.sees_drafts and not on_text(o):
+            # Behind the first wrong proposal q is not conditioned on the text.
+            along = replace(r, valid=up_to_first_rejection(r.accepted, r.valid))
+        loss = loss + o.trajectory_weight * decayed_cross_entropy(along)
     return loss, figures

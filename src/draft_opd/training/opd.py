@@ -132,6 +132,8 @@ def opd_loss(
             states = text_states(batch, blocks)
     if on_text(objective):
         blocks = replace(blocks, drafted=blocks.labels)
+    # torch before 2.10 may have remembered weights in autocast's type without their graph.
+    torch.clear_autocast_cache()
     with clock("forward"):
         replayed = replay(target, drafter, batch, blocks, states, objective)
         loss, figures = objective_loss(replayed, objective)

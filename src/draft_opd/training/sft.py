@@ -34,9 +34,9 @@ def sft_loss(
     blocks = pack(batch, rows, [[] for _ in rows], length)
     blocks = replace(blocks, drafted=blocks.labels)  # teacher-forced
     states = text_states(batch, blocks) if drafter.soft_labels else None
-    loss_of = decayed_divergence if drafter.soft_labels else decayed_cross_entropy
-    loss = loss_of(replay(target, drafter, batch, blocks, states), decay)
-    return loss, {
-        "supervised": int(blocks.valid.sum()),
-        "perplexity": math.exp(min(loss.item(), 50)),
-    }
+    replayed = replay(target, drafter, batch, blocks, states)
+    figures = {"supervised": int(replayed.reachable.sum())}
+    if drafter.soft_labels:
+        return decayed_divergence(replayed, decay), figures
+    loss = decayed_cross_entropy(replayed, decay)
+    return loss, {**figures, "perplexity": math.exp(min(loss.item(), 50))}
