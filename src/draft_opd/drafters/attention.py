@@ -25,14 +25,6 @@ class Rotary(LlamaRotaryEmbedding):
         return self
 
 
-def rope_parameters(config) -> dict:
-    """Rotary parameters of a transformers config, whichever release wrote it."""
-    rope = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
-    if "full_attention" in rope:  # one entry per layer type
-        rope = rope["full_attention"]
-    return {"rope_theta": getattr(config, "rope_theta", None) or 10000.0, **rope}
-
-
 @dataclass
 class Visibility:
     """Who sees what: block i, at anchors[:, i], sees context slots before its anchor.

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import (
@@ -21,8 +21,16 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from draft_opd.cache import PositionCache
-from draft_opd.drafters.attention import Rotary, Visibility, attend, rope_parameters
+from draft_opd.drafters.attention import Rotary, Visibility, attend
 from draft_opd.drafters.base import Choose, Drafter, vllm_command
+from draft_opd.drafters.shape import (
+    ShapeOptions,
+    adopt_final_norm,
+    config_for,
+    initialise,
+    older_rope_keys,
+    refuse,
+)
 from draft_opd.errors import UserError
 from draft_opd.target import Target
 
@@ -89,20 +97,14 @@ class DFlashLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class DFlashOptions(BaseModel):
+class DFlashOptions(ShapeOptions):
     """Shape of a new drafter; None means "as the target has it"."""
-
-    model_config = ConfigDict(extra="forbid")
 
     num_layers: int = Field(1, ge=1)
     block_size: int = Field(16, ge=2)
     target_layers: tuple[int, ...] | None = None
     num_target_features: int | None = Field(None, ge=1)
     mask_token_id: int | None = Field(None, ge=0)
-    intermediate_size: int | None = Field(None, ge=1)
-    num_attention_heads: int | None = Field(None, ge=1)
-    num_key_value_heads: int | None = Field(None, ge=1)
-    head_dim: int | None = Field(None, ge=2, multiple_of=2)
 
 
 class DFlashDrafter(Drafter):
@@ -129,11 +131,7 @@ class DFlashDrafter(Drafter):
         self.layers = nn.ModuleList(DFlashLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.rotary = Rotary(config=config)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        initialise(self)
 
     # -- configuration ----------------------------------------------------------------------
 
@@ -156,55 +154,28 @@ class DFlashDrafter(Drafter):
     @classmethod
     def create(cls, target: Target, counts=None, **options) -> DFlashDrafter:
         """A new drafter for `target`; options are the fields of `DFlashOptions`."""
-        o, t = DFlashOptions(**options), target.config
+        o = DFlashOptions(**options)
         count = o.num_target_features or min(5, max(1, target.num_layers - 3))
         layers = tuple(o.target_layers or default_target_layers(target.num_layers, count))
-        heads = o.num_attention_heads or t.num_attention_heads
-        kv_heads = o.num_key_value_heads or getattr(t, "num_key_value_heads", None) or heads
-        kv_heads = min(heads, kv_heads)
-        if heads % kv_heads:
-            raise UserError(
-                f"model.options: {heads} attention heads are not a multiple of {kv_heads} "
-                "key/value heads"
-            )
-        config = Qwen3Config(
-            vocab_size=target.vocab_size,
-            hidden_size=target.hidden_size,
-            intermediate_size=o.intermediate_size or t.intermediate_size,
-            num_hidden_layers=o.num_layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=o.head_dim or getattr(t, "head_dim", None) or t.hidden_size // heads,
-            rms_norm_eps=getattr(t, "rms_norm_eps", 1e-6),
-            max_position_embeddings=target.max_positions,
-            rope_parameters=dict(rope_parameters(t)),
-            tie_word_embeddings=False,
-            attention_bias=False,
-        )
+        config = Qwen3Config(num_hidden_layers=o.num_layers, **config_for(target, o))
         config.block_size = o.block_size
         config.num_target_layers = target.num_layers
         mask = o.mask_token_id if o.mask_token_id is not None else find_mask_token(target)
         config.dflash_config = {"mask_token_id": mask, "target_layer_ids": list(layers)}
         drafter = cls(config)
         drafter.check_target(target)
-        # The LM head is the target's, so its final norm is where a useful logit scale starts.
-        final_norm = getattr(getattr(target.decoder, "norm", None), "weight", None)
-        if final_norm is not None and final_norm.shape == drafter.norm.weight.shape:
-            drafter.norm.weight.data.copy_(final_norm)
+        adopt_final_norm(drafter.norm, target)
         return drafter.to(target.device)
 
     def config_dict(self) -> dict:
         config = self.config.to_dict()
-        rope = rope_parameters(self.config)
         config.update(
             architectures=["DFlashDraftModel"],
             model_type="qwen3",
             block_size=self.block_size,
             num_target_layers=self.config.num_target_layers,
             is_causal=self.causal,
-            # transformers 4 and the engines that follow it read these two.
-            rope_theta=rope.get("rope_theta", 10000.0),
-            rope_scaling=None if rope.get("rope_type", "default") == "default" else dict(rope),
+            **older_rope_keys(self.config),
         )
         config["dflash_config"] = {
             **(getattr(self.config, "dflash_config", None) or {}),
@@ -215,24 +186,18 @@ class DFlashDrafter(Drafter):
         return config
 
     def check_target(self, target: Target) -> None:
-        def fail(what: str, ours: object, theirs: object) -> None:
-            raise UserError(
-                f"this drafter does not fit target '{target.name}': {what} {ours} "
-                f"against the target's {theirs}"
-            )
-
         if self.config.hidden_size != target.hidden_size:
-            fail("hidden size", self.config.hidden_size, target.hidden_size)
+            refuse(target, "hidden size", self.config.hidden_size, target.hidden_size)
         if self.config.vocab_size != target.vocab_size:
-            fail("vocabulary of", self.config.vocab_size, target.vocab_size)
+            refuse(target, "vocabulary of", self.config.vocab_size, target.vocab_size)
         layers = list(self.target_layers)
         if layers != sorted(set(layers)):
             raise UserError(f"tapped target layers {layers} must be ascending and unique")
         if layers[0] < 0 or layers[-1] > target.num_layers - 2:
             # The last layer's output is normed in some engines and not in others.
-            fail("tapped layers", layers, f"usable layers 0..{target.num_layers - 2}")
+            refuse(target, "tapped layers", layers, f"usable layers 0..{target.num_layers - 2}")
         if not 0 <= self.mask_token_id < target.vocab_size:
-            fail("mask token", self.mask_token_id, f"vocabulary of {target.vocab_size}")
+            refuse(target, "mask token", self.mask_token_id, f"vocabulary of {target.vocab_size}")
         if self.block_size < 2:
             raise UserError(f"block size {self.block_size} is too small: it must be at least 2")
 

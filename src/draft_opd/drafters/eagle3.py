@@ -11,15 +11,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from draft_opd.cache import PositionCache
 from draft_opd.decoding.tree import best_children
-from draft_opd.drafters.attention import Rotary, rope_parameters
+from draft_opd.drafters.attention import Rotary
 from draft_opd.drafters.base import Choose, Drafter, vllm_command
+from draft_opd.drafters.shape import (
+    ShapeOptions,
+    adopt_final_norm,
+    config_for,
+    initialise,
+    older_rope_keys,
+    refuse,
+)
 from draft_opd.drafters.vocabulary import as_buffers, most_frequent, target_ids
 from draft_opd.errors import UserError
 from draft_opd.target import Target
@@ -89,18 +97,12 @@ class Eagle3Layer(nn.Module):
         return torch.cat([self.input_layernorm(embedded), self.hidden_norm(hidden)], -1)
 
 
-class Eagle3Options(BaseModel):
+class Eagle3Options(ShapeOptions):
     """Shape of a new drafter; None means "as the target has it"."""
-
-    model_config = ConfigDict(extra="forbid")
 
     draft_length: int = Field(STEPS, ge=1, description="steps unrolled in training; K")
     draft_vocab_size: int | None = Field(None, ge=2, description="None: the whole vocabulary")
     target_layers: tuple[int, int, int] | None = None
-    intermediate_size: int | None = Field(None, ge=1)
-    num_attention_heads: int | None = Field(None, ge=1)
-    num_key_value_heads: int | None = Field(None, ge=1)
-    head_dim: int | None = Field(None, ge=2, multiple_of=2)
 
 
 class Eagle3Drafter(Drafter):
@@ -131,9 +133,7 @@ class Eagle3Drafter(Drafter):
         self.register_buffer("d2t", d2t)
         self.register_buffer("t2d", t2d)
         self.rotary = Rotary(config=config)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+        initialise(self)
 
     # -- configuration ----------------------------------------------------------------------
 
@@ -164,15 +164,7 @@ class Eagle3Drafter(Drafter):
     @classmethod
     def create(cls, target: Target, counts: Tensor | None = None, **options) -> Eagle3Drafter:
         """A new drafter for `target`; options are the fields of `Eagle3Options`."""
-        o, t = Eagle3Options(**options), target.config
-        heads = o.num_attention_heads or t.num_attention_heads
-        kv_heads = o.num_key_value_heads or getattr(t, "num_key_value_heads", None) or heads
-        kv_heads = min(heads, kv_heads)
-        if heads % kv_heads:
-            raise UserError(
-                f"model.options: {heads} attention heads are not a multiple of {kv_heads} "
-                "key/value heads"
-            )
+        o = Eagle3Options(**options)
         size = o.draft_vocab_size or target.vocab_size
         if size > target.vocab_size:
             raise UserError(
@@ -180,20 +172,7 @@ class Eagle3Drafter(Drafter):
                 f"{target.vocab_size} tokens"
             )
         layers = o.target_layers or default_target_layers(target.num_layers)
-        config = LlamaConfig(
-            vocab_size=target.vocab_size,
-            hidden_size=target.hidden_size,
-            intermediate_size=o.intermediate_size or t.intermediate_size,
-            num_hidden_layers=1,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=o.head_dim or getattr(t, "head_dim", None) or t.hidden_size // heads,
-            rms_norm_eps=getattr(t, "rms_norm_eps", 1e-6),
-            max_position_embeddings=target.max_positions,
-            rope_parameters=dict(rope_parameters(t)),
-            tie_word_embeddings=False,
-            attention_bias=False,
-        )
+        config = LlamaConfig(num_hidden_layers=1, **config_for(target, o))
         config.draft_vocab_size = size
         config.eagle_config = {
             "eagle_aux_hidden_state_layer_ids": list(layers),
@@ -209,13 +188,11 @@ class Eagle3Drafter(Drafter):
             ids = torch.arange(size)
         drafter.check_target(target)
         drafter.lm_head.weight.data.copy_(target.head.weight[ids.to(target.device)])
-        final_norm = getattr(getattr(target.decoder, "norm", None), "weight", None)
-        if final_norm is not None and final_norm.shape == drafter.norm.weight.shape:
-            drafter.norm.weight.data.copy_(final_norm)
+        adopt_final_norm(drafter.norm, target)
         return drafter.to(target.device)
 
     def config_dict(self) -> dict:
-        config, rope = self.config.to_dict(), rope_parameters(self.config)
+        config = self.config.to_dict()
         layers = list(self.target_layers)
         config.update(
             architectures=["LlamaForCausalLMEagle3"],
@@ -223,8 +200,7 @@ class Eagle3Drafter(Drafter):
             draft_vocab_size=len(self.d2t),
             target_hidden_size=self.fc.in_features // 3,
             norm_before_residual=False,
-            rope_theta=rope.get("rope_theta", 10000.0),
-            rope_scaling=None if rope.get("rope_type", "default") == "default" else dict(rope),
+            **older_rope_keys(self.config),
         )
         options = {**(getattr(self.config, "eagle_config", None) or {})}
         options |= {"draft_length": self.draft_length, "use_aux_hidden_state": True}
@@ -244,18 +220,12 @@ class Eagle3Drafter(Drafter):
         )
         for what, ours, theirs in pairs:
             if ours != theirs:
-                raise UserError(
-                    f"this drafter does not fit target '{target.name}': {what} {ours} against the "
-                    f"target's {theirs}"
-                )
+                refuse(target, what, ours, theirs)
         layers = list(self.target_layers)
         if len(layers) != 3 or layers != sorted(set(layers)):
             raise UserError(f"tapped target layers {layers} must be three, ascending and unique")
         if layers[0] < 0 or layers[-1] > target.num_layers - 2:
-            raise UserError(
-                f"this drafter does not fit target '{target.name}': tapped layers {layers} against "
-                f"usable layers 0..{target.num_layers - 2}"
-            )
+            refuse(target, "tapped layers", layers, f"usable layers 0..{target.num_layers - 2}")
         ids = target_ids(self.d2t, target.vocab_size)
         if len(ids) == target.vocab_size and self.d2t.any():
             raise UserError("d2t reorders a whole vocabulary, which engines do not expect")
