@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import draft_opd as d
 from draft_opd.drafters.base import over_target
 from draft_opd.drafters.eagle3 import Eagle3Drafter, default_target_layers
-from draft_opd.drafters.vocabulary import as_buffers, most_frequent, target_ids
+from draft_opd.drafters.vocabulary import as_buffers, checked_ids, most_frequent
 from draft_opd.export.engines import export
 from draft_opd.rollout.hindsight import hindsight_traces
 from draft_opd.training.blocks import pack, replay, text_states
@@ -204,7 +204,7 @@ def test_the_vocabulary_is_the_most_frequent_tokens(counts, data):
     left = [c for i, c in enumerate(counts) if i not in ids.tolist()]
     assert not left or min(counts[i] for i in ids.tolist()) >= max(left)
     d2t, t2d = as_buffers(ids, len(counts))
-    assert torch.equal(target_ids(d2t, len(counts)), ids)
+    assert torch.equal(checked_ids(d2t, len(counts)), ids)
     assert torch.equal(t2d.nonzero()[:, 0], ids)
 
 

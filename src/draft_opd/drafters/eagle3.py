@@ -28,7 +28,7 @@ from draft_opd.drafters.shape import (
     older_rope_keys,
     refuse,
 )
-from draft_opd.drafters.vocabulary import as_buffers, most_frequent, target_ids
+from draft_opd.drafters.vocabulary import as_buffers, checked_ids, most_frequent, target_ids
 from draft_opd.errors import UserError
 from draft_opd.target import Target
 
@@ -226,7 +226,7 @@ class Eagle3Drafter(Drafter):
             raise UserError(f"tapped target layers {layers} must be three, ascending and unique")
         if layers[0] < 0 or layers[-1] > target.num_layers - 2:
             refuse(target, "tapped layers", layers, f"usable layers 0..{target.num_layers - 2}")
-        ids = target_ids(self.d2t, target.vocab_size)
+        ids = checked_ids(self.d2t, target.vocab_size)
         if len(ids) == target.vocab_size and self.d2t.any():
             raise UserError("d2t reorders a whole vocabulary, which engines do not expect")
 
@@ -234,7 +234,7 @@ class Eagle3Drafter(Drafter):
     def vocabulary(self) -> Tensor | None:
         if len(self.d2t) == self.config.vocab_size:
             return None
-        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+        return target_ids(self.d2t)
 
     def position_decay(self, length: int) -> float:
         return STEP_DECAY

@@ -26,10 +26,15 @@ def as_buffers(ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     return d2t, t2d
 
 
-def target_ids(d2t: Tensor, vocab_size: int) -> Tensor:
-    """Target ids [Vd]. Raises `UserError` for a table that leaves the target's vocabulary or names
+def target_ids(d2t: Tensor) -> Tensor:
+    """Target ids [Vd]."""
+    return d2t + torch.arange(len(d2t), device=d2t.device)
+
+
+def checked_ids(d2t: Tensor, vocab_size: int) -> Tensor:
+    """The same. Raises `UserError` for a table that leaves the target's vocabulary or names
     a token twice (a file that stores absolute ids does)."""
-    ids = d2t + torch.arange(len(d2t), device=d2t.device)
+    ids = target_ids(d2t)
     if len(ids) and (
         int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(ids.unique()) < len(ids)
     ):
