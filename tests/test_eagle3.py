@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import draft_opd as d
 from draft_opd.drafters.base import over_target
-from draft_opd.drafters.eagle3 import Eagle3Drafter, default_target_layers
+from draft_opd.drafters.eagle3 import FLAGS, Eagle3Drafter, default_target_layers
 from draft_opd.drafters.vocabulary import as_buffers, checked_ids, most_frequent
 from draft_opd.export.engines import export
 from draft_opd.rollout.hindsight import hindsight_traces
@@ -52,6 +52,12 @@ def reference_draft(folder, target, ids, steps):
     whole sequence again, with a plain causal mask and no cache."""
     config = json.loads((folder / "config.json").read_text())
     w = load_file(folder / "model.safetensors")
+    w = {k.replace("layers.0.", "midlayer."): v for k, v in w.items()}
+    flags = [k for k in FLAGS if config.get(k)]
+    if "transformer_layer_config" in config:
+        config = {**config, **config["transformer_layer_config"]}
+    table = w.get("embed_tokens.weight", target.model.get_input_embeddings().weight)
+    head = w.get("lm_head.weight", target.model.get_output_embeddings().weight)
     eps, theta = config["rms_norm_eps"], config["rope_theta"]
     heads, kv, dim = (config[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     with torch.no_grad():
@@ -59,35 +65,42 @@ def reference_draft(folder, target, ids, steps):
             input_ids=torch.tensor([ids[:-1]]), output_hidden_states=True
         ).hidden_states
         taps = config["eagle_aux_hidden_state_layer_ids"]  # hidden_states indices, as vLLM's
-        assert [i - 1 for i in taps] == config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
-        hidden = torch.cat([out[i][0] for i in taps], -1) @ w["fc.weight"].T
+        features = [out[i][0] for i in taps]
+        if "fc_norm" in flags:
+            features = [norm(f, w[f"fc_norm.{i}.weight"], eps) for i, f in enumerate(features)]
+        features = torch.cat(features, -1)
+        if "norm_before_fc" in flags:
+            features = norm(features, w["input_norm.weight"], eps)
+        hidden = features @ w["fc.weight"].T
         tokens, drafts = list(ids[1:]), []
         for _ in range(steps):
-            embedded = target.model.get_input_embeddings()(torch.tensor(tokens))
-            x = torch.cat(
-                [norm(embedded, w["midlayer.input_layernorm.weight"], eps),
-                 norm(hidden, w["midlayer.hidden_norm.weight"], eps)], -1,
-            )  # fmt: skip
+            embedded = norm(table[tokens], w["midlayer.input_layernorm.weight"], eps)
+            normed = norm(hidden, w["midlayer.hidden_norm.weight"], eps)
+            x = torch.cat([embedded, normed], -1)
             at = torch.arange(len(tokens))
             q, k, v = (
                 (x @ w[f"midlayer.self_attn.{n}_proj.weight"].T).view(len(x), -1, dim)
                 for n in "qkv"
             )
+            if "midlayer.self_attn.q_norm.weight" in w:
+                q = norm(q, w["midlayer.self_attn.q_norm.weight"], eps)
+                k = norm(k, w["midlayer.self_attn.k_norm.weight"], eps)
             q, k = turn(q, at, theta), turn(k, at, theta)
             k, v = (t.repeat_interleave(heads // kv, 1) for t in (k, v))
             scores = torch.einsum("qhd,khd->hqk", q, k) / dim**0.5
             scores = scores.masked_fill(at[None, :] > at[:, None], -torch.inf).softmax(-1)
             mixed = torch.einsum("hqk,khd->qhd", scores, v).flatten(1)
-            y = hidden + mixed @ w["midlayer.self_attn.o_proj.weight"].T
+            residual = normed if "norm_before_residual" in flags else hidden
+            y = residual + mixed @ w["midlayer.self_attn.o_proj.weight"].T
             z = norm(y, w["midlayer.post_attention_layernorm.weight"], eps)
             gate, up = (z @ w[f"midlayer.mlp.{n}_proj.weight"].T for n in ("gate", "up"))
             y = y + (torch.nn.functional.silu(gate) * up) @ w["midlayer.mlp.down_proj.weight"].T
-            logits = norm(y[-1], w["norm.weight"], eps) @ w["lm_head.weight"].T
-            best = int(logits.argmax())
-            drafts.append(best + int(w["d2t"][best]))
+            final = norm(y, w["norm.weight"], eps)
+            best = int((final[-1] @ head.T).argmax())
+            drafts.append(best + int(w["d2t"][best]) if "d2t" in w else best)
             tokens.append(drafts[-1])
             # The drafter's own state stands where the target's features will be.
-            hidden = torch.cat([hidden, y[-1:]])
+            hidden = torch.cat([hidden, final[-1:] if "norm_output" in flags else y[-1:]])
     return drafts
 
 
@@ -101,6 +114,95 @@ def test_drafts_are_those_of_a_second_implementation(target, trained_folder, tra
     assert compared > 500
 
 
+def own_embeddings(config, tensors, target):
+    tensors["embed_tokens.weight"] = target.model.get_input_embeddings().weight.flip(0).clone()
+
+
+def no_head(config, tensors, target):
+    """As SGLang reads it: the target's head over the whole vocabulary."""
+    del tensors["lm_head.weight"], tensors["d2t"], tensors["t2d"]
+    config["draft_vocab_size"] = None
+
+
+def no_t2d(config, tensors, target):
+    del tensors["t2d"]
+
+
+def speculators(config, tensors, target):
+    """The keys of speculators 0.9's Eagle3SpeculatorConfig."""
+    inner = {k: v for k, v in config.items() if k not in (*FLAGS, "draft_vocab_size")}
+    outer = {k: config.pop(k) for k in (*FLAGS, "draft_vocab_size") if k in config}
+    taps = inner.pop("eagle_aux_hidden_state_layer_ids")
+    del inner["eagle_config"]
+    config.clear()
+    config |= {
+        "architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3", **outer,
+        "eagle_aux_hidden_state_layer_ids": taps, "transformer_layer_config": inner,
+        "speculators_config": {"algorithm": "eagle3", "proposal_methods": [
+            {"proposal_type": "greedy", "speculative_tokens": 9}]},
+    }  # fmt: skip
+    for k in [k for k in tensors if k.startswith("midlayer.")]:
+        tensors[k.replace("midlayer.", "layers.0.")] = tensors.pop(k)
+
+
+VARIANTS = {
+    "qwen3": ({"attention": "qwen3"}, None),
+    "norm_before_residual": ({"norm_before_residual": True}, None),
+    "norm_output": ({"norm_output": True}, None),
+    "norm_before_fc": ({"norm_before_fc": True}, None),
+    "fc_norm": ({"fc_norm": True}, None),
+    "five layers": ({"target_layers": (0, 1, 2, 3, 4)}, None),
+    "own embeddings": ({}, own_embeddings),
+    "no head": ({"draft_vocab_size": None}, no_head),
+    "no t2d": ({}, no_t2d),
+    "speculators": ({"attention": "qwen3", "norm_before_residual": True}, speculators),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_the_layout_draft_as_the_second_implementation(
+    target, heldout, tmp_path, variant
+):
+    """What published files hold, written, read again, and drafting; each differs from the plain."""
+    options, change = VARIANTS[variant]
+    counts = torch.arange(target.vocab_size).flip(0)
+    plain = {"draft_length": 9, "draft_vocab_size": 150}
+    drafters = []
+    for shape in ({**plain, **options}, plain):
+        torch.manual_seed(3)
+        made = Eagle3Drafter.create(target, counts, **shape)
+        with torch.no_grad():
+            for name, p in sorted(made.named_parameters()):
+                g = torch.Generator().manual_seed(len(name))
+                scale = 0.3 if p.ndim == 1 else 0.06
+                p.copy_((p.ndim == 1) + scale * torch.randn(p.shape, generator=g))
+        drafters.append(made)
+    folder = tmp_path / "d"
+    drafters[0].save_pretrained(folder)
+    if change:
+        config = json.loads((folder / "config.json").read_text())
+        tensors = load_file(folder / "model.safetensors")
+        change(config, tensors, target)
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file(tensors, folder / "model.safetensors")
+    ours = d.Drafter.from_pretrained(str(folder), device="cpu")
+    ours.check_target(target)
+    assert ours.draft_length == 9
+    again = tmp_path / "again"
+    ours.save_pretrained(again)
+    differs, seen = change in (no_t2d,), set()
+    for t in heldout[:3]:
+        t = d.Trajectory(prompt_ids=t.prompt_ids, response_ids=t.response_ids[:10])
+        traces = [d.hindsight_trace(target, x, t) for x in (ours, drafters[1])]
+        differs |= [r.drafted for r in traces[0]] != [r.drafted for r in traces[1]]
+        for r in traces[0]:
+            text = t.ids[: r.anchor + 1]
+            assert reference_draft(folder, target, text, 9) == r.drafted
+            assert reference_draft(again, target, text, 9) == r.drafted
+            seen |= set(r.drafted)
+    assert differs and len(seen) > 10
+
+
 # -- the layout ---------------------------------------------------------------------------------
 
 
@@ -109,6 +211,8 @@ def test_a_folder_is_the_layout_engines_serve(target, trained, trained_folder):
     assert config["architectures"] == ["LlamaForCausalLMEagle3"]
     assert config["model_type"] == "llama" and config["num_hidden_layers"] == 1
     assert config["vocab_size"] == target.vocab_size and config["draft_vocab_size"] == 150
+    taps = config["eagle_aux_hidden_state_layer_ids"]  # one apart, as SGLang and vLLM count
+    assert [i - 1 for i in taps] == config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
     assert config["norm_before_residual"] is False and config["tie_word_embeddings"] is False
     assert "norm_output" not in config and isinstance(config["rope_theta"], float)
     tensors = load_file(trained_folder / "model.safetensors")
@@ -164,8 +268,10 @@ def tap(*layers):
         (lambda c, w: c.update(draft_vocab_size=149), "lm_head.weight|d2t"),
         (lambda c, w: w.pop("lm_head.weight"), "lacks the tensor"),
         (lambda c, w: w["d2t"].add_(torch.arange(150)), "must hold offsets"),  # absolute ids
-        (lambda c, w: c.update(norm_before_residual=True), "norm_before_residual"),
-        (tap(1, 1, 3), "three"),
+        (lambda c, w: c.update(architectures=["Eagle3Qwen3ForCausalLM"]), "lacks the tensor.*norm"),
+        (lambda c, w: c.update(fc_norm=True), "lacks the tensor.*fc_norm"),
+        (lambda c, w: c.update(transformer_layer_config={"model_type": "gpt2"}), "gpt2"),
+        (tap(1, 1, 3), "must be 3"),
         (tap(1, 3, 7), "usable"),
     ],
 )
@@ -210,7 +316,7 @@ def test_the_vocabulary_is_the_most_frequent_tokens(counts, data):
 
 def test_tokens_outside_are_never_drafted(target, trained, heldout):
     inside = set(trained.vocabulary.tolist())
-    rounds = [r for t in heldout[:20] for r in d.hindsight_trace(target, trained, t)]
+    rounds = [r for t in heldout[:6] for r in d.hindsight_trace(target, trained, t)]
     assert all(set(r.drafted) <= inside for r in rounds)
     sampled = d.generate(target, trained, heldout[0].prompt_ids, max_new_tokens=60, temperature=1.5)
     assert all(set(r.drafted) <= inside for r in sampled.rounds)

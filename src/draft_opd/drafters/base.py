@@ -63,7 +63,13 @@ class Drafter(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def from_config(cls, config: dict) -> Drafter:
+    def from_files(
+        cls, config: dict, tensors: dict[str, Tensor]
+    ) -> tuple[Drafter, dict[str, Tensor]]:
+        """A drafter as config.json describes it, and the file's tensors under its own names.
+
+        Takes every layout of the family; the caller loads the tensors.
+        """
         raise NotImplementedError
 
     def config_dict(self) -> dict:
@@ -150,11 +156,6 @@ class Drafter(nn.Module):
         """How `engine` (one of `export`'s formats) serves this drafter from `folder`."""
         raise NotImplementedError
 
-    @classmethod
-    def adapt_tensors(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of a file under the names used here, when other layouts name them otherwise."""
-        return tensors
-
     # -- common -----------------------------------------------------------------------------
 
     def logits(self, target: Target, hidden: Tensor) -> Tensor:
@@ -206,8 +207,17 @@ class Drafter(nn.Module):
                 f"'{path_or_id}' is not a drafter we know: its config.json names "
                 f"{config.get('architectures')}; known families: {', '.join(FAMILIES)}"
             )
+        weights = folder / "model.safetensors"
+        if not weights.exists():
+            raise UserError(
+                f"drafter '{folder}' has no model.safetensors (no other format is read)"
+            )
         try:
-            drafter = family.from_config(config)
+            tensors = load_file(weights)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"'{weights}' is not a readable safetensors file ({error})") from error
+        try:
+            drafter, tensors = family.from_files(config, tensors)
         except UserError:
             raise
         except Exception as error:
@@ -215,15 +225,6 @@ class Drafter(nn.Module):
             raise UserError(
                 f"the config.json of '{folder}' describes no drafter ({line})"
             ) from error
-        weights = folder / "model.safetensors"
-        if not weights.exists():
-            raise UserError(
-                f"drafter '{folder}' has no model.safetensors (no other format is read)"
-            )
-        try:
-            tensors = family.adapt_tensors(load_file(weights))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"'{weights}' is not a readable safetensors file ({error})") from error
         expected = drafter.state_dict()
         for name in sorted(set(expected) | set(tensors)):
             if name not in tensors:

@@ -140,7 +140,7 @@ class DFlashDrafter(Drafter):
         return "DFlashDraftModel" in (config.get("architectures") or [])
 
     @classmethod
-    def from_config(cls, config: dict) -> DFlashDrafter:
+    def from_files(cls, config: dict, tensors: dict[str, Tensor]):
         options = config.get("dflash_config")
         if not isinstance(options, dict) or not isinstance(options.get("mask_token_id"), int):
             raise UserError(
@@ -149,7 +149,7 @@ class DFlashDrafter(Drafter):
             )
         if not options.get("target_layer_ids") and not config.get("num_target_layers"):
             raise UserError("the DFlash config.json names neither target layers nor their number")
-        return cls(Qwen3Config.from_dict({**config, "model_type": "qwen3"}))
+        return cls(Qwen3Config.from_dict({**config, "model_type": "qwen3"})), tensors
 
     @classmethod
     def create(cls, target: Target, counts=None, **options) -> DFlashDrafter:

@@ -9,6 +9,7 @@ the step before; once the target has run on a token, its slot is made again from
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -34,6 +35,8 @@ from draft_opd.target import Target
 
 # The training-time test of the published recipes unrolls 7 steps weighted 0.8^step.
 STEPS, STEP_DECAY = 7, 4.4814  # 0.8^k = exp(-k / 4.4814)
+# Variants that published files name in their config, at the top or in `eagle_config`.
+FLAGS = ("norm_before_residual", "norm_output", "norm_before_fc", "fc_norm")
 
 
 def default_target_layers(count: int) -> tuple[int, ...]:
@@ -48,9 +51,12 @@ def default_target_layers(count: int) -> tuple[int, ...]:
 
 
 class Eagle3Attention(nn.Module):
-    """Queries of one step against context slots and the block's own earlier steps."""
+    """Queries of one step against context slots and the block's own earlier steps.
 
-    def __init__(self, config: LlamaConfig):
+    qk_norm: queries and keys are normed head by head, as in Qwen3.
+    """
+
+    def __init__(self, config: LlamaConfig, qk_norm: bool):
         super().__init__()
         hidden, self.head_dim = config.hidden_size, config.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -59,19 +65,24 @@ class Eagle3Attention(nn.Module):
         self.k_proj = nn.Linear(2 * hidden, kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(2 * hidden, kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=False)
+        self.q_norm, self.k_norm = (
+            LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if qk_norm else nn.Identity()
+            for _ in range(2)
+        )
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.unflatten(-1, (-1, self.head_dim))
 
     def keys_values(self, x: Tensor, rotary) -> tuple[Tensor, Tensor]:
         """[batch, m, 2H] -> rotated keys and values, each [batch, kv_heads, m, d]."""
-        k = self._split(self.k_proj(x))
-        return apply_rotary_pos_emb(k, k, *rotary)[0], self._split(self.v_proj(x))
+        k = self.k_norm(self._split(self.k_proj(x))).transpose(1, 2)
+        v = self._split(self.v_proj(x)).transpose(1, 2)
+        return apply_rotary_pos_emb(k, k, *rotary)[0], v
 
     def forward(self, x: Tensor, rotary, context, seen: Tensor, own_k: Tensor, own_v: Tensor):
         """x [batch, A, 2H], one query a block; context (k, v) [batch, heads, C, d]; seen
         [batch, A, C]; own_k, own_v [batch, kv_heads, A, steps, d]. Returns [batch, A, H]."""
-        q = self._split(self.q_proj(x))
+        q = self.q_norm(self._split(self.q_proj(x))).transpose(1, 2)
         q = apply_rotary_pos_emb(q, q, *rotary)[0] * self.head_dim**-0.5
         keys, values = context
         own_k, own_v = (t.repeat_interleave(self.groups, 1) for t in (own_k, own_v))
@@ -85,16 +96,19 @@ class Eagle3Attention(nn.Module):
 
 
 class Eagle3Layer(nn.Module):
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, qk_norm: bool, norm_before_residual: bool):
         super().__init__()
-        self.self_attn = Eagle3Attention(config)
+        self.self_attn = Eagle3Attention(config, qk_norm)
+        self.norm_before_residual = norm_before_residual
         self.mlp = LlamaMLP(config)
         for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
             setattr(self, name, LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps))
 
-    def join(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        """Token embeddings and hidden states, normed and side by side, [..., 2H]."""
-        return torch.cat([self.input_layernorm(embedded), self.hidden_norm(hidden)], -1)
+    def join(self, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Token embeddings and hidden states, normed and side by side [..., 2H]; the residual."""
+        normed = self.hidden_norm(hidden)
+        x = torch.cat([self.input_layernorm(embedded), normed], -1)
+        return x, normed if self.norm_before_residual else hidden
 
 
 class Eagle3Options(ShapeOptions):
@@ -102,17 +116,32 @@ class Eagle3Options(ShapeOptions):
 
     draft_length: int = Field(STEPS, ge=1, description="steps unrolled in training; K")
     draft_vocab_size: int | None = Field(None, ge=2, description="None: the whole vocabulary")
-    target_layers: tuple[int, int, int] | None = None
+    target_layers: tuple[int, ...] | None = Field(None, min_length=1)
+    attention: Literal["llama", "qwen3"] = Field("llama", description="qwen3: q and k normed")
+    norm_before_residual: bool = Field(False, description="the residual begins behind hidden_norm")
+    norm_output: bool = Field(False, description="the normed state is fed back (EAGLE 3.1)")
+    norm_before_fc: bool = Field(False, description="one norm over the features of all layers")
+    fc_norm: bool = Field(False, description="one norm for the features of each layer")
 
 
 class Eagle3Drafter(Drafter):
-    """See the module docstring. `config` is a LlamaConfig with the EAGLE-3 keys."""
+    """See the module docstring. `config` is a LlamaConfig with the EAGLE-3 keys.
+
+    qk_norm: attention of the Qwen3 kind. own_embeddings, own_head: not the target's (embeddings
+    are kept as they are, since SGLang would serve the target's).
+    """
 
     family = "eagle3"
-    formats = ("sglang", "vllm")
     has_trees = sees_drafts = soft_labels = True
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        qk_norm: bool = False,
+        own_embeddings: bool = False,
+        own_head: bool = True,
+    ):
         super().__init__()
         options = getattr(config, "eagle_config", None) or {}
         self.config = config
@@ -124,11 +153,27 @@ class Eagle3Drafter(Drafter):
         self._given_layers = tuple(layers) if layers else None
         self.target_layers = self._given_layers or ()
         hidden, size = config.hidden_size, config.draft_vocab_size or config.vocab_size
-        fused = getattr(config, "target_hidden_size", None) or hidden
-        self.fc = nn.Linear(3 * fused, hidden, bias=False)
-        self.midlayer = Eagle3Layer(config)
-        self.norm = LlamaRMSNorm(hidden, eps=config.rms_norm_eps)
-        self.lm_head = nn.Linear(hidden, size, bias=False)
+        self.feature_size = getattr(config, "target_hidden_size", None) or hidden
+        count = len(layers) if layers else getattr(config, "num_aux_hidden_states", None) or 3
+        self.qk_norm = qk_norm
+        self.flags = {k: bool(options.get(k, getattr(config, k, False))) for k in FLAGS}
+        self.input_norm = self.fc_norm = None
+
+        def norm(width: int) -> nn.Module:
+            return LlamaRMSNorm(width, eps=config.rms_norm_eps)
+
+        if self.flags["norm_before_fc"]:
+            self.input_norm = norm(count * self.feature_size)
+        if self.flags["fc_norm"]:
+            self.fc_norm = nn.ModuleList(norm(self.feature_size) for _ in range(count))
+        self.fc = nn.Linear(count * self.feature_size, hidden, bias=False)
+        self.midlayer = Eagle3Layer(config, qk_norm, self.flags["norm_before_residual"])
+        self.norm = norm(hidden)
+        self.embed_tokens = self.lm_head = None
+        if own_embeddings:
+            self.embed_tokens = nn.Embedding(config.vocab_size, hidden).requires_grad_(False)
+        if own_head:
+            self.lm_head = nn.Linear(hidden, size, bias=False)
         d2t, t2d = as_buffers(torch.arange(size), config.vocab_size)
         self.register_buffer("d2t", d2t)
         self.register_buffer("t2d", t2d)
@@ -142,24 +187,32 @@ class Eagle3Drafter(Drafter):
         return any("Eagle3" in a for a in config.get("architectures") or [])
 
     @classmethod
-    def from_config(cls, config: dict) -> Eagle3Drafter:
+    def from_files(cls, config: dict, tensors: dict[str, Tensor]):
+        config = _flat(config)
         if config.get("num_hidden_layers", 1) != 1:
             raise UserError("EAGLE-3 drafters of more than one layer are not supported")
-        for key in ("norm_before_residual", "norm_output", "norm_before_fc", "fc_norm"):
-            if config.get(key):
-                raise UserError(f"EAGLE-3 drafters with '{key}' are not supported")
         if not isinstance(config.get("vocab_size"), int):
             raise UserError("the EAGLE-3 config.json has no vocab_size")
-        config = {"draft_vocab_size": None, **config, "model_type": "llama"}
-        return cls(LlamaConfig.from_dict(config))
-
-    @classmethod
-    def adapt_tensors(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """speculators names the layer `layers.0`."""
-        return {
+        # speculators names the layer `layers.0`.
+        tensors = {
             "midlayer." + k.removeprefix("layers.0.") if k.startswith("layers.0.") else k: v
             for k, v in tensors.items()
         }
+        size = config.get("draft_vocab_size") or config["vocab_size"]
+        whole = size == config["vocab_size"]
+        if "d2t" not in tensors and whole:
+            tensors["d2t"] = torch.zeros(size, dtype=torch.long)
+        if "d2t" in tensors and "t2d" not in tensors:  # engines do not read it
+            ids = checked_ids(tensors["d2t"], config["vocab_size"])
+            tensors["t2d"] = as_buffers(ids, config["vocab_size"])[1]
+        drafter = cls(
+            LlamaConfig.from_dict({**config, "draft_vocab_size": size, "model_type": "llama"}),
+            qk_norm=any("Qwen3For" in a for a in config["architectures"]),
+            own_embeddings="embed_tokens.weight" in tensors,
+            # Without it the target's head serves, if the vocabulary is the whole one.
+            own_head="lm_head.weight" in tensors or not whole,
+        )
+        return drafter, tensors
 
     @classmethod
     def create(cls, target: Target, counts: Tensor | None = None, **options) -> Eagle3Drafter:
@@ -172,13 +225,14 @@ class Eagle3Drafter(Drafter):
                 f"{target.vocab_size} tokens"
             )
         layers = o.target_layers or default_target_layers(target.num_layers)
-        config = LlamaConfig(num_hidden_layers=1, **config_for(target, o))
+        flags = {k: getattr(o, k) for k in FLAGS}
+        config = LlamaConfig(num_hidden_layers=1, **config_for(target, o), **flags)
         config.draft_vocab_size = size
         config.eagle_config = {
             "eagle_aux_hidden_state_layer_ids": list(layers),
             "draft_length": o.draft_length,
         }
-        drafter = cls(config)
+        drafter = cls(config, qk_norm=o.attention == "qwen3")
         if size < target.vocab_size:
             if counts is None:
                 raise UserError("a draft vocabulary is chosen from trajectories: give some")
@@ -194,14 +248,20 @@ class Eagle3Drafter(Drafter):
     def config_dict(self) -> dict:
         config = self.config.to_dict()
         layers = list(self.target_layers)
+        kind = ("Eagle3Qwen3ForCausalLM", "qwen3")
+        name, model_type = kind if self.qk_norm else ("LlamaForCausalLMEagle3", "llama")
         config.update(
-            architectures=["LlamaForCausalLMEagle3"],
-            model_type="llama",
-            draft_vocab_size=len(self.d2t),
-            target_hidden_size=self.fc.in_features // 3,
-            norm_before_residual=False,
+            architectures=[name],
+            model_type=model_type,
+            draft_vocab_size=len(self.d2t) if self.lm_head else None,  # null: the target's head
+            target_hidden_size=self.feature_size,
+            num_aux_hidden_states=self.fc.in_features // self.feature_size,
             **older_rope_keys(self.config),
         )
+        # Readers differ in what they take for absent: norm_before_residual is always written, and
+        # norm_output only where it is so (SpecForge means something else by it).
+        config = {k: v for k, v in config.items() if k not in FLAGS}
+        config |= {k: v for k, v in self.flags.items() if v or k == "norm_before_residual"}
         options = {**(getattr(self.config, "eagle_config", None) or {})}
         options |= {"draft_length": self.draft_length, "use_aux_hidden_state": True}
         if layers:  # two spellings, one apart: SGLang reads the nested one, vLLM the other
@@ -215,15 +275,16 @@ class Eagle3Drafter(Drafter):
             self.target_layers = default_target_layers(target.num_layers)
         pairs = (
             ("hidden size", self.config.hidden_size, target.hidden_size),
-            ("features of", self.fc.in_features // 3, target.hidden_size),
+            ("features of", self.feature_size, target.hidden_size),
             ("vocabulary of", self.config.vocab_size, target.vocab_size),
         )
         for what, ours, theirs in pairs:
             if ours != theirs:
                 refuse(target, what, ours, theirs)
         layers = list(self.target_layers)
-        if len(layers) != 3 or layers != sorted(set(layers)):
-            raise UserError(f"tapped target layers {layers} must be three, ascending and unique")
+        if layers != sorted(set(layers)) or len(layers) * self.feature_size != self.fc.in_features:
+            count = self.fc.in_features // self.feature_size
+            raise UserError(f"tapped target layers {layers} must be {count}, ascending and unique")
         if layers[0] < 0 or layers[-1] > target.num_layers - 2:
             refuse(target, "tapped layers", layers, f"usable layers 0..{target.num_layers - 2}")
         ids = checked_ids(self.d2t, target.vocab_size)
@@ -239,8 +300,14 @@ class Eagle3Drafter(Drafter):
     def position_decay(self, length: int) -> float:
         return STEP_DECAY
 
+    @property
+    def formats(self) -> tuple[str, ...]:
+        # SGLang has neither in 0.5.23's llama_eagle3.py.
+        only_vllm = self.qk_norm or self.flags["norm_before_residual"]
+        return ("vllm",) if only_vllm else ("sglang", "vllm")
+
     def head_weight(self, target: Target) -> Tensor:
-        return self.lm_head.weight
+        return self.lm_head.weight if self.lm_head else target.head_weight()
 
     def serve_command(self, target: str, folder: Path, engine: str) -> str:
         if engine == "sglang":
@@ -259,12 +326,22 @@ class Eagle3Drafter(Drafter):
 
     def _slots(self, target: Target, ids: Tensor, before: Tensor, positions: Tensor):
         """Keys and values of slots: tokens [batch, m], features of the token before each."""
-        x = self.midlayer.join(target.embed(ids).to(before.dtype), before)
+        x, _ = self.midlayer.join(self._embed(target, ids).to(before.dtype), before)
         return self.midlayer.self_attn.keys_values(x, self.rotary(x, positions - 1))
 
+    def _embed(self, target: Target, ids: Tensor) -> Tensor:
+        return target.embed(ids) if self.embed_tokens is None else self.embed_tokens(ids)
+
     def _fuse(self, features: Tensor) -> Tensor:
+        dtype = self.fc.weight.dtype
+        features = features.to(dtype)
+        if self.input_norm is not None:
+            features = self.input_norm(features)
+        if self.fc_norm is not None:
+            parts = features.split(self.feature_size, -1)
+            features = torch.cat([n(x) for n, x in zip(self.fc_norm, parts, strict=True)], -1)
         # Back from autocast's type: every step adds to what the step before has left.
-        return self.fc(features.to(self.fc.weight.dtype)).to(self.fc.weight.dtype)
+        return self.fc(features).to(dtype)
 
     def context(self, target: Target, ids: Tensor, features: Tensor) -> PositionCache:
         fused = self._fuse(features)
@@ -312,13 +389,16 @@ class Eagle3Drafter(Drafter):
         hidden, tokens, own = self._fused_before(context, anchors), ids, []
         positions = anchors
         while True:
-            x = layer.join(target.embed(tokens).to(hidden.dtype), hidden)
+            embedded = self._embed(target, tokens).to(hidden.dtype)
+            x, hidden = layer.join(embedded, hidden)
             rotary = self.rotary(x, positions - 1)
             new = [t[:, :, :, None] for t in attention.keys_values(x, rotary)]
             own = [torch.cat(pair, 3) for pair in zip(own, new, strict=True)] if own else new
             hidden = hidden + attention(x, rotary, far, seen, *own)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-            tokens, parents = yield self.norm(hidden)
+            normed = self.norm(hidden)
+            tokens, parents = yield normed
+            hidden = normed if self.flags["norm_output"] else hidden
             positions = positions + 1
             if parents is not None:
                 hidden, seen, positions = (_take(t, parents, 1) for t in (hidden, seen, positions))
@@ -377,3 +457,21 @@ def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
     view = [1] * x.dim()
     view[0], view[dim] = index.shape
     return x.gather(dim, index.view(view).expand(shape))
+
+
+def _flat(config: dict) -> dict[str, Any]:
+    """config.json without the sections in which speculators keeps layer and proposal."""
+    layer = config.get("transformer_layer_config")
+    if not isinstance(layer, dict):
+        return config
+    kind = layer.get("model_type", "qwen3")  # as speculators reads it
+    if kind not in ("llama", "qwen3"):
+        raise UserError(f"EAGLE-3 drafters of kind '{kind}' are not supported")
+    name = "Eagle3Qwen3ForCausalLM" if kind == "qwen3" else "LlamaForCausalLMEagle3"
+    options = {}
+    methods = (config.get("speculators_config") or {}).get("proposal_methods") or [{}]
+    if methods[0].get("speculative_tokens"):
+        options["draft_length"] = methods[0]["speculative_tokens"]
+    own = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids", *FLAGS)
+    flat = {**layer, **{k: config[k] for k in own if config.get(k) is not None}}
+    return {**flat, "architectures": [name], "eagle_config": options}
