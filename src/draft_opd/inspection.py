@@ -47,6 +47,7 @@ def _drafter(folder: Path) -> dict:
         "kind": "drafter",
         "path": str(folder),
         "family": drafter.family,
+        "layout": drafter.layout,
         "parameters": sum(p.numel() for p in drafter.parameters()),
         "draft_length": drafter.draft_length,
         "target_layers": list(drafter.target_layers),

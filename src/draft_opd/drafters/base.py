@@ -38,7 +38,8 @@ class Drafter(nn.Module):
     target_layers: tuple[int, ...]  # 0-based target layers whose outputs are the features
     draft_length: int  # K, tokens proposed per round as trained
     vocabulary: Tensor | None = None  # [Vd] the target's ids it can draft, ascending; None: all
-    formats: ClassVar[tuple[str, ...]]  # layouts that engines read, as `export` names them
+    formats: ClassVar[tuple[str, ...]]  # what `export` can write: engines and layouts
+    layout: str = ""  # the layout of the files it was read from
     has_trees: ClassVar[bool] = False
     sees_drafts: ClassVar[bool] = False  # an offset is conditioned on the tokens before it
     soft_labels: ClassVar[bool] = False  # SFT learns the target's distribution, not its token
@@ -74,6 +75,10 @@ class Drafter(nn.Module):
 
     def config_dict(self) -> dict:
         """config.json, with every key any reader of the layout needs."""
+        raise NotImplementedError
+
+    def speculators_files(self, verifier: dict) -> tuple[dict, dict[str, Tensor]]:
+        """config.json and tensors as speculators has them; `verifier` names the target."""
         raise NotImplementedError
 
     def check_target(self, target: Target) -> None:
@@ -240,16 +245,30 @@ class Drafter(nn.Module):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return drafter.to(device=device, dtype=dtype or torch.float32).eval()
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes config.json and model.safetensors; the folder appears whole or not at all."""
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        *,
+        verifier: dict | None = None,
+        card: str | None = None,
+    ) -> None:
+        """Writes config.json and model.safetensors; the folder appears whole or not at all.
+
+        verifier: write speculators' layout instead of the family's own. card: README.md.
+        """
         with replace_folder(Path(folder)) as temporary:
-            config = self.config_dict()
+            config, tensors = self.config_dict(), self.state_dict()
+            if verifier is not None:
+                config, tensors = self.speculators_files(verifier)
+            if card is not None:
+                (temporary / "README.md").write_text(card, encoding="utf-8")
             dtype = dtype or next(self.parameters()).dtype
             config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             tensors = {
                 k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous()
-                for k, v in self.state_dict().items()
+                for k, v in tensors.items()
             }
             save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
 

@@ -31,6 +31,7 @@ from draft_opd.drafters.shape import (
     older_rope_keys,
     refuse,
 )
+from draft_opd.drafters.speculators import flatten, is_speculators, wrap
 from draft_opd.errors import UserError
 from draft_opd.target import Target
 
@@ -111,7 +112,7 @@ class DFlashDrafter(Drafter):
     """See the module docstring. `config` is a Qwen3Config with the z-lab keys."""
 
     family = "dflash"
-    formats = ("z-lab", "sglang", "vllm")
+    formats = ("z-lab", "sglang", "vllm", "speculators")
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
@@ -141,15 +142,20 @@ class DFlashDrafter(Drafter):
 
     @classmethod
     def from_files(cls, config: dict, tensors: dict[str, Tensor]):
+        layout = "z-lab"
+        if is_speculators(config):
+            layout, config = "speculators", _from_speculators(config)
         options = config.get("dflash_config")
         if not isinstance(options, dict) or not isinstance(options.get("mask_token_id"), int):
             raise UserError(
-                "the DFlash config.json has no dflash_config.mask_token_id "
-                "(only the z-lab layout is read)"
+                "the DFlash config.json has no dflash_config.mask_token_id (z-lab's layout) and no "
+                "mask_token_id (speculators')"
             )
         if not options.get("target_layer_ids") and not config.get("num_target_layers"):
             raise UserError("the DFlash config.json names neither target layers nor their number")
-        return cls(Qwen3Config.from_dict({**config, "model_type": "qwen3"})), tensors
+        drafter = cls(Qwen3Config.from_dict({**config, "model_type": "qwen3"}))
+        drafter.layout = layout
+        return drafter, tensors
 
     @classmethod
     def create(cls, target: Target, counts=None, **options) -> DFlashDrafter:
@@ -173,7 +179,7 @@ class DFlashDrafter(Drafter):
             architectures=["DFlashDraftModel"],
             model_type="qwen3",
             block_size=self.block_size,
-            num_target_layers=self.config.num_target_layers,
+            num_target_layers=getattr(self.config, "num_target_layers", None),
             is_causal=self.causal,
             **older_rope_keys(self.config),
         )
@@ -184,6 +190,24 @@ class DFlashDrafter(Drafter):
             "block_size": self.block_size,
         }
         return config
+
+    def speculators_files(self, verifier: dict):
+        config = self.config_dict()
+        for key in ("dflash_config", "block_size", "num_target_layers", "is_causal"):
+            del config[key]
+        own = {
+            "block_size": self.block_size,
+            "mask_token_id": self.mask_token_id,
+            "aux_hidden_state_layer_ids": [i + 1 for i in self.target_layers],
+            "draft_vocab_size": config["vocab_size"],
+            "target_hidden_size": config["hidden_size"],
+            "sample_from_anchor": False,
+            # vLLM 0.33 makes every layer causal where this is false.
+            "sliding_window_non_causal": not self.causal,
+        }
+        name = "DFlashDraftModel"
+        layers = wrap("dflash", name, config, own, self.draft_length, verifier)
+        return layers, dict(self.state_dict())
 
     def check_target(self, target: Target) -> None:
         if self.config.hidden_size != target.hidden_size:
@@ -200,6 +224,8 @@ class DFlashDrafter(Drafter):
             refuse(target, "mask token", self.mask_token_id, f"vocabulary of {target.vocab_size}")
         if self.block_size < 2:
             raise UserError(f"block size {self.block_size} is too small: it must be at least 2")
+        if not getattr(self.config, "num_target_layers", None):  # not in speculators' layout
+            self.config.num_target_layers = target.num_layers
 
     # -- drafting ---------------------------------------------------------------------------
 
@@ -288,6 +314,28 @@ class DFlashDrafter(Drafter):
                 f"--speculative-num-draft-tokens {self.block_size}"
             )
         return f'dflash\'s DFlashDraftModel.from_pretrained("{folder}")'
+
+
+def _from_speculators(config: dict) -> dict:
+    """speculators' config.json in z-lab's keys. Raises `UserError` for what has no counterpart."""
+    flat, length = flatten(config, ("block_size",))
+    taps = config.get("aux_hidden_state_layer_ids")
+    if not isinstance(taps, list) or not taps:
+        raise UserError("the DFlash config.json names no aux_hidden_state_layer_ids")
+    size = config.get("draft_vocab_size")
+    if size not in (None, flat.get("vocab_size")):
+        raise UserError("DFlash drafters with a draft vocabulary are not supported")
+    if config.get("sample_from_anchor"):
+        raise UserError("DFlash drafters that sample from the anchor are not supported")
+    sliding = "sliding_attention" in (flat.get("layer_types") or [])
+    if sliding and config.get("sliding_window_non_causal"):
+        raise UserError("DFlash drafters with sliding layers that are not causal are not supported")
+    flat.setdefault("block_size", (length or 15) + 1)
+    options = {
+        "mask_token_id": config.get("mask_token_id"),
+        "target_layer_ids": [i - 1 for i in taps],
+    }
+    return {**flat, "is_causal": False, "dflash_config": options, "num_target_layers": None}
 
 
 def find_mask_token(target: Target) -> int:

@@ -9,7 +9,7 @@ the step before; once the target has run on a token, its slot is made again from
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -29,6 +29,7 @@ from draft_opd.drafters.shape import (
     older_rope_keys,
     refuse,
 )
+from draft_opd.drafters.speculators import flatten, is_speculators, wrap
 from draft_opd.drafters.vocabulary import as_buffers, checked_ids, most_frequent, target_ids
 from draft_opd.errors import UserError
 from draft_opd.target import Target
@@ -37,6 +38,10 @@ from draft_opd.target import Target
 STEPS, STEP_DECAY = 7, 4.4814  # 0.8^k = exp(-k / 4.4814)
 # Variants that published files name in their config, at the top or in `eagle_config`.
 FLAGS = ("norm_before_residual", "norm_output", "norm_before_fc", "fc_norm")
+LLAMA, QWEN3 = "LlamaForCausalLMEagle3", "Eagle3Qwen3ForCausalLM"  # SGLang's and vLLM's names
+SPECULATORS_KEYS = (
+    "draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids", *FLAGS
+)  # fmt: skip
 
 
 def default_target_layers(count: int) -> tuple[int, ...]:
@@ -184,11 +189,20 @@ class Eagle3Drafter(Drafter):
 
     @classmethod
     def matches(cls, config: dict) -> bool:
-        return any("Eagle3" in a for a in config.get("architectures") or [])
+        names = config.get("architectures") or []
+        # SafeAILab's own files name a plain LlamaForCausalLM.
+        return any("Eagle3" in a for a in names) or (
+            "draft_vocab_size" in config
+            and not (is_speculators(config) or "LlamaForCausalLM" not in names)
+        )
 
     @classmethod
     def from_files(cls, config: dict, tensors: dict[str, Tensor]):
-        config = _flat(config)
+        layout = "sglang"
+        if is_speculators(config):
+            layout, (config, length) = "speculators", flatten(config, SPECULATORS_KEYS)
+            config["architectures"] = [QWEN3 if config["model_type"] == "qwen3" else LLAMA]
+            config["eagle_config"] = {"draft_length": length} if length else {}
         if config.get("num_hidden_layers", 1) != 1:
             raise UserError("EAGLE-3 drafters of more than one layer are not supported")
         if not isinstance(config.get("vocab_size"), int):
@@ -207,11 +221,12 @@ class Eagle3Drafter(Drafter):
             tensors["t2d"] = as_buffers(ids, config["vocab_size"])[1]
         drafter = cls(
             LlamaConfig.from_dict({**config, "draft_vocab_size": size, "model_type": "llama"}),
-            qk_norm=any("Qwen3For" in a for a in config["architectures"]),
+            qk_norm=QWEN3 in config["architectures"],
             own_embeddings="embed_tokens.weight" in tensors,
             # Without it the target's head serves, if the vocabulary is the whole one.
             own_head="lm_head.weight" in tensors or not whole,
         )
+        drafter.layout = layout
         return drafter, tensors
 
     @classmethod
@@ -248,11 +263,9 @@ class Eagle3Drafter(Drafter):
     def config_dict(self) -> dict:
         config = self.config.to_dict()
         layers = list(self.target_layers)
-        kind = ("Eagle3Qwen3ForCausalLM", "qwen3")
-        name, model_type = kind if self.qk_norm else ("LlamaForCausalLMEagle3", "llama")
         config.update(
-            architectures=[name],
-            model_type=model_type,
+            architectures=[QWEN3 if self.qk_norm else LLAMA],
+            model_type="qwen3" if self.qk_norm else "llama",
             draft_vocab_size=len(self.d2t) if self.lm_head else None,  # null: the target's head
             target_hidden_size=self.feature_size,
             num_aux_hidden_states=self.fc.in_features // self.feature_size,
@@ -269,6 +282,20 @@ class Eagle3Drafter(Drafter):
             config["eagle_aux_hidden_state_layer_ids"] = [i + 1 for i in layers]
         config["eagle_config"] = options
         return config
+
+    def speculators_files(self, verifier: dict):
+        config = self.config_dict()
+        own = {k: v for k in SPECULATORS_KEYS if (v := config.pop(k, None)) is not None}
+        own["draft_vocab_size"] = len(self.d2t)
+        del config["eagle_config"]
+        tensors = {
+            "layers.0." + k.removeprefix("midlayer.") if k.startswith("midlayer.") else k: v
+            for k, v in self.state_dict().items()
+        }
+        if self.vocabulary is None:  # speculators has tables for a part of the vocabulary only
+            del tensors["d2t"], tensors["t2d"]
+        name = "Eagle3Speculator"
+        return wrap("eagle3", name, config, own, self.draft_length, verifier), tensors
 
     def check_target(self, target: Target) -> None:
         if not self._given_layers:
@@ -303,8 +330,8 @@ class Eagle3Drafter(Drafter):
     @property
     def formats(self) -> tuple[str, ...]:
         # SGLang has neither in 0.5.23's llama_eagle3.py.
-        only_vllm = self.qk_norm or self.flags["norm_before_residual"]
-        return ("vllm",) if only_vllm else ("sglang", "vllm")
+        sglang = not (self.qk_norm or self.flags["norm_before_residual"])
+        return ("sglang", "vllm", "speculators") if sglang else ("vllm", "speculators")
 
     def head_weight(self, target: Target) -> Tensor:
         return self.lm_head.weight if self.lm_head else target.head_weight()
@@ -457,21 +484,3 @@ def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
     view = [1] * x.dim()
     view[0], view[dim] = index.shape
     return x.gather(dim, index.view(view).expand(shape))
-
-
-def _flat(config: dict) -> dict[str, Any]:
-    """config.json without the sections in which speculators keeps layer and proposal."""
-    layer = config.get("transformer_layer_config")
-    if not isinstance(layer, dict):
-        return config
-    kind = layer.get("model_type", "qwen3")  # as speculators reads it
-    if kind not in ("llama", "qwen3"):
-        raise UserError(f"EAGLE-3 drafters of kind '{kind}' are not supported")
-    name = "Eagle3Qwen3ForCausalLM" if kind == "qwen3" else "LlamaForCausalLMEagle3"
-    options = {}
-    methods = (config.get("speculators_config") or {}).get("proposal_methods") or [{}]
-    if methods[0].get("speculative_tokens"):
-        options["draft_length"] = methods[0]["speculative_tokens"]
-    own = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids", *FLAGS)
-    flat = {**layer, **{k: config[k] for k in own if config.get(k) is not None}}
-    return {**flat, "architectures": [name], "eagle_config": options}

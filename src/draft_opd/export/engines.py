@@ -1,8 +1,8 @@
 """Drafters for inference engines.
 
-A drafter folder is in the layout its engines read already (for DFlash that of z-lab, for EAGLE-3
-the one that SGLang and vLLM share); an export fixes the type of the weights and says how to serve
-it.
+A drafter folder is in the layout that engines read already: for DFlash that of z-lab, for EAGLE-3
+the one that SGLang and vLLM share. `speculators` is the other one that vLLM reads. An export fixes
+the type of the weights, and its README.md says what the drafter is and how to serve it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 
 from draft_opd.drafters import Drafter
 from draft_opd.errors import UserError
+from draft_opd.export.card import model_card
 from draft_opd.target import Target, resolve_path
 
-FORMATS = ("z-lab", "sglang", "vllm")
+FORMATS = ("z-lab", "sglang", "vllm", "speculators")
 
 
 def export(
@@ -39,15 +40,20 @@ def export(
     helper.check_target(model)
     if format not in helper.formats:
         raise UserError(
-            f"--format {format}: a drafter of family {helper.family} has "
-            f"{', '.join(helper.formats)} only"
+            f"--format {format}: this {helper.family} drafter has {', '.join(helper.formats)} only"
         )
-    helper.save_pretrained(out, dtype=getattr(torch, dtype))
+    path = resolve_path(target)
+    serve = helper.serve_command(path, out, "vllm" if format == "speculators" else format)
+    verifier = None
+    if format == "speculators":
+        verifier = {"name_or_path": path, "architectures": model.model.config.architectures or []}
+    card = model_card(helper, drafter, target, serve)
+    helper.save_pretrained(out, dtype=getattr(torch, dtype), verifier=verifier, card=card)
     return {
         "kind": "drafter",
         "path": str(out),
         "family": helper.family,
         "format": format,
         "dtype": dtype,
-        "serve": helper.serve_command(resolve_path(target), out, format),
+        "serve": serve,
     }
