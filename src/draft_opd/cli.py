@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -138,7 +139,17 @@ def collect(
     target: TargetName,
     prompts: Annotated[str, typer.Option(help="JSONL; or embedded:train, embedded:heldout.")],
     out: Annotated[Path, typer.Option(help="Folder for trajectories.jsonl.")],
-    server: Annotated[str | None, typer.Option(help="Not implemented yet.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="URL of a vLLM or SGLang server that answers instead.")
+    ] = None,
+    server_model: Annotated[str | None, typer.Option(help="Default: the one it serves.")] = None,
+    endpoint: Annotated[str, typer.Option(help="'completions' (token ids) or 'chat'.")] = (
+        "completions"
+    ),
+    in_flight: Annotated[int, typer.Option(help="Requests to the server at a time.")] = 32,
+    patience: Annotated[
+        float, typer.Option(help="Seconds to wait for a server that has gone away.")
+    ] = 300.0,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -155,11 +166,10 @@ def collect(
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
-    """Let the target answer prompts; go on where a killed run stopped."""
-    if server:
-        raise UserError("--server is not implemented yet: leave it out to decode here")
+    """Let the target answer prompts, here or on a server; go on where a killed run stopped."""
     for value, option in ((limit, "--limit"), (batch_size, "--batch-size"), (samples, "--samples"),
-                          (max_new_tokens, "--max-new-tokens")):  # fmt: skip
+                          (max_new_tokens, "--max-new-tokens"),
+                          (in_flight, "--in-flight")):  # fmt: skip
         _at_least(value, 1, option)
     _at_least(skip, 0, "--skip")
     from draft_opd.rollout.collect import collect as run
@@ -171,15 +181,31 @@ def collect(
     asked = read_prompts(prompts, limit + skip if limit else None)[skip:]
     if not asked:
         raise UserError(f"--skip {skip} leaves no prompts of '{prompts}'")
-    model = _target(target, device, dtype, trust_remote_code)
+    common = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
+    dropped: dict[str, int] = {}
+    if server:
+        from draft_opd.rollout.server import Server, gather_from
+        from draft_opd.text import TargetText
+
+        if drafter:
+            raise UserError("--drafter speeds up decoding here: a server has its own")
+        asker = Server(server, server_model, endpoint, in_flight, patience)
+        asker.check()
+        text = TargetText.from_pretrained(target, trust_remote_code=trust_remote_code)
+        dropped = asker.dropped
+        start = partial(gather_from, asker, text)
+    else:
+        model = _target(target, device, dtype, trust_remote_code)
+        helper = _drafter(drafter, model) if drafter else None
+        start = partial(run, model, batch_size=batch_size, drafter=helper)
     with screen.progress("collect", len(asked) * samples) as update:
-        path = run(
-            model, asked, out, max_new_tokens=max_new_tokens, samples=samples,
-            batch_size=batch_size, sampling=sampling, thinking=thinking, seed=seed,
-            drafter=_drafter(drafter, model) if drafter else None,
+        path = start(
+            asked, out, samples=samples, thinking=thinking, **common,
             progress=lambda done, _, tokens: update(done, f"{tokens} tokens"),
         )  # fmt: skip
-    value = summary(path)
+    for reason, count in dropped.items():
+        screen.say(f"{count} dropped: {reason}")
+    value = {**summary(path), **({"dropped": dict(dropped)} if server else {})}
     screen.result(value, facts(value["path"], value))
 
 

@@ -22,7 +22,8 @@ from draft_opd.rollout.collect import collect
 from draft_opd.rollout.prompts import Prompt, read_prompts
 from draft_opd.rollout.trace import tau
 from draft_opd.rollout.trajectory import read_trajectories
-from draft_opd.target import EMBEDDED, Target
+from draft_opd.target import Target
+from draft_opd.text import EMBEDDED
 from draft_opd.threads import settle_threads
 from draft_opd.training.config import load_recipe
 from draft_opd.training.loop import Run

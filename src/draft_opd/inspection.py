@@ -14,7 +14,8 @@ from draft_opd.drafters.base import find_folder, read_config
 from draft_opd.errors import UserError
 from draft_opd.rollout.collect import summary
 from draft_opd.rollout.trajectory import Trajectory, read_trajectories
-from draft_opd.target import EMBEDDED, Target, is_target_folder, resolve_path
+from draft_opd.target import Target, is_target_folder
+from draft_opd.text import EMBEDDED, resolve_path
 
 
 def describe(path: str, target: str | None = None, sample: int = 0) -> tuple[dict, list]:

@@ -14,15 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from draft_opd.cache import PositionCache
 from draft_opd.errors import UserError
-
-EMBEDDED = "embedded"
-
-
-def resolve_path(path_or_id: str) -> str:
-    """`embedded` becomes the folder of the shipped target; anything else stays as it is."""
-    if str(path_or_id) == EMBEDDED:
-        return str(Path(__file__).parent / "embedded" / "model")
-    return str(path_or_id)
+from draft_opd.text import EMBEDDED, TargetText, resolve_path
 
 
 @dataclass
@@ -34,7 +26,7 @@ class TargetOutput:
     features: Tensor | None
 
 
-class Target:
+class Target(TargetText):
     """A frozen transformers causal LM.
 
     Positions are absolute and every row starts at position 0 (right padding): a token sees
@@ -42,16 +34,13 @@ class Target:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer=None, name: str = ""):
+        super().__init__(model.config, model.generation_config, tokenizer, name)
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.name = name
-        self.config = model.config.get_text_config()
         self.decoder = model.get_decoder()
         self.head = model.get_output_embeddings()
         self.num_layers: int = self.config.num_hidden_layers
         self.hidden_size: int = self.config.hidden_size
-        self.vocab_size: int = self.head.weight.shape[0]
-        self.max_positions: int = getattr(self.config, "max_position_embeddings", None) or 1 << 30
+        self.vocab_size = self.head.weight.shape[0]
         self._narrow_head: Tensor | None = None
         self._check_supported()
 
@@ -78,13 +67,20 @@ class Target:
             dtype = getattr(torch, dtype)
         try:
             AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-            model = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=dtype,
-                attn_implementation="sdpa",
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-            )
+            options = {
+                "dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True
+            }  # fmt: skip
+            try:
+                model = AutoModelForCausalLM.from_pretrained(
+                    path, attn_implementation="sdpa", **options
+                )
+            except ValueError as error:
+                if "scaled_dot_product_attention" not in str(error):
+                    raise
+                # Attention sinks, as gpt-oss has: eager attention takes our masks as well.
+                model = AutoModelForCausalLM.from_pretrained(
+                    path, attn_implementation="eager", **options
+                )
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         except Exception as error:
             line = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
@@ -119,18 +115,6 @@ class Target:
     @property
     def dtype(self) -> torch.dtype:
         return self.head.weight.dtype
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """Token ids that end a response: the generation config's, else the tokenizer's."""
-        eos = getattr(self.model.generation_config, "eos_token_id", None)
-        if eos is None:
-            eos = self.config.eos_token_id
-        if eos is None and self.tokenizer is not None:
-            eos = self.tokenizer.eos_token_id
-        if eos is None:
-            return frozenset()
-        return frozenset([eos] if isinstance(eos, int) else eos)
 
     def embed(self, ids: Tensor) -> Tensor:
         """[...] token ids -> [..., H] input embeddings."""
@@ -269,14 +253,6 @@ class Target:
             past_key_values=cache,
             use_cache=True,
         )
-
-    def chat_ids(self, messages: list[dict], thinking: bool | None = None) -> list[int]:
-        """Messages through the chat template, ready for the response to begin."""
-        extra = {} if thinking is None else {"enable_thinking": thinking}
-        text = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **extra
-        )
-        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def describe(self) -> dict:
         """What `inspect` prints."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from draft_opd.errors import UserError
 from draft_opd.rollout.prompts import Prompt, read_prompts
-from draft_opd.target import EMBEDDED
+from draft_opd.text import EMBEDDED
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Prompts -> trajectories, decoded by a local target."""
+"""Prompts -> trajectories: a file that a killed run goes on with, whoever answers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from draft_opd.decoding.sampling import Sampling
@@ -16,6 +17,20 @@ from draft_opd.files import make_folder, write_json
 from draft_opd.rollout.prompts import Prompt
 from draft_opd.rollout.trajectory import Trajectory, TrajectoryWriter, read_trajectories
 from draft_opd.target import Target
+from draft_opd.text import TargetText
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to be answered: its name in the file, its token ids, and the messages they are."""
+
+    id: str
+    prompt_ids: list[int]
+    messages: list[dict]
+
+
+# Answers requests, handing trajectories to its second argument as they are made.
+Answer = Callable[[list[Request], Callable[[list[Trajectory]], None]], None]
 
 
 def decode_trajectories(
@@ -56,39 +71,26 @@ def decode_trajectories(
         ]
 
 
-def collect(
-    target: Target,
+def gather(
+    target: TargetText,
     prompts: list[Prompt],
     out: Path,
+    answer: Answer,
+    about: dict,
     *,
-    max_new_tokens: int = 512,
     samples: int = 1,
-    batch_size: int = 16,
-    sampling: Sampling | None = None,
     thinking: bool | None = None,
-    seed: int = 0,
-    drafter: Drafter | None = None,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Path:
-    """Writes `out/trajectories.jsonl`; what is already there is not generated again.
+    """Writes `out/trajectories.jsonl`; what is already there is not asked for again.
 
-    `progress(done, total, tokens)` is called after every batch. Raises `UserError` when the folder
+    about: how the trajectories are made; a folder that was made otherwise is refused.
+    `progress(done, total, tokens)` is called after every write. Raises `UserError` when the folder
     holds trajectories of other prompts under the same ids, or a prompt does not fit the context.
     """
-    if samples > 1 and (sampling is None or sampling.greedy):
-        raise UserError("samples > 1 needs temperature > 0: greedy samples would all be equal")
     path = make_folder(out) / "trajectories.jsonl"
     writer = TrajectoryWriter(path)
-    _remember(
-        out / "collect.json",
-        {
-            "target": target.name,
-            "sampling": (sampling or Sampling()).model_dump(),
-            "seed": seed,
-            "max_new_tokens": max_new_tokens,
-        },
-        fresh=not writer.done,
-    )
+    _remember(out / "collect.json", {"target": target.name, **about}, fresh=not writer.done)
     try:
         todo, seen = [], set()
         for prompt in prompts:
@@ -104,32 +106,69 @@ def collect(
                     raise UserError(f"two prompts have the id '{name}': ids must be unique")
                 seen.add(name)
                 if name not in writer.done:
-                    todo.append((name, ids))
+                    todo.append(Request(name, ids, prompt.messages))
                 elif writer.done[name] != ids:
                     raise UserError(
                         f"'{path}' already holds another prompt under the id '{name}': "
                         "use another --out"
                     )
-        done, tokens = len(seen) - len(todo), 0
-        if progress:
-            progress(done, len(seen), 0)
+        counts = {"done": len(seen) - len(todo), "tokens": 0}
+
+        def emit(batch: list[Trajectory]) -> None:
+            writer.write(batch)
+            counts["done"] += len(batch)
+            counts["tokens"] += sum(len(t.response_ids) for t in batch)
+            if progress:
+                progress(counts["done"], len(seen), counts["tokens"])
+
+        emit([])
+        if todo:
+            answer(todo, emit)
+    finally:
+        writer.close()
+    return path
+
+
+def collect(
+    target: Target,
+    prompts: list[Prompt],
+    out: Path,
+    *,
+    max_new_tokens: int = 512,
+    samples: int = 1,
+    batch_size: int = 16,
+    sampling: Sampling | None = None,
+    thinking: bool | None = None,
+    seed: int = 0,
+    drafter: Drafter | None = None,
+    progress: Callable[[int, int, int], None] | None = None,
+) -> Path:
+    """`gather` with a target that decodes here."""
+    sampling = sampling or Sampling()
+
+    def answer(requests: list[Request], emit) -> None:
         for batch in decode_trajectories(
             target,
-            todo,
+            [(r.id, r.prompt_ids) for r in requests],
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             sampling=sampling,
             seed=seed,
             drafter=drafter,
         ):
-            writer.write(batch)
-            done += len(batch)
-            tokens += sum(len(t.response_ids) for t in batch)
-            if progress:
-                progress(done, len(seen), tokens)
-    finally:
-        writer.close()
-    return path
+            emit(batch)
+
+    about = how_made(sampling, seed, max_new_tokens, samples)
+    return gather(
+        target, prompts, out, answer, about, samples=samples, thinking=thinking, progress=progress
+    )
+
+
+def how_made(sampling: Sampling, seed: int, max_new_tokens: int, samples: int) -> dict:
+    """What `collect.json` remembers. Raises `UserError` where samples would all be equal."""
+    if samples > 1 and sampling.greedy:
+        raise UserError("samples > 1 needs temperature > 0: greedy samples would all be equal")
+    return {"sampling": sampling.model_dump(), "seed": seed, "max_new_tokens": max_new_tokens}
 
 
 def _remember(path: Path, about: dict, fresh: bool) -> None:
@@ -139,7 +178,7 @@ def _remember(path: Path, about: dict, fresh: bool) -> None:
             before = json.loads(path.read_text())
         except ValueError:
             raise UserError(f"'{path}' is damaged: remove it, or use another --out") from None
-        changed = [k for k in about if before.get(k) != about[k]]
+        changed = [k for k in about if k in before and before[k] != about[k]]
         if changed:
             told = "; ".join(f"{k} {before.get(k)} before, {about[k]} now" for k in changed)
             raise UserError(f"'{path.parent}' was collected otherwise ({told}): use another --out")

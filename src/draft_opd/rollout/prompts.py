@@ -7,7 +7,7 @@ from pathlib import Path
 
 from draft_opd.errors import UserError
 from draft_opd.rollout.trajectory import read_jsonl
-from draft_opd.target import EMBEDDED, Target
+from draft_opd.text import EMBEDDED, TargetText
 
 _EMBEDDED = Path(__file__).parent.parent / EMBEDDED
 TEXT_KEYS = ("prompt", "question", "problem", "instruction")
@@ -18,7 +18,7 @@ class Prompt:
     id: str
     messages: list[dict]
 
-    def ids(self, target: Target, thinking: bool | None = None) -> list[int]:
+    def ids(self, target: TargetText, thinking: bool | None = None) -> list[int]:
         """Through the target's chat template; as plain text when it has none."""
         if getattr(target.tokenizer, "chat_template", None):
             return target.chat_ids(self.messages, thinking)

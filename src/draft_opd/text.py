@@ -1,0 +1,69 @@
+"""What of a target is text: tokenizer, chat template, limits. A server has the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from draft_opd.errors import UserError
+
+EMBEDDED = "embedded"
+
+
+def resolve_path(path_or_id: str) -> str:
+    """`embedded` becomes the folder of the shipped target; anything else stays as it is."""
+    if str(path_or_id) == EMBEDDED:
+        return str(Path(__file__).parent / "embedded" / "model")
+    return str(path_or_id)
+
+
+class TargetText:
+    """Token ids in and out of a target, without its weights."""
+
+    def __init__(self, config, generation_config, tokenizer, name: str):
+        self.config = config.get_text_config()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.vocab_size: int = self.config.vocab_size
+        self.max_positions: int = getattr(self.config, "max_position_embeddings", None) or 1 << 30
+        self._generation = generation_config
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str, *, trust_remote_code: bool = False) -> TargetText:
+        """Reads configuration and tokenizer only. Raises `UserError` when there are none."""
+        path = resolve_path(path_or_id)
+        trust = {"trust_remote_code": trust_remote_code}
+        try:
+            config = AutoConfig.from_pretrained(path, **trust)
+            tokenizer = AutoTokenizer.from_pretrained(path, **trust)
+        except Exception as error:
+            line = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"target '{path_or_id}' has no readable configuration and tokenizer ({line})"
+            ) from error
+        try:
+            generation = GenerationConfig.from_pretrained(path)
+        except OSError:  # it has none
+            generation = None
+        return cls(config, generation, tokenizer, str(path_or_id))
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end a response: the generation config's, else the tokenizer's."""
+        eos = getattr(self._generation, "eos_token_id", None)
+        if eos is None:
+            eos = self.config.eos_token_id
+        if eos is None and self.tokenizer is not None:
+            eos = self.tokenizer.eos_token_id
+        if eos is None:
+            return frozenset()
+        return frozenset([eos] if isinstance(eos, int) else eos)
+
+    def chat_ids(self, messages: list[dict], thinking: bool | None = None) -> list[int]:
+        """Messages through the chat template, ready for the response to begin."""
+        extra = {} if thinking is None else {"enable_thinking": thinking}
+        text = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, **extra
+        )
+        return self.tokenizer.encode(text, add_special_tokens=False)

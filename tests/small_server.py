@@ -1,0 +1,91 @@
+"""The shipped target behind the part of vLLM's HTTP API that collecting uses; a process of its own.
+
+    python small_server.py PORT [no-ids] [busy] [template-twice] [other-tokenizer] [sglang]
+
+The arguments plant what servers do to their clients. `pytest -m slow` uses vLLM itself.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+
+from draft_opd.decoding.sampling import Sampling
+from draft_opd.decoding.speculative import speculate
+from draft_opd.target import Target
+
+torch.set_num_threads(1)
+PLANTED = set(sys.argv[2:])
+TARGET = Target.from_pretrained("embedded", device="cpu")
+ONE_AT_A_TIME = threading.Lock()
+SEEN: list[dict] = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, value: dict, status: int = 200) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        if self.path == "/v1/models":
+            self.reply({"data": [{"id": "small"}]})
+        else:
+            self.reply({"seen": SEEN})
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        SEEN.append(asked)
+        if "busy" in PLANTED and len(SEEN) % 3 == 1:
+            self.reply({"error": {"message": "queue is full"}}, 503)
+            return
+        tokenizer = TARGET.tokenizer
+        if "messages" in asked:
+            prompt = TARGET.chat_ids(asked["messages"])
+            if "template-twice" in PLANTED:
+                again = [{"role": "user", "content": tokenizer.decode(prompt)}]
+                prompt = TARGET.chat_ids(again)
+        else:
+            prompt = asked["prompt"]
+        if len(prompt) > 400:
+            self.reply({"error": {"message": "the prompt is too long"}}, 400)
+            return
+        sampling = Sampling(temperature=asked["temperature"])
+        with ONE_AT_A_TIME:
+            made = speculate(
+                TARGET, None, [prompt], max_new_tokens=asked["max_tokens"], sampling=sampling,
+                seed=asked["seed"],
+            )[0]  # fmt: skip
+        shown = made.token_ids[:-1] if made.finish_reason == "stop" else made.token_ids
+        if "other-tokenizer" in PLANTED:  # half of a word: two tokens where ours has one
+            shown = [i for t in shown for i in (t, t)]
+        text = tokenizer.decode(shown, skip_special_tokens=False)
+        choice = {"finish_reason": made.finish_reason, "stop_reason": None}
+        if "messages" in asked:
+            choice["message"] = {"role": "assistant", "content": text}
+        else:
+            choice["text"] = text
+        answer = {
+            "choices": [choice],
+            "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(made.token_ids)},
+        }
+        if "no-ids" not in PLANTED:
+            name = "response_token_ids" if "sglang" in PLANTED else "token_ids"
+            choice[name], choice["prompt_token_ids"] = made.token_ids, prompt
+        self.reply(answer)
+
+
+if __name__ == "__main__":
+    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()

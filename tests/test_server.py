@@ -1,0 +1,249 @@
+"""Collecting from a server: the same trajectories as here, whatever the server does meanwhile."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import draft_opd as d
+from draft_opd.decoding.sampling import Sampling
+from draft_opd.rollout.prompts import read_prompts
+from draft_opd.rollout.server import Server, gather_from, read_answer
+from draft_opd.text import TargetText
+
+FAMILY = "dflash"
+LONGEST = 40
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def fetch(url: str) -> dict:
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        return json.loads(answer.read())
+
+
+def start(port: int, *planted: str) -> subprocess.Popen:
+    command = [sys.executable, str(Path(__file__).parent / "small_server.py"), str(port), *planted]
+    process = subprocess.Popen(command)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None
+        try:
+            fetch(f"http://127.0.0.1:{port}/v1/models")
+            return process
+        except OSError:
+            time.sleep(0.1)
+    raise TimeoutError("the server did not start")
+
+
+@contextmanager
+def served(*planted: str):
+    port = free_port()
+    process = start(port, *planted)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def text() -> TargetText:
+    return TargetText.from_pretrained("embedded")
+
+
+@pytest.fixture(scope="module")
+def here(data):
+    """The target's own answers, cut to what the tests ask for, by id."""
+    return {t.id: t.response_ids[:LONGEST] for t in d.read_trajectories(data / "train")}
+
+
+def gather(url, text, out, count=6, **options) -> tuple[Server, dict]:
+    options = {"in_flight": 4, "patience": 60.0, **options}
+    server = Server(url, **options)
+    server.check()
+    prompts = read_prompts("embedded:train", count)
+    path = gather_from(server, text, prompts, out, max_new_tokens=LONGEST, sampling=Sampling())
+    return server, {t.id: t for t in d.read_trajectories(path)}
+
+
+def test_text_side_and_target_agree(target, text):
+    assert (text.vocab_size, text.max_positions) == (target.vocab_size, target.max_positions)
+    assert text.stop_ids == target.stop_ids
+    messages = [{"role": "user", "content": "Which number is next?"}]
+    assert text.chat_ids(messages) == target.chat_ids(messages)
+
+
+def test_a_server_gives_what_decoding_here_gives(text, here, tmp_path):
+    with served("busy") as url:
+        for endpoint in ("completions", "chat"):
+            server, found = gather(url, text, tmp_path / endpoint, endpoint=endpoint)
+            assert {k: t.response_ids for k, t in found.items()} == {
+                k: here[k] for k in map(str, range(1, 7))
+            }
+            assert not server.dropped
+        asked = fetch(f"{url}/seen")["seen"][0]
+    # Servers take what is not said from the model's generation_config.
+    assert (asked["top_k"], asked["repetition_penalty"], asked["min_p"]) == (-1, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_without_token_ids_text_is_tokenised_again(text, here, tmp_path, endpoint):
+    with served("no-ids") as url:
+        server, found = gather(url, text, tmp_path, endpoint=endpoint)
+    for name, t in found.items():
+        assert t.response_ids == here[name]
+    assert len(found) + sum(server.dropped.values()) == 6 and len(found) >= 3
+
+
+def test_sglangs_names_are_read(text, here, tmp_path):
+    with served("sglang") as url:
+        _, found = gather(url, text, tmp_path, endpoint="chat")
+    assert all(t.response_ids == here[k] for k, t in found.items()) and len(found) == 6
+
+
+@pytest.mark.parametrize(
+    ("planted", "endpoint", "message"),
+    [
+        (("template-twice",), "chat", "another prompt"),
+        (("template-twice", "no-ids"), "chat", "another prompt"),
+        (("other-tokenizer", "no-ids"), "completions", "number of tokens"),
+    ],
+)
+def test_what_is_not_certain_is_dropped(text, tmp_path, planted, endpoint, message):
+    with served(*planted) as url, pytest.raises(d.UserError, match=f"6 dropped.*{message}"):
+        gather(url, text, tmp_path, endpoint=endpoint)
+    assert not (tmp_path / "trajectories.jsonl").read_text()
+
+
+def test_a_refused_prompt_does_not_stop_the_others(text, tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    rows = [{"prompt": "Which number is next?"}, {"prompt": "word " * 450}]
+    prompts.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with served() as url:
+        server = Server(url)
+        server.check()
+        options = {"max_new_tokens": 4, "sampling": Sampling()}
+        path = gather_from(server, text, read_prompts(prompts), tmp_path / "out", **options)
+    assert [t.id for t in d.read_trajectories(path)] == ["1"]
+    assert server.dropped == {"HTTP 400 the prompt is too long": 1}
+
+
+def test_samples_differ_and_can_be_drawn_again(text, tmp_path):
+    made = []
+    with served() as url:
+        for out in (tmp_path / "a", tmp_path / "b"):
+            server = Server(url)
+            server.check()
+            gather_from(
+                server, text, read_prompts("embedded:train", 1), out, max_new_tokens=30,
+                sampling=Sampling(temperature=1.5), samples=3, seed=5,
+            )  # fmt: skip
+            made.append({t.id: t.response_ids for t in d.read_trajectories(out)})
+    assert made[0] == made[1] and len({tuple(v) for v in made[0].values()}) == 3
+
+
+def test_a_server_killed_and_restarted_loses_nothing(here, tmp_path):
+    port, count = free_port(), 24
+    first = start(port)
+    command = [
+        sys.executable, "-m", "draft_opd.cli", "collect", "--target", "embedded", "--prompts",
+        "embedded:train", "--limit", str(count), "--out", str(tmp_path), "--max-new-tokens",
+        str(LONGEST), "--server", f"http://127.0.0.1:{port}/v1/", "--in-flight", "3", "--json",
+    ]  # fmt: skip
+    client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    file = tmp_path / "trajectories.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if file.exists() and file.read_bytes().count(b"\n") >= 5:
+            break
+        time.sleep(0.02)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert 5 <= file.read_bytes().count(b"\n") < count
+    second = start(port)
+    try:
+        out, log = client.communicate(timeout=300)
+    finally:
+        second.kill()
+        second.wait()
+    assert client.returncode == 0, log
+    assert json.loads(out)["trajectories"] == count and json.loads(out)["dropped"] == {}
+    found = {t.id: t.response_ids for t in d.read_trajectories(tmp_path)}
+    assert found == {str(i): here[str(i)] for i in range(1, count + 1)}
+
+
+def test_a_server_that_stays_away_says_so(text, tmp_path):
+    with served() as url:
+        server = Server(url, patience=1.0)
+        server.check()
+    with pytest.raises(d.UserError, match=r"has not answered for 1 s.*run the same command"):
+        gather_from(server, text, read_prompts("embedded:train", 2), tmp_path,
+                    max_new_tokens=4, sampling=Sampling())  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "localhost:8000"}, "give a URL"),
+        ({"url": "http://127.0.0.1:9"}, "does not answer"),
+        ({"url": "http://127.0.0.1:9", "endpoint": "responses"}, "completions or chat"),
+    ],
+)
+def test_a_wrong_server_is_refused(options, message):
+    with pytest.raises(d.UserError, match=message):
+        Server(**options).check()
+
+
+def test_a_model_that_is_not_served_is_named():
+    with served() as url, pytest.raises(d.UserError, match=r"'big' is not served.*small"):
+        Server(url, model="big").check()
+
+
+def answer(text: str, finish: str = "stop", count: int = 0, **choice) -> dict:
+    return {
+        "choices": [{"text": text, "finish_reason": finish, **choice}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": count},
+    }
+
+
+def test_the_stop_token_is_put_back(text):
+    words = text.tokenizer.encode("The next number is", add_special_tokens=False)
+    stop = min(text.stop_ids)
+    told = text.tokenizer.decode(words)
+    for extra in ({"token_ids": words}, {"token_ids": [*words, stop]}, {}):
+        found = read_answer(text, [1, 2, 3], answer(told, count=len(words) + 1, **extra))
+        assert found == ([*words, stop], "stop")
+    found = read_answer(text, [1, 2, 3], answer(told, "length", len(words)))
+    assert found == (words, "length")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (answer("x", "content_filter"), "content_filter"),
+        (answer("x", token_ids=[9999]), "does not have"),
+        (answer("x", token_ids=[5], stop_reason="###"), "something else"),
+        (answer("", "length"), "empty"),
+    ],
+)
+def test_answers_that_are_no_trajectory(text, value, message):
+    from draft_opd.rollout.server import Dropped
+
+    with pytest.raises(Dropped, match=message):
+        read_answer(text, [1, 2, 3], value)
+    with pytest.raises(d.UserError, match="not a completion"):
+        read_answer(text, [1, 2, 3], {"error": "no"})
