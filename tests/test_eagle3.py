@@ -120,7 +120,7 @@ def own_embeddings(config, tensors, target):
 
 def no_head(config, tensors, target):
     """As SGLang reads it: the target's head over the whole vocabulary."""
-    del tensors["lm_head.weight"], tensors["d2t"], tensors["t2d"]
+    del tensors["lm_head.weight"]
     config["draft_vocab_size"] = None
 
 

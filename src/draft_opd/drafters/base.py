@@ -77,6 +77,10 @@ class Drafter(nn.Module):
         """config.json, with every key any reader of the layout needs."""
         raise NotImplementedError
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What the file holds."""
+        return dict(self.state_dict())
+
     def speculators_files(self, verifier: dict) -> tuple[dict, dict[str, Tensor]]:
         """config.json and tensors as speculators has them; `verifier` names the target."""
         raise NotImplementedError
@@ -258,7 +262,7 @@ class Drafter(nn.Module):
         verifier: write speculators' layout instead of the family's own. card: README.md.
         """
         with replace_folder(Path(folder)) as temporary:
-            config, tensors = self.config_dict(), self.state_dict()
+            config, tensors = self.config_dict(), self.tensors()
             if verifier is not None:
                 config, tensors = self.speculators_files(verifier)
             if card is not None:

@@ -207,7 +207,7 @@ class DFlashDrafter(Drafter):
         }
         name = "DFlashDraftModel"
         layers = wrap("dflash", name, config, own, self.draft_length, verifier)
-        return layers, dict(self.state_dict())
+        return layers, self.tensors()
 
     def check_target(self, target: Target) -> None:
         if self.config.hidden_size != target.hidden_size:

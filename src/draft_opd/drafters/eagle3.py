@@ -283,6 +283,12 @@ class Eagle3Drafter(Drafter):
         config["eagle_config"] = options
         return config
 
+    def tensors(self) -> dict[str, Tensor]:
+        tensors = dict(self.state_dict())
+        if self.vocabulary is None:  # vLLM refuses tables for the whole vocabulary
+            del tensors["d2t"], tensors["t2d"]
+        return tensors
+
     def speculators_files(self, verifier: dict):
         config = self.config_dict()
         own = {k: v for k in SPECULATORS_KEYS if (v := config.pop(k, None)) is not None}
@@ -290,10 +296,8 @@ class Eagle3Drafter(Drafter):
         del config["eagle_config"]
         tensors = {
             "layers.0." + k.removeprefix("midlayer.") if k.startswith("midlayer.") else k: v
-            for k, v in self.state_dict().items()
+            for k, v in self.tensors().items()
         }
-        if self.vocabulary is None:  # speculators has tables for a part of the vocabulary only
-            del tensors["d2t"], tensors["t2d"]
         name = "Eagle3Speculator"
         return wrap("eagle3", name, config, own, self.draft_length, verifier), tensors
 
