@@ -10,6 +10,31 @@ from typing import Annotated
 
 import typer
 
+from draft_opd.cli_options import (
+    Config,
+    Device,
+    DrafterName,
+    Dtype,
+    Json,
+    Length,
+    NewTokens,
+    Overrides,
+    Resume,
+    TargetName,
+    Temperature,
+    Thinking,
+    TopK,
+    TopP,
+    Tree,
+    Trust,
+    at_least,
+    example,
+    to_drafter,
+    to_sampling,
+    to_target,
+    to_widths,
+)
+from draft_opd.cli_serving import check_serving
 from draft_opd.console import Screen, facts, table
 from draft_opd.errors import UserError
 
@@ -21,95 +46,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-TargetName = Annotated[
-    str, typer.Option("--target", help="Folder, hub id, or 'embedded' (the shipped target).")
-]
-DrafterName = Annotated[str, typer.Option("--drafter", help="Drafter folder or hub id.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: best there is.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32 or bfloat16; default: float32 on CPU, else as stored.")
-]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that ships with the target.")
-]
-Length = Annotated[
-    int | None, typer.Option("--draft-length", help="Tokens drafted a round; default: all.")
-]
-Tree = Annotated[
-    str | None,
-    typer.Option("--tree", help="Draft a tree: nodes at depth 1, 2, ..., as 4,4,2 (EAGLE-3)."),
-]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopK = Annotated[int, typer.Option(help="0 keeps all tokens.")]
-TopP = Annotated[float, typer.Option(help="1 keeps all tokens.")]
-Thinking = Annotated[
-    bool | None, typer.Option("--thinking/--no-thinking", help="For templates that know it.")
-]
-NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest response.")]
-Config = Annotated[Path, typer.Option("--config", help="Recipe, YAML.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override recipe keys.")
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
-
-
-def example(text: str) -> str:
-    return f"Example: {text}"
-
-
-def _sampling(temperature: float, top_k: int, top_p: float, draft: str = "sample"):
-    from pydantic import ValidationError
-
-    from draft_opd.decoding.sampling import Sampling
-
-    try:
-        return Sampling(temperature=temperature, top_k=top_k, top_p=top_p, draft=draft)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]).replace("_", "-")
-        raise UserError(f"--{name} {first['input']}: {first['msg'].lower()}") from None
-
-
-def _widths(tree: str | None) -> list[int] | None:
-    if tree is None:
-        return None
-    try:
-        return [int(x) for x in tree.split(",")]
-    except ValueError:
-        raise UserError(f"--tree {tree}: give the nodes at each depth, as 4,4,2") from None
-
-
-def _target(name: str, device: str | None, dtype: str | None, trust: bool):
-    import torch
-
-    from draft_opd.target import Target
-
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise UserError(f"--dtype {dtype}: choose float32, bfloat16 or float16")
-    try:
-        where = torch.device(device) if device else None
-        if where is not None:
-            torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {device}: not usable here ({str(error).splitlines()[0]})"
-        ) from None
-    return Target.from_pretrained(name, dtype=dtype, device=where, trust_remote_code=trust)
-
-
-def _drafter(name: str, target):
-    from draft_opd.drafters import Drafter
-
-    drafter = Drafter.from_pretrained(name, device=target.device)
-    drafter.check_target(target)
-    return drafter.to(target.dtype)
-
-
-def _at_least(value: int | None, least: int, option: str) -> None:
-    if value is not None and value < least:
-        raise UserError(f"{option} {value}: must be at least {least}")
 
 
 @app.callback()
@@ -170,14 +106,14 @@ def collect(
     for value, option in ((limit, "--limit"), (batch_size, "--batch-size"), (samples, "--samples"),
                           (max_new_tokens, "--max-new-tokens"),
                           (in_flight, "--in-flight")):  # fmt: skip
-        _at_least(value, 1, option)
-    _at_least(skip, 0, "--skip")
+        at_least(value, 1, option)
+    at_least(skip, 0, "--skip")
     from draft_opd.rollout.collect import collect as run
     from draft_opd.rollout.collect import summary
     from draft_opd.rollout.prompts import read_prompts
 
     screen = Screen(json)
-    sampling = _sampling(temperature, top_k, top_p)
+    sampling = to_sampling(temperature, top_k, top_p)
     asked = read_prompts(prompts, limit + skip if limit else None)[skip:]
     if not asked:
         raise UserError(f"--skip {skip} leaves no prompts of '{prompts}'")
@@ -195,8 +131,8 @@ def collect(
         dropped = asker.dropped
         start = partial(gather_from, asker, text)
     else:
-        model = _target(target, device, dtype, trust_remote_code)
-        helper = _drafter(drafter, model) if drafter else None
+        model = to_target(target, device, dtype, trust_remote_code)
+        helper = to_drafter(drafter, model) if drafter else None
         start = partial(run, model, batch_size=batch_size, drafter=helper)
     with screen.progress("collect", len(asked) * samples) as update:
         path = start(
@@ -294,19 +230,19 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Acceptance length, speed-up and losslessness, against the target decoding alone."""
-    _at_least(limit, 1, "--limit")
-    _at_least(skip, 0, "--skip")
-    _at_least(max_new_tokens, 1, "--max-new-tokens")
+    at_least(limit, 1, "--limit")
+    at_least(skip, 0, "--skip")
+    at_least(max_new_tokens, 1, "--max-new-tokens")
     from draft_opd.evaluation.measure import evaluate as run
     from draft_opd.evaluation.measure import evaluation_report
     from draft_opd.evaluation.tasks import load_tasks
     from draft_opd.files import make_folder, write_json
 
     screen = Screen(json)
-    sampling, widths = _sampling(temperature, top_k, top_p, draft), _widths(tree)
+    sampling, widths = to_sampling(temperature, top_k, top_p, draft), to_widths(tree)
     chosen = load_tasks(tasks, prompts, limit, skip)
-    model = _target(target, device, dtype, trust_remote_code)
-    helper = _drafter(drafter, model)
+    model = to_target(target, device, dtype, trust_remote_code)
+    helper = to_drafter(drafter, model)
     with screen.progress("eval", sum(len(t.prompts) for t in chosen)) as update:
         count = iter(range(1, 1 << 30))
         measured = run(
@@ -353,16 +289,16 @@ def analyze(
     json: Json = False,
 ) -> None:
     """Where a drafter fails: replay composition, mismatch by state group, anchor positions."""
-    _at_least(limit, 1, "--limit")
+    at_least(limit, 1, "--limit")
     from draft_opd.evaluation.analysis import GROUPS, analyse
     from draft_opd.files import make_folder, write_json
     from draft_opd.rollout.trajectory import check_trajectories, read_trajectories
 
     screen = Screen(json)
     rows = read_trajectories(trajectories, limit=limit)
-    model = _target(target, device, dtype, trust_remote_code)
+    model = to_target(target, device, dtype, trust_remote_code)
     check_trajectories(rows, model, trajectories)
-    helper = _drafter(drafter, model)
+    helper = to_drafter(drafter, model)
     with screen.progress("analyze", len(rows)) as update:
         value = analyse(model, helper, rows, draft_length=draft_length, progress=update)
     path = make_folder(out) / "analysis.json"
@@ -409,18 +345,18 @@ def generate(
     json: Json = False,
 ) -> None:
     """Decode one prompt speculatively, streaming; accepted draft tokens are marked."""
-    _at_least(max_new_tokens, 1, "--max-new-tokens")
+    at_least(max_new_tokens, 1, "--max-new-tokens")
     from draft_opd.decoding.stream import MARKS, stream
 
     if mark not in MARKS:
         raise UserError(f"--mark {mark}: choose one of {', '.join(MARKS)}")
-    sampling, widths = _sampling(temperature, top_k, top_p, draft), _widths(tree)
+    sampling, widths = to_sampling(temperature, top_k, top_p, draft), to_widths(tree)
     text = sys.stdin.read() if prompt is None else prompt
     if not text.strip():
         raise UserError("the prompt is empty: give --prompt or text on standard input")
     screen = Screen(json)
-    model = _target(target, device, dtype, trust_remote_code)
-    helper = _drafter(drafter, model)
+    model = to_target(target, device, dtype, trust_remote_code)
+    helper = to_drafter(drafter, model)
     value = stream(
         model, helper, text, screen, raw=raw, mark=mark, thinking=thinking,
         max_new_tokens=max_new_tokens, draft_length=draft_length, tree=widths, sampling=sampling,
@@ -452,6 +388,15 @@ def export(
     screen.result(value, facts(value["path"], value))
 
 
+app.command(
+    name="check-serving",
+    epilog=example(
+        "draft-opd check-serving --target embedded --drafter runs/demo/draft_opd/best"
+        " --prompts embedded:heldout --limit 16"
+    ),
+)(check_serving)
+
+
 @app.command(epilog=example("draft-opd inspect runs/demo/sft"))
 def inspect(
     path: Annotated[str, typer.Argument(help="Drafter, target, trajectories or run; 'embedded'.")],
@@ -460,7 +405,7 @@ def inspect(
     json: Json = False,
 ) -> None:
     """What something is, in one screen; for data, one real sample with its loss mask coloured."""
-    _at_least(sample, 0, "--sample")
+    at_least(sample, 0, "--sample")
     from draft_opd.inspection import describe
 
     screen = Screen(json)

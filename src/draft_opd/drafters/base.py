@@ -39,6 +39,7 @@ class Drafter(nn.Module):
     draft_length: int  # K, tokens proposed per round as trained
     vocabulary: Tensor | None = None  # [Vd] the target's ids it can draft, ascending; None: all
     formats: ClassVar[tuple[str, ...]]  # what `export` can write: engines and layouts
+    vllm_method: ClassVar[str]  # in vLLM's --speculative-config
     layout: str = ""  # the layout of the files it was read from
     has_trees: ClassVar[bool] = False
     sees_drafts: ClassVar[bool] = False  # an offset is conditioned on the tokens before it
@@ -165,7 +166,48 @@ class Drafter(nn.Module):
         """How `engine` (one of `export`'s formats) serves this drafter from `folder`."""
         raise NotImplementedError
 
+    def faults(self, target: Target) -> dict[str, Drafter]:
+        """This drafter as a wrong file or engine would serve it, by the name of the fault."""
+        raise NotImplementedError
+
     # -- common -----------------------------------------------------------------------------
+
+    def altered(self, change: Callable[[dict, dict[str, Tensor]], None]) -> Drafter | None:
+        """A copy through its files, after `change(config, tensors)`; None where that is none."""
+        config = json.loads(json.dumps(self.config_dict()))
+        tensors = {k: v.detach().cpu().clone() for k, v in self.tensors().items()}
+        change(config, tensors)
+        try:
+            drafter, tensors = type(self).from_files(config, tensors)
+            drafter.load_state_dict(tensors)
+        except (UserError, RuntimeError):
+            return None
+        return drafter.to(self.device, next(self.parameters()).dtype).eval()
+
+    def common_faults(self, target: Target, shift: Callable[[dict, int], None]) -> dict:
+        """Those of every family; `shift(config, by)` moves the tapped layers."""
+        made = {}
+        for by, name in ((1, "one higher"), (-1, "one lower")):
+            layers = [i + by for i in self.target_layers]
+            if layers[0] >= 0 and layers[-1] < target.num_layers - 1:
+                made[f"the target's layers are tapped {name} than trained"] = self.altered(
+                    lambda c, _, by=by: shift(c, by)
+                )
+        ours = self.config_dict()["rope_theta"]
+        for theta in (10_000.0, 500_000.0, 1_000_000.0, 5_000_000.0):
+            if theta != ours:
+
+                def turn(config, _, theta=theta):
+                    config["rope_theta"] = config["rope_parameters"]["rope_theta"] = theta
+
+                name = f"the rope base is {theta:g}, trained was {ours:g}"
+                made[name] = self.altered(turn)
+        for name, value in self.tensors().items():
+            if value.is_floating_point() and value.ndim == 2:
+                made[f"the tensor {name} was not loaded (a misnamed weight)"] = self.altered(
+                    lambda _, tensors, name=name: tensors[name].zero_()
+                )
+        return made
 
     def logits(self, target: Target, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V], the target's vocabulary; -inf for what cannot be drafted."""
@@ -285,11 +327,13 @@ def over_target(logits: Tensor, vocabulary: Tensor | None, size: int) -> Tensor:
     return wide.index_copy(-1, vocabulary, logits)
 
 
-def vllm_command(target: str, method: str, folder: Path, length: int) -> str:
-    return (
-        f"vllm serve {target} --speculative-config "
-        f'\'{{"method": "{method}", "model": "{folder}", "num_speculative_tokens": {length}}}\''
-    )
+def vllm_command(target: str, drafter: Drafter, folder: Path) -> str:
+    speculative = {
+        "method": drafter.vllm_method,
+        "model": str(folder),
+        "num_speculative_tokens": drafter.draft_length,
+    }
+    return f"vllm serve {target} --speculative-config '{json.dumps(speculative)}'"
 
 
 def find_folder(path_or_id: str | Path, kind: str) -> Path:

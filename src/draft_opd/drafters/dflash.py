@@ -111,7 +111,7 @@ class DFlashOptions(ShapeOptions):
 class DFlashDrafter(Drafter):
     """See the module docstring. `config` is a Qwen3Config with the z-lab keys."""
 
-    family = "dflash"
+    family = vllm_method = "dflash"
     formats = ("z-lab", "sglang", "vllm", "speculators")
 
     def __init__(self, config: Qwen3Config):
@@ -208,6 +208,18 @@ class DFlashDrafter(Drafter):
         name = "DFlashDraftModel"
         layers = wrap("dflash", name, config, own, self.draft_length, verifier)
         return layers, self.tensors()
+
+    def faults(self, target: Target) -> dict[str, Drafter]:
+        def shift(config, by):
+            options = config["dflash_config"]
+            options["target_layer_ids"] = [i + by for i in options["target_layer_ids"]]
+
+        causal = "attention inside the block is causal" + (" no more" if self.causal else "")
+        made = {
+            causal: self.altered(lambda c, _: c.update(is_causal=not self.causal)),
+            **self.common_faults(target, shift),
+        }
+        return {name: drafter for name, drafter in made.items() if drafter is not None}
 
     def check_target(self, target: Target) -> None:
         if self.config.hidden_size != target.hidden_size:
@@ -306,7 +318,7 @@ class DFlashDrafter(Drafter):
 
     def serve_command(self, target: str, folder: Path, engine: str) -> str:
         if engine == "vllm":
-            return vllm_command(target, "dflash", folder, self.draft_length)
+            return vllm_command(target, self, folder)
         if engine == "sglang":
             return (
                 f"python -m sglang.launch_server --model-path {target} "

@@ -136,7 +136,7 @@ class Eagle3Drafter(Drafter):
     are kept as they are, since SGLang would serve the target's).
     """
 
-    family = "eagle3"
+    family = vllm_method = "eagle3"
     has_trees = sees_drafts = soft_labels = True
 
     def __init__(
@@ -301,6 +301,18 @@ class Eagle3Drafter(Drafter):
         name = "Eagle3Speculator"
         return wrap("eagle3", name, config, own, self.draft_length, verifier), tensors
 
+    def faults(self, target: Target) -> dict[str, Drafter]:
+        def shift(config, by):
+            key = "eagle_aux_hidden_state_layer_ids"
+            config[key] = [i + by for i in config[key]]
+            config["eagle_config"][key] = [i + by for i in config["eagle_config"][key]]
+
+        made = self.common_faults(target, shift)
+        for flag in ("norm_before_residual", "norm_output"):
+            name = f"{flag} is {str(not self.flags[flag]).lower()}, trained was the other"
+            made[name] = self.altered(lambda c, _, f=flag: c.update({f: not self.flags[f]}))
+        return {name: drafter for name, drafter in made.items() if drafter is not None}
+
     def check_target(self, target: Target) -> None:
         if not self._given_layers:
             self.target_layers = default_target_layers(target.num_layers)
@@ -348,7 +360,7 @@ class Eagle3Drafter(Drafter):
                 f"--speculative-num-steps {self.draft_length} --speculative-eagle-topk 1 "
                 f"--speculative-num-draft-tokens {self.draft_length + 1}"
             )
-        return vllm_command(target, "eagle3", folder, self.draft_length)
+        return vllm_command(target, self, folder)
 
     # -- drafting ---------------------------------------------------------------------------
 

@@ -1,0 +1,150 @@
+"""Commands that work with an inference engine."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from draft_opd.cli_options import (
+    Device,
+    Dtype,
+    Json,
+    Length,
+    NewTokens,
+    TargetName,
+    Thinking,
+    Trust,
+    at_least,
+    to_drafter,
+    to_target,
+)
+from draft_opd.console import Screen, table
+from draft_opd.errors import UserError
+
+EngineCommand = Annotated[
+    str, typer.Option(help="How vLLM's server starts here; the rest is added.")
+]
+EngineArgs = Annotated[str, typer.Option(help="More arguments for it, as one string.")]
+
+
+def check_serving(
+    target: TargetName,
+    drafter: Annotated[
+        str | None, typer.Option("--drafter", help="The drafter as trained: folder or hub id.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="vllm.")] = "vllm",
+    url: Annotated[
+        str | None, typer.Option(help="A running server, instead of starting one.")
+    ] = None,
+    served: Annotated[
+        Path | None, typer.Option(help="Folder to serve, if not an export of --drafter.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="An untrained drafter, as --config describes it.")
+    ] = False,
+    config: Annotated[
+        str, typer.Option("--config", help="Recipe whose model a dry run serves.")
+    ] = "embedded",
+    prompts: Annotated[str, typer.Option(help="JSONL, or embedded:heldout.")] = "embedded:heldout",
+    limit: Annotated[int, typer.Option(help="Only the first N prompts.")] = 16,
+    max_new_tokens: NewTokens = 128,
+    draft_length: Length = None,
+    thinking: Thinking = None,
+    engine_command: EngineCommand = "vllm serve",
+    engine_args: EngineArgs = "",
+    timeout: Annotated[float, typer.Option(help="Seconds for the engine to start.")] = 900.0,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> int:
+    """Is what was trained what is served? Text, prompts and acceptance, the engine's and ours."""
+    for value, option in ((limit, "--limit"), (max_new_tokens, "--max-new-tokens")):
+        at_least(value, 1, option)
+    if engine != "vllm":
+        raise UserError(f"--engine {engine}: only vllm can be checked")
+    if dry_run == bool(drafter):
+        raise UserError("give --drafter, or --dry-run with --config")
+    from draft_opd.rollout.prompts import read_prompts
+    from draft_opd.serving.check import ask, compare
+    from draft_opd.serving.vllm import Engine, EngineFailed
+
+    screen = Screen(json)
+    asked = read_prompts(prompts, limit)
+    model = to_target(target, device, dtype, trust_remote_code)
+    helper = untrained(config, model) if dry_run else to_drafter(drafter, model)
+    length = helper.checked_length(draft_length)
+    with ExitStack() as stack:
+        name = None
+        if url is None:
+            from draft_opd.export.engines import export
+            from draft_opd.text import resolve_path
+
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            if served is None:
+                source, served = str(drafter), place / "export"
+                if dry_run:
+                    source = str(place / "untrained")
+                    helper.save_pretrained(source)
+                kind = str(model.dtype).removeprefix("torch.")
+                export(target, source, "vllm", served, dtype=kind)
+            log = Path(tempfile.mkstemp(prefix="draft-opd-vllm-", suffix=".log")[1])
+            screen.say(f"starting vLLM; its log: {log}")
+            try:
+                running = stack.enter_context(
+                    Engine(
+                        resolve_path(target), served, helper.vllm_method, length, log,
+                        command=engine_command, extra=engine_args, timeout=timeout,
+                        dtype=str(model.dtype).removeprefix("torch."),
+                    )
+                )  # fmt: skip
+            except EngineFailed as error:
+                value = {"equal": False, "causes": [f"vLLM did not start: {error.why}"],
+                         "log": str(error.log)}  # fmt: skip
+                screen.result(value, f"NOT SERVED. {value['causes'][0]}", f"Log: {error.log}")
+                return 1
+            url = running.url
+        from draft_opd.rollout.server import Server
+
+        server = Server(url)
+        name = server.check()
+        with screen.progress("check-serving", len(asked)) as update:
+            found = ask(server.url, name, asked, max_new_tokens, update)
+    value = compare(model, helper, found, length, thinking)
+    screen.result(value, *_shown(value))
+    return 0 if value["equal"] else 1
+
+
+def untrained(config: str, target):
+    """The drafter that training with this recipe would begin with."""
+    import torch
+
+    from draft_opd.drafters import FAMILIES
+    from draft_opd.training.config import load_recipe
+
+    recipe = load_recipe(config, [], "sft")
+    torch.manual_seed(recipe.seed)
+    counts = torch.arange(target.vocab_size).flip(0)  # a draft vocabulary: any tokens will do
+    return FAMILIES[recipe.model.family].create(target, counts, **recipe.model.options)
+
+
+def _shown(value: dict) -> list:
+    served, ours = value["served"], value["ours"]
+    rows = [["τ", served["tau"], ours["tau"]], ["rounds", served["rounds"], ours["rounds"]]]
+    for k in range(len(ours["accepted_by_position"])):
+        pair = [(s["accepted_by_position"] + [0] * 99)[k] for s in (served, ours)]
+        rows.append([f"accepted at {k + 1}", *pair])
+    text, prompt = value["same_text"], value["same_prompt"]
+    lines = [
+        f"{value['responses']} responses, {value['tokens']} tokens; text is the target's own: "
+        f"{text['matched']}/{text['of']}; prompts as trained: {prompt['matched']}/{prompt['of']}"
+    ]
+    if value["equal"]:
+        lines.append("EQUAL: what was trained is what is served.")
+    else:
+        lines += ["DIFFERENT. Likely:", *(f"  * {cause}" for cause in value["causes"])]
+    return [table("", ["", "engine", "ours"], rows), *lines]
