@@ -34,7 +34,7 @@ from draft_opd.cli_options import (
     to_target,
     to_widths,
 )
-from draft_opd.cli_serving import check_serving
+from draft_opd.cli_serving import check_serving, online
 from draft_opd.console import Screen, facts, table
 from draft_opd.errors import UserError
 
@@ -395,6 +395,9 @@ app.command(
         " --prompts embedded:heldout --limit 16"
     ),
 )(check_serving)
+
+
+app.command(epilog=example("draft-opd online --config recipes/online.yaml"))(online)
 
 
 @app.command(epilog=example("draft-opd inspect runs/demo/sft"))

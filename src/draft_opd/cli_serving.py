@@ -10,11 +10,13 @@ from typing import Annotated
 import typer
 
 from draft_opd.cli_options import (
+    Config,
     Device,
     Dtype,
     Json,
     Length,
     NewTokens,
+    Overrides,
     TargetName,
     Thinking,
     Trust,
@@ -117,6 +119,23 @@ def check_serving(
     value = compare(model, helper, found, length, thinking)
     screen.result(value, *_shown(value))
     return 0 if value["equal"] else 1
+
+
+def online(config: Config, overrides: Overrides = None, json: Json = False) -> None:
+    """Follow a server's traffic: collect what it answers, train, export, reload; in rounds."""
+    from draft_opd.training.config import load_recipe
+    from draft_opd.training.online import OnlineLoop
+
+    screen = Screen(json)
+    # The loop collects its own trajectories.
+    recipe = load_recipe(config, ["data.trajectories=(collected)", *(overrides or [])], "opd")
+    value = OnlineLoop(recipe, screen.say).run()
+    rows = [
+        [str(r["round"]), r["trajectories"], r["tau_before"], r["tau"], r["served"]]
+        for r in value["rounds"]
+    ]
+    columns = ["round", "trajectories", "τ before", "τ", "served"]
+    screen.result(value, table("", columns, rows), f"Serving: {value['served']}")
 
 
 def untrained(config: str, target):

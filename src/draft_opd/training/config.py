@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -126,6 +126,28 @@ class Opd(_Section):
     objective: Objective = Objective()
 
 
+class Online(_Section):
+    """Training on what a server answers, round by round (`draft-opd online`)."""
+
+    server: str = Field(description="URL of the vLLM or SGLang server that runs the drafter")
+    prompts: str = Field(description="JSONL that may grow: each round takes the next prompts")
+    rounds: int = Field(1, ge=1)
+    prompts_per_round: int = Field(256, ge=1)
+    window: int = Field(1, ge=1, description="rounds whose trajectories are trained on")
+    max_new_tokens: int = Field(512, ge=1)
+    thinking: bool | None = None
+    reload: str | None = Field(
+        None,
+        description="shell command after each export; {drafter} is the folder. The server then "
+        "has `patience` seconds to answer",
+    )
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    server_model: str | None = None
+    endpoint: Literal["completions", "chat"] = "completions"
+    in_flight: int = Field(32, ge=1)
+    patience: float = Field(300.0, gt=0)
+
+
 class Evaluation(_Section):
     every: int = Field(50, ge=1, description="steps between measurements of held-out τ")
 
@@ -151,6 +173,7 @@ class Recipe(_Section):
     sft: Sft = Sft()
     opd: Opd = Opd()
     evaluation: Evaluation = Evaluation()
+    online: Online | None = None
     save_every: int | None = Field(None, ge=1, description="steps; default: as evaluation.every")
     trust_remote_code: bool = False
 
@@ -258,7 +281,8 @@ def parse_recipe(tree: dict, where: str = "recipe") -> Recipe:
 def _keys_at(path: tuple) -> list[str]:
     model: type[BaseModel] = Recipe
     for name in path:
-        model = model.model_fields[name].annotation
+        kind = model.model_fields[name].annotation
+        model = next((k for k in get_args(kind) if k is not type(None)), kind)
     return list(model.model_fields)
 
 

@@ -1,0 +1,88 @@
+"""The loop of collecting, training, exporting and reloading, with a server of its own."""
+
+import json
+
+import pytest
+import yaml
+from test_server import served
+
+import draft_opd as d
+from draft_opd.cli import run
+
+
+@pytest.fixture
+def recipe(family, recipe_for, trained_folder, tmp_path):
+    """write(url, **online): a recipe file for the loop."""
+
+    def write(url, **online):
+        tree = recipe_for(
+            "opd", tmp_path / "loop", "steps=2", "evaluation.every=2", f"drafter={trained_folder}",
+            "opd.objective.kind=dpace", "optim.learning_rate=1e-3",
+        ).model_dump(mode="json")  # fmt: skip
+        del tree["data"]["trajectories"]
+        tree["online"] = {
+            "server": url, "prompts": str(tmp_path / "traffic.jsonl"), "rounds": 3,
+            "prompts_per_round": 4, "window": 2, "max_new_tokens": 60, "patience": 20,
+            "export_dtype": "float32", **online,
+        }  # fmt: skip
+        path = tmp_path / "online.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    rows = [json.dumps({"id": str(i), "prompt": f"A row begins with {i}, {2 * i}. Which is next?"})
+            for i in range(3, 13)]  # fmt: skip
+    (tmp_path / "traffic.jsonl").write_text("\n".join(rows) + "\n")
+    return write
+
+
+def test_rounds_follow_the_traffic(capsys, recipe, family, tmp_path):
+    log = tmp_path / "reloads"
+    with served() as url:
+        path = recipe(url, reload=f"cat {{drafter}}/config.json > /dev/null && echo x >> {log}")
+        assert run(["online", "--config", str(path), "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert [r["trajectories"] for r in value["rounds"]] == [4, 4, 2]  # the file has ten
+    out = tmp_path / "loop"
+    kept = [len(d.read_trajectories(out / f"round-{i}" / "train.jsonl")) for i in range(3)]
+    assert kept == [4, 8, 6]  # a window of two rounds
+    for before, after in zip(value["rounds"], value["rounds"][1:], strict=False):
+        recipe_of = yaml.safe_load(
+            (out / f"round-{after['round']}" / "run" / "recipe.yaml").read_text()
+        )
+        assert recipe_of["drafter"] == before["drafter"]
+        assert after["tau_before"] == pytest.approx(before["tau"])
+        assert after["tau"] >= after["tau_before"]  # a worse drafter is not served
+    # What is served is the last one that was better, and the server was told each time.
+    last = d.Drafter.from_pretrained(value["rounds"][-1]["drafter"], device="cpu").state_dict()
+    served_now = d.Drafter.from_pretrained(value["served"], device="cpu").state_dict()
+    assert all((last[k] == served_now[k]).all() for k in last)
+    assert log.read_text().count("x") == 1 + sum(r["served"] for r in value["rounds"])
+    assert (out / "served" / "README.md").exists()
+
+
+@pytest.mark.parametrize("family", ["dflash"], indirect=True)
+def test_a_loop_goes_on_where_it_stopped(capsys, recipe, family, tmp_path):
+    with served() as url:
+        path = recipe(url, reload="false", rounds=2)
+        assert run(["online", "--config", str(path)]) == 2
+        assert "online.reload ended with status 1" in capsys.readouterr().err
+        path = recipe(url, rounds=1)
+        assert run(["online", "--config", str(path), "--json"]) == 0
+        first = json.loads(capsys.readouterr().out)["rounds"]
+        path = recipe(url, rounds=2)
+        assert run(["online", "--config", str(path), "--json"]) == 0
+        second = json.loads(capsys.readouterr().out)["rounds"]
+    assert second[:1] == first and len(second) == 2
+
+
+@pytest.mark.parametrize("family", ["dflash"], indirect=True)
+def test_what_the_loop_refuses(capsys, recipe, family, tmp_path):
+    path = recipe("http://127.0.0.1:9")
+    assert run(["online", "--config", str(path)]) == 2
+    assert "does not answer" in capsys.readouterr().err
+    assert run(["online", "--config", str(path), "online.promts=x"]) == 2
+    assert "did you mean 'prompts'" in capsys.readouterr().err
+    assert run(["online", "--config", str(path), "online=null"]) == 2
+    assert "no section `online`" in capsys.readouterr().err
+    assert run(["online", "--config", str(path), "drafter=null"]) == 2
+    assert "trained drafter" in capsys.readouterr().err
