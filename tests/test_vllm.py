@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import draft_opd as d
 from draft_opd.cli import run
 from draft_opd.export.engines import export
+from draft_opd.rollout.server import Server
 from draft_opd.serving.vllm import free_port
 from draft_opd.text import resolve_path
 from draft_opd.training.loop import Run
@@ -195,7 +196,7 @@ def test_collecting_survives_a_killed_server(engine, family, serveable, tmp_path
 
     def answers() -> bool:
         try:
-            d.rollout.server.Server(f"http://127.0.0.1:{port}").check()
+            Server(f"http://127.0.0.1:{port}").check()
         except d.UserError:
             return False
         return True

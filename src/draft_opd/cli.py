@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from functools import partial
@@ -125,7 +126,8 @@ def collect(
 
         if drafter:
             raise UserError("--drafter speeds up decoding here: a server has its own")
-        asker = Server(server, server_model, endpoint, in_flight, patience)
+        key = os.environ.get("OPENAI_API_KEY")
+        asker = Server(server, server_model, endpoint, in_flight, patience, api_key=key)
         asker.check()
         text = TargetText.from_pretrained(target, trust_remote_code=trust_remote_code)
         dropped = asker.dropped
