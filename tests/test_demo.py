@@ -8,18 +8,17 @@ import draft_opd as d
 from draft_opd.console import Screen
 from draft_opd.demo import run_demo
 
-FAMILY = "dflash"
 pytestmark = pytest.mark.xdist_group("demo")  # one run of it serves all
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory):
+def demo(family, tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "run"
     small = [
         "data.limit=32", "data.heldout_limit=3", "steps=10", "evaluation.every=5", "batch_size=8",
         "opd.trace_every=5",
     ]  # fmt: skip
-    return out, run_demo(out, "dflash", 0, Screen(True), small, max_new_tokens=60)
+    return out, run_demo(out, family, 0, Screen(True), small, max_new_tokens=60)
 
 
 def test_the_summary_has_its_fields(demo):
@@ -64,10 +63,10 @@ def test_its_drafters_can_be_used(demo):
         drafter.check_target(target)
 
 
-def test_a_folder_in_use_is_left_alone(demo):
+def test_a_folder_in_use_is_left_alone(demo, family):
     out, _ = demo
     with pytest.raises(d.UserError, match="finished demo"):
-        run_demo(out, "dflash", 0, Screen(True))
+        run_demo(out, family, 0, Screen(True))
 
 
 def test_a_killed_demo_goes_on(tmp_path, monkeypatch):
