@@ -1,8 +1,9 @@
 """The shipped target behind the part of vLLM's HTTP API that collecting uses; a process of its own.
 
-    python small_server.py PORT [no-ids] [busy] [template-twice] [other-tokenizer] [sglang]
+    python small_server.py PORT [PLANTED ...]
 
-The arguments plant what servers do to their clients. `pytest -m slow` uses vLLM itself.
+PLANTED, what servers do to their clients: no-ids, busy, template-twice, other-tokenizer, one-fails,
+sglang (its names). `pytest -m slow` uses vLLM itself.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ class Handler(BaseHTTPRequestHandler):
                 prompt = TARGET.chat_ids(again)
         else:
             prompt = asked["prompt"]
+        if "one-fails" in PLANTED and "word word" in tokenizer.decode(prompt):
+            self.reply({"error": {"message": "out of memory"}}, 500)
+            return
         if len(prompt) > 400:
             self.reply({"error": {"message": "the prompt is too long"}}, 400)
             return

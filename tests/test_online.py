@@ -8,6 +8,7 @@ from test_server import served
 
 import draft_opd as d
 from draft_opd.cli import run
+from draft_opd.rollout.prompts import read_prompts
 
 
 @pytest.fixture
@@ -16,32 +17,39 @@ def recipe(family, recipe_for, trained_folder, tmp_path):
 
     def write(url, **online):
         tree = recipe_for(
-            "opd", tmp_path / "loop", "steps=2", "evaluation.every=2", f"drafter={trained_folder}",
-            "opd.objective.kind=dpace", "optim.learning_rate=1e-3",
+            "opd", tmp_path / "loop", "steps=20", "evaluation.every=10", "batch_size=4",
+            f"drafter={trained_folder}", "opd.objective.kind=dpace", "optim.learning_rate=2e-3",
         ).model_dump(mode="json")  # fmt: skip
         del tree["data"]["trajectories"]
         tree["online"] = {
             "server": url, "prompts": str(tmp_path / "traffic.jsonl"), "rounds": 3,
-            "prompts_per_round": 4, "window": 2, "max_new_tokens": 60, "patience": 20,
+            "prompts_per_round": 4, "window": 2, "max_new_tokens": 100, "patience": 20,
             "export_dtype": "float32", **online,
         }  # fmt: skip
         path = tmp_path / "online.yaml"
         path.write_text(yaml.safe_dump(tree))
         return path
 
-    rows = [json.dumps({"id": str(i), "prompt": f"A row begins with {i}, {2 * i}. Which is next?"})
-            for i in range(3, 13)]  # fmt: skip
-    (tmp_path / "traffic.jsonl").write_text("\n".join(rows) + "\n")
+    asked = read_prompts("embedded:train", 110)[100:]
+    rows = [json.dumps({"id": "same", "messages": p.messages}) for p in asked]
+    # What a log of other people's requests holds as well.
+    rows[2:2] = ["not JSON", '{"messages": [{"role": "assistant", "content": null}]}', "{}"]
+    # The last line is still being written.
+    (tmp_path / "traffic.jsonl").write_text("\n".join(rows) + "\n" + '{"prompt": "A row beg')
     return write
 
 
 def test_rounds_follow_the_traffic(capsys, recipe, family, tmp_path):
     log = tmp_path / "reloads"
     with served() as url:
-        path = recipe(url, reload=f"cat {{drafter}}/config.json > /dev/null && echo x >> {log}")
+        # A server in the background must not hold the loop up.
+        path = recipe(url, reload=f"cat {{drafter}}/config.json && echo x >> {log}; sleep 60 &")
         assert run(["online", "--config", str(path), "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert [r["trajectories"] for r in value["rounds"]] == [4, 4, 2]  # the file has ten
+    assert [r["next_line"] for r in value["rounds"]] == [7, 11, 13]
+    assert [r["passed_over"] for r in value["rounds"]] == [3, 0, 0]
+    assert any(r["served"] for r in value["rounds"])
     out = tmp_path / "loop"
     kept = [len(d.read_trajectories(out / f"round-{i}" / "train.jsonl")) for i in range(3)]
     assert kept == [4, 8, 6]  # a window of two rounds
@@ -63,12 +71,15 @@ def test_rounds_follow_the_traffic(capsys, recipe, family, tmp_path):
 @pytest.mark.parametrize("family", ["dflash"], indirect=True)
 def test_a_loop_goes_on_where_it_stopped(capsys, recipe, family, tmp_path):
     with served() as url:
+        log = tmp_path / "reloads"
         path = recipe(url, reload="false", rounds=2)
         assert run(["online", "--config", str(path)]) == 2
         assert "online.reload ended with status 1" in capsys.readouterr().err
-        path = recipe(url, rounds=1)
+        path = recipe(url, rounds=1, reload=f"echo x >> {log}")
         assert run(["online", "--config", str(path), "--json"]) == 0
         first = json.loads(capsys.readouterr().out)["rounds"]
+        # The reload that failed was done again.
+        assert log.read_text().count("x") == 1 + sum(r["served"] for r in first)
         path = recipe(url, rounds=2)
         assert run(["online", "--config", str(path), "--json"]) == 0
         second = json.loads(capsys.readouterr().out)["rounds"]
@@ -77,11 +88,16 @@ def test_a_loop_goes_on_where_it_stopped(capsys, recipe, family, tmp_path):
 
 @pytest.mark.parametrize("family", ["dflash"], indirect=True)
 def test_what_the_loop_refuses(capsys, recipe, family, tmp_path):
-    path = recipe("http://127.0.0.1:9")
+    path = recipe("http://127.0.0.1:9", patience=0.5)
     assert run(["online", "--config", str(path)]) == 2
     assert "does not answer" in capsys.readouterr().err
     assert run(["online", "--config", str(path), "online.promts=x"]) == 2
     assert "did you mean 'prompts'" in capsys.readouterr().err
+    assert run(["online", "--config", str(path), f"online.prompts={tmp_path}/none.jsonl"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    (tmp_path / "traffic.jsonl").write_text("nothing\n")
+    assert run(["online", "--config", str(path)]) == 2
+    assert "no usable prompts" in capsys.readouterr().err
     assert run(["online", "--config", str(path), "online=null"]) == 2
     assert "no section `online`" in capsys.readouterr().err
     assert run(["online", "--config", str(path), "drafter=null"]) == 2

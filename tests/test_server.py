@@ -142,6 +142,21 @@ def test_a_refused_prompt_does_not_stop_the_others(text, tmp_path):
     assert server.dropped == {"HTTP 400 the prompt is too long": 1}
 
 
+def test_a_prompt_the_server_fails_on_is_given_up(text, tmp_path, monkeypatch):
+    """While others are answered; it would stop every new attempt as well."""
+    monkeypatch.setattr("draft_opd.rollout.server.BACKOFF", (0.02, 0.1))
+    prompts = tmp_path / "p.jsonl"
+    rows = [{"prompt": "word word"}, *({"prompt": f"Which is next? {i}"} for i in range(12))]
+    prompts.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with served("one-fails") as url:
+        server = Server(url, in_flight=2)
+        server.check()
+        options = {"max_new_tokens": 12, "sampling": Sampling()}
+        path = gather_from(server, text, read_prompts(prompts), tmp_path / "out", **options)
+    assert len(d.read_trajectories(path)) == 12
+    assert server.dropped == {"HTTP 500 out of memory": 1}
+
+
 def test_samples_differ_and_can_be_drawn_again(text, tmp_path):
     made = []
     with served() as url:

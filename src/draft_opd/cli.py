@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from functools import partial
@@ -126,8 +125,7 @@ def collect(
 
         if drafter:
             raise UserError("--drafter speeds up decoding here: a server has its own")
-        key = os.environ.get("OPENAI_API_KEY")
-        asker = Server(server, server_model, endpoint, in_flight, patience, api_key=key)
+        asker = Server(server, server_model, endpoint, in_flight, patience)
         asker.check()
         text = TargetText.from_pretrained(target, trust_remote_code=trust_remote_code)
         dropped = asker.dropped

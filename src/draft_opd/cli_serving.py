@@ -42,6 +42,7 @@ def check_serving(
     url: Annotated[
         str | None, typer.Option(help="A running server, instead of starting one.")
     ] = None,
+    server_model: Annotated[str | None, typer.Option(help="Default: the one it serves.")] = None,
     served: Annotated[
         Path | None, typer.Option(help="Folder to serve, if not an export of --drafter.")
     ] = None,
@@ -71,54 +72,83 @@ def check_serving(
         raise UserError(f"--engine {engine}: only vllm can be checked")
     if dry_run == bool(drafter):
         raise UserError("give --drafter, or --dry-run with --config")
+    if url and (served or dry_run):
+        raise UserError("--url takes what runs there: leave --served and --dry-run out")
+    if served and not (served / "config.json").exists():
+        raise UserError(f"--served {served}: no drafter folder (it has no config.json)")
+    from draft_opd.drafters import Drafter
+    from draft_opd.export.engines import export
     from draft_opd.rollout.prompts import read_prompts
+    from draft_opd.rollout.server import Server
     from draft_opd.serving.check import ask, compare
-    from draft_opd.serving.vllm import Engine, EngineFailed
+    from draft_opd.serving.vllm import Engine, EngineFailed, read_metrics
+    from draft_opd.text import TargetText, resolve_path
 
     screen = Screen(json)
     asked = read_prompts(prompts, limit)
-    model = to_target(target, device, dtype, trust_remote_code)
-    helper = untrained(config, model) if dry_run else to_drafter(drafter, model)
+    kind = dtype or default_dtype(target, device)
+    place = Path(tempfile.mkdtemp(prefix="draft-opd-check-"))  # stays: the engine's log is in it
+    if dry_run:
+        drafter = str(place / "untrained")
+        untrained(config, target, trust_remote_code).save_pretrained(drafter)
+    # The engine needs the device for itself: until it has ended, the target stays on disk.
+    helper = Drafter.from_pretrained(drafter, device="cpu")
+    helper.check_target(TargetText.from_pretrained(target, trust_remote_code=trust_remote_code))
     length = helper.checked_length(draft_length)
     with ExitStack() as stack:
-        name = None
         if url is None:
-            from draft_opd.export.engines import export
-            from draft_opd.text import resolve_path
-
-            place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            start = Engine(
+                resolve_path(target), served or place / "export", helper.vllm_method, length,
+                place / "vllm.log", command=engine_command, extra=engine_args, timeout=timeout,
+                dtype=kind,
+            )  # fmt: skip
             if served is None:
-                source, served = str(drafter), place / "export"
-                if dry_run:
-                    source = str(place / "untrained")
-                    helper.save_pretrained(source)
-                kind = str(model.dtype).removeprefix("torch.")
-                export(target, source, "vllm", served, dtype=kind)
-            log = Path(tempfile.mkstemp(prefix="draft-opd-vllm-", suffix=".log")[1])
-            screen.say(f"starting vLLM; its log: {log}")
+                export(target, drafter, "vllm", place / "export", dtype=kind,
+                       trust_remote_code=trust_remote_code)  # fmt: skip
+            screen.say(f"starting vLLM; its log: {start.log}")
             try:
-                running = stack.enter_context(
-                    Engine(
-                        resolve_path(target), served, helper.vllm_method, length, log,
-                        command=engine_command, extra=engine_args, timeout=timeout,
-                        dtype=str(model.dtype).removeprefix("torch."),
-                    )
-                )  # fmt: skip
+                url = stack.enter_context(start).url
             except EngineFailed as error:
                 value = {"equal": False, "causes": [f"vLLM did not start: {error.why}"],
                          "log": str(error.log)}  # fmt: skip
                 screen.result(value, f"NOT SERVED. {value['causes'][0]}", f"Log: {error.log}")
                 return 1
-            url = running.url
-        from draft_opd.rollout.server import Server
-
-        server = Server(url)
-        name = server.check()
+        server = Server(url, server_model)
+        server.check()
+        width = len(read_metrics(server).by_position)
+        if draft_length is None and 0 < width < length:
+            length = width  # a server that drafts less than was trained
         with screen.progress("check-serving", len(asked)) as update:
-            found = ask(server.url, name, asked, max_new_tokens, update)
-    value = compare(model, helper, found, length, thinking)
+            found = ask(server, asked, max_new_tokens, update)
+    model = to_target(target, device, kind, trust_remote_code)
+    value = compare(model, to_drafter(drafter, model), found, length, thinking)
     screen.result(value, *_shown(value))
     return 0 if value["equal"] else 1
+
+
+def default_dtype(target: str, device: str | None) -> str:
+    """float32 on a CPU and for the shipped target, else bfloat16, as engines serve."""
+    import torch
+
+    from draft_opd.text import EMBEDDED
+
+    here = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return "float32" if here == "cpu" or target == EMBEDDED else "bfloat16"
+
+
+def untrained(config: str, target: str, trust_remote_code: bool):
+    """The drafter that training with this recipe would begin with."""
+    import torch
+
+    from draft_opd.target import Target
+    from draft_opd.training.config import load_recipe
+    from draft_opd.training.loop import new_drafter
+
+    recipe = load_recipe(config, [], "sft")
+    model = Target.from_pretrained(target, device="cpu", trust_remote_code=trust_remote_code)
+    torch.manual_seed(recipe.seed)
+    counts = torch.arange(model.vocab_size).flip(0)  # a draft vocabulary: any tokens will do
+    return new_drafter(recipe.model, model, counts)
 
 
 def online(config: Config, overrides: Overrides = None, json: Json = False) -> None:
@@ -136,19 +166,6 @@ def online(config: Config, overrides: Overrides = None, json: Json = False) -> N
     ]
     columns = ["round", "trajectories", "τ before", "τ", "served"]
     screen.result(value, table("", columns, rows), f"Serving: {value['served']}")
-
-
-def untrained(config: str, target):
-    """The drafter that training with this recipe would begin with."""
-    import torch
-
-    from draft_opd.drafters import FAMILIES
-    from draft_opd.training.config import load_recipe
-
-    recipe = load_recipe(config, [], "sft")
-    torch.manual_seed(recipe.seed)
-    counts = torch.arange(target.vocab_size).flip(0)  # a draft vocabulary: any tokens will do
-    return FAMILIES[recipe.model.family].create(target, counts, **recipe.model.options)
 
 
 def _shown(value: dict) -> list:

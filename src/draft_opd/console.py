@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -42,7 +43,7 @@ class Screen:
             sys.stdout.flush()
             return
         for item in shown:
-            self.out.print(item)
+            self.out.print(item, markup=False)
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Update]:
@@ -85,7 +86,7 @@ def table(title: str, columns: list[str], rows: list[list]) -> Table:
     for i, name in enumerate(columns):
         made.add_column(name, justify="right" if i else "left", no_wrap=bool(i))
     for row in rows:
-        made.add_row(*(cell if isinstance(cell, str) else _figure(cell) for cell in row))
+        made.add_row(*(escape(cell if isinstance(cell, str) else _figure(cell)) for cell in row))
     return made
 
 

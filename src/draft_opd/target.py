@@ -38,8 +38,6 @@ class Target(TargetText):
         self.model = model.eval().requires_grad_(False)
         self.decoder = model.get_decoder()
         self.head = model.get_output_embeddings()
-        self.num_layers: int = self.config.num_hidden_layers
-        self.hidden_size: int = self.config.hidden_size
         self.vocab_size = self.head.weight.shape[0]
         self._narrow_head: Tensor | None = None
         self._check_supported()

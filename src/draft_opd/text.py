@@ -1,4 +1,4 @@
-"""What of a target is text: tokenizer, chat template, limits. A server has the weights."""
+"""What is known of a target without its weights: tokenizer, chat template, shape, limits."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ def resolve_path(path_or_id: str) -> str:
 
 
 class TargetText:
-    """Token ids in and out of a target, without its weights."""
+    """A target without its weights: for what a server decodes, and for what is written to disk."""
 
     def __init__(self, config, generation_config, tokenizer, name: str):
         self.config = config.get_text_config()
         self.tokenizer = tokenizer
         self.name = name
         self.vocab_size: int = self.config.vocab_size
+        self.num_layers: int = self.config.num_hidden_layers
+        self.hidden_size: int = self.config.hidden_size
+        self.architectures: list[str] = config.architectures or []
         self.max_positions: int = getattr(self.config, "max_position_embeddings", None) or 1 << 30
         self._generation = generation_config
 

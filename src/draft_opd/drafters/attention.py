@@ -30,14 +30,14 @@ class Visibility:
     """Who sees what: block i, at anchors[:, i], sees context slots before its anchor.
 
     anchors [batch, A]; `size` tokens a block; `context` slots stand before the blocks' own keys.
-    A causal block sees itself from left to right only; `window` bounds the distance to a key in
-    layers of kind sliding_attention (which are causal inside the block, as engines serve them).
+    A causal block sees itself from left to right only (None: in layers of kind sliding_attention,
+    as engines serve them); `window` bounds the distance to a key in those layers.
     """
 
     anchors: Tensor
     size: int
     context: int
-    causal: bool = False
+    causal: bool | None = None
     window: int | None = None
     _made: dict = field(default_factory=dict)
 
@@ -45,7 +45,8 @@ class Visibility:
         """mask_mod(batch, head, query, key) for flex_attention; also builds the dense mask."""
         anchors, size, context = self.anchors, self.size, self.context
         sliding = kind == "sliding_attention"
-        causal, window = self.causal or sliding, self.window if sliding else None
+        causal = sliding if self.causal is None else self.causal
+        window = self.window if sliding else None
 
         def visible(b, h, q, k):
             block, offset = q // size, q % size

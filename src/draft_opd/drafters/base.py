@@ -19,6 +19,7 @@ from draft_opd.files import replace_folder
 
 if TYPE_CHECKING:
     from draft_opd.target import Target
+    from draft_opd.text import TargetText
 
 # Picks draft tokens from logits [..., V]: returns ids [...] and, when the draft is sampled,
 # the distribution [..., V] they were drawn from (None for argmax in greedy decoding).
@@ -86,7 +87,7 @@ class Drafter(nn.Module):
         """config.json and tensors as speculators has them; `verifier` names the target."""
         raise NotImplementedError
 
-    def check_target(self, target: Target) -> None:
+    def check_target(self, target: TargetText) -> None:
         """Raises `UserError` when this drafter cannot serve `target`."""
         raise NotImplementedError
 
@@ -166,14 +167,17 @@ class Drafter(nn.Module):
         """How `engine` (one of `export`'s formats) serves this drafter from `folder`."""
         raise NotImplementedError
 
-    def faults(self, target: Target) -> dict[str, Drafter]:
-        """This drafter as a wrong file or engine would serve it, by the name of the fault."""
+    def faults(self, num_layers: int) -> dict[str, Callable[[dict, dict[str, Tensor]], None]]:
+        """What wrong files and engines do to a drafter, by name: changes for `altered`.
+
+        num_layers: the target's.
+        """
         raise NotImplementedError
 
     # -- common -----------------------------------------------------------------------------
 
     def altered(self, change: Callable[[dict, dict[str, Tensor]], None]) -> Drafter | None:
-        """A copy through its files, after `change(config, tensors)`; None where that is none."""
+        """A copy through its files, after `change(config, tensors)`; None if that is no drafter."""
         config = json.loads(json.dumps(self.config_dict()))
         tensors = {k: v.detach().cpu().clone() for k, v in self.tensors().items()}
         change(config, tensors)
@@ -184,27 +188,25 @@ class Drafter(nn.Module):
             return None
         return drafter.to(self.device, next(self.parameters()).dtype).eval()
 
-    def common_faults(self, target: Target, shift: Callable[[dict, int], None]) -> dict:
+    def common_faults(self, num_layers: int, shift: Callable[[dict, int], None]) -> dict:
         """Those of every family; `shift(config, by)` moves the tapped layers."""
         made = {}
         for by, name in ((1, "one higher"), (-1, "one lower")):
-            layers = [i + by for i in self.target_layers]
-            if layers[0] >= 0 and layers[-1] < target.num_layers - 1:
-                made[f"the target's layers are tapped {name} than trained"] = self.altered(
-                    lambda c, _, by=by: shift(c, by)
+            if self.target_layers[0] + by >= 0 and self.target_layers[-1] + by < num_layers - 1:
+                made[f"the target's layers are tapped {name} than trained"] = (
+                    lambda config, _, by=by: shift(config, by)
                 )
         ours = self.config_dict()["rope_theta"]
         for theta in (10_000.0, 500_000.0, 1_000_000.0, 5_000_000.0):
+
+            def turn(config, _, theta=theta):
+                config["rope_theta"] = config["rope_parameters"]["rope_theta"] = theta
+
             if theta != ours:
-
-                def turn(config, _, theta=theta):
-                    config["rope_theta"] = config["rope_parameters"]["rope_theta"] = theta
-
-                name = f"the rope base is {theta:g}, trained was {ours:g}"
-                made[name] = self.altered(turn)
+                made[f"the rope base is {theta:g}, trained was {ours:g}"] = turn
         for name, value in self.tensors().items():
             if value.is_floating_point() and value.ndim == 2:
-                made[f"the tensor {name} was not loaded (a misnamed weight)"] = self.altered(
+                made[f"the tensor {name} was not loaded (a misnamed weight)"] = (
                     lambda _, tensors, name=name: tensors[name].zero_()
                 )
         return made

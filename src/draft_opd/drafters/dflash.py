@@ -112,7 +112,6 @@ class DFlashDrafter(Drafter):
     """See the module docstring. `config` is a Qwen3Config with the z-lab keys."""
 
     family = vllm_method = "dflash"
-    formats = ("z-lab", "sglang", "vllm", "speculators")
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
@@ -125,7 +124,10 @@ class DFlashDrafter(Drafter):
             config.num_target_layers, config.num_hidden_layers
         )
         self.target_layers = tuple(layers)
-        self.causal = bool(getattr(config, "is_causal", options.get("causal", False)))
+        # Said for all layers; where nothing is said, sliding layers are causal and full ones not.
+        self.causal: bool | None = getattr(config, "is_causal", options.get("causal"))
+        if self.causal is None and "sliding_attention" not in config.layer_types:
+            self.causal = False
         hidden = config.hidden_size
         self.fc = nn.Linear(len(self.target_layers) * hidden, hidden, bias=False)
         self.hidden_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
@@ -180,9 +182,11 @@ class DFlashDrafter(Drafter):
             model_type="qwen3",
             block_size=self.block_size,
             num_target_layers=getattr(self.config, "num_target_layers", None),
-            is_causal=self.causal,
             **older_rope_keys(self.config),
         )
+        config.pop("is_causal", None)
+        if self.causal is not None:
+            config["is_causal"] = self.causal
         config["dflash_config"] = {
             **(getattr(self.config, "dflash_config", None) or {}),
             "mask_token_id": self.mask_token_id,
@@ -194,7 +198,7 @@ class DFlashDrafter(Drafter):
     def speculators_files(self, verifier: dict):
         config = self.config_dict()
         for key in ("dflash_config", "block_size", "num_target_layers", "is_causal"):
-            del config[key]
+            config.pop(key, None)
         own = {
             "block_size": self.block_size,
             "mask_token_id": self.mask_token_id,
@@ -203,23 +207,29 @@ class DFlashDrafter(Drafter):
             "target_hidden_size": config["hidden_size"],
             "sample_from_anchor": False,
             # vLLM 0.33 makes every layer causal where this is false.
-            "sliding_window_non_causal": not self.causal,
+            "sliding_window_non_causal": True,
         }
         name = "DFlashDraftModel"
         layers = wrap("dflash", name, config, own, self.draft_length, verifier)
         return layers, self.tensors()
 
-    def faults(self, target: Target) -> dict[str, Drafter]:
+    def faults(self, num_layers: int):
         def shift(config, by):
             options = config["dflash_config"]
             options["target_layer_ids"] = [i + by for i in options["target_layer_ids"]]
 
-        causal = "attention inside the block is causal" + (" no more" if self.causal else "")
-        made = {
-            causal: self.altered(lambda c, _: c.update(is_causal=not self.causal)),
-            **self.common_faults(target, shift),
+        other = not self.causal
+        causal = "attention inside the block is " + ("causal" if other else "not causal")
+        return {
+            causal: lambda config, _: config.update(is_causal=other),
+            **self.common_faults(num_layers, shift),
         }
-        return {name: drafter for name, drafter in made.items() if drafter is not None}
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        # speculators and vLLM's reader of it differ in what is causal unless nothing is.
+        plain = ("z-lab", "sglang", "vllm")
+        return plain if self.causal is not False else (*plain, "speculators")
 
     def check_target(self, target: Target) -> None:
         if self.config.hidden_size != target.hidden_size:
@@ -340,14 +350,13 @@ def _from_speculators(config: dict) -> dict:
     if config.get("sample_from_anchor"):
         raise UserError("DFlash drafters that sample from the anchor are not supported")
     sliding = "sliding_attention" in (flat.get("layer_types") or [])
-    if sliding and config.get("sliding_window_non_causal"):
-        raise UserError("DFlash drafters with sliding layers that are not causal are not supported")
+    causal = None if sliding and not config.get("sliding_window_non_causal") else False
     flat.setdefault("block_size", (length or 15) + 1)
     options = {
         "mask_token_id": config.get("mask_token_id"),
         "target_layer_ids": [i - 1 for i in taps],
     }
-    return {**flat, "is_causal": False, "dflash_config": options, "num_target_layers": None}
+    return {**flat, "is_causal": causal, "dflash_config": options, "num_target_layers": None}
 
 
 def find_mask_token(target: Target) -> int:

@@ -301,17 +301,19 @@ class Eagle3Drafter(Drafter):
         name = "Eagle3Speculator"
         return wrap("eagle3", name, config, own, self.draft_length, verifier), tensors
 
-    def faults(self, target: Target) -> dict[str, Drafter]:
+    def faults(self, num_layers: int):
         def shift(config, by):
             key = "eagle_aux_hidden_state_layer_ids"
             config[key] = [i + by for i in config[key]]
             config["eagle_config"][key] = [i + by for i in config["eagle_config"][key]]
 
-        made = self.common_faults(target, shift)
+        made = self.common_faults(num_layers, shift)
         for flag in ("norm_before_residual", "norm_output"):
-            name = f"{flag} is {str(not self.flags[flag]).lower()}, trained was the other"
-            made[name] = self.altered(lambda c, _, f=flag: c.update({f: not self.flags[f]}))
-        return {name: drafter for name, drafter in made.items() if drafter is not None}
+            other = not self.flags[flag]
+            made[f"{flag} is {str(other).lower()}, trained was the other"] = (
+                lambda config, _, flag=flag, other=other: config.update({flag: other})
+            )
+        return made
 
     def check_target(self, target: Target) -> None:
         if not self._given_layers:
@@ -346,7 +348,8 @@ class Eagle3Drafter(Drafter):
     @property
     def formats(self) -> tuple[str, ...]:
         # SGLang has neither in 0.5.23's llama_eagle3.py.
-        sglang = not (self.qk_norm or self.flags["norm_before_residual"])
+        # For embeddings it takes the target's.
+        sglang = not (self.qk_norm or self.flags["norm_before_residual"] or self.embed_tokens)
         return ("sglang", "vllm", "speculators") if sglang else ("vllm", "speculators")
 
     def head_weight(self, target: Target) -> Tensor:

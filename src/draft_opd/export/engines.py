@@ -14,8 +14,7 @@ import torch
 from draft_opd.drafters import Drafter
 from draft_opd.errors import UserError
 from draft_opd.export.card import model_card
-from draft_opd.target import Target
-from draft_opd.text import resolve_path
+from draft_opd.text import TargetText, resolve_path
 
 FORMATS = ("z-lab", "sglang", "vllm", "speculators")
 
@@ -37,7 +36,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"'{out}' exists and is not empty: choose a new folder")
     helper = Drafter.from_pretrained(drafter, device="cpu")
-    model = Target.from_pretrained(target, device="cpu", trust_remote_code=trust_remote_code)
+    model = TargetText.from_pretrained(target, trust_remote_code=trust_remote_code)
     helper.check_target(model)
     if format not in helper.formats:
         raise UserError(
@@ -47,7 +46,7 @@ def export(
     serve = helper.serve_command(path, out, "vllm" if format == "speculators" else format)
     verifier = None
     if format == "speculators":
-        verifier = {"name_or_path": path, "architectures": model.model.config.architectures or []}
+        verifier = {"name_or_path": path, "architectures": model.architectures}
     card = model_card(helper, drafter, target, serve)
     helper.save_pretrained(out, dtype=getattr(torch, dtype), verifier=verifier, card=card)
     return {

@@ -32,37 +32,42 @@ def prompts_path(name: str | Path) -> Path:
     return Path(name)
 
 
+def read_prompt(row: dict, where: str, default_id: str = "") -> Prompt:
+    """One line: `{"prompt"}`, `{"messages"}` or a task's row (`{"question"}`). Raises `UserError`,
+    beginning with `where`, when it is none of these."""
+    messages = row.get("messages")
+    if messages is None:
+        text = next((row[k] for k in TEXT_KEYS if k in row), None)
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(
+                f"{where}: needs a text under one of {', '.join(TEXT_KEYS)}, or messages"
+            )
+        messages = [{"role": "user", "content": text}]
+    elif not (
+        isinstance(messages, list)
+        and messages
+        and all(
+            isinstance(m, dict)
+            and isinstance(m.get("role"), str)
+            and isinstance(m.get("content"), str)
+            for m in messages
+        )
+    ):
+        raise UserError(f"{where}: 'messages' must be a list of {{role, content}} objects")
+    while len(messages) > 1 and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]  # a logged conversation: its last answer is ours to give
+    return Prompt(str(row.get("id", default_id)), messages)
+
+
 def read_prompts(name: str | Path, limit: int | None = None) -> list[Prompt]:
-    """Reads prompts JSONL: `{"prompt"}`, `{"messages"}` or a task's rows (`{"question"}`).
+    """A JSONL file of what `read_prompt` takes.
 
     Raises `UserError` naming file and line when a line is none of these, or the file is empty.
     """
     path = prompts_path(name)
     prompts = []
     for number, row in read_jsonl(path):
-        where = f"{path}:{number}"
-        messages = row.get("messages")
-        if messages is None:
-            text = next((row[k] for k in TEXT_KEYS if k in row), None)
-            if not isinstance(text, str) or not text.strip():
-                raise UserError(
-                    f"{where}: needs a text under one of {', '.join(TEXT_KEYS)}, or messages"
-                )
-            messages = [{"role": "user", "content": text}]
-        elif not (
-            isinstance(messages, list)
-            and messages
-            and all(
-                isinstance(m, dict)
-                and isinstance(m.get("role"), str)
-                and isinstance(m.get("content"), str)
-                for m in messages
-            )
-        ):
-            raise UserError(f"{where}: 'messages' must be a list of {{role, content}} objects")
-        while len(messages) > 1 and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]  # a logged conversation: its last answer is ours to give
-        prompts.append(Prompt(str(row.get("id", number)), messages))
+        prompts.append(read_prompt(row, f"{path}:{number}", str(number)))
         if limit is not None and len(prompts) == limit:
             break
     if not prompts:

@@ -9,6 +9,8 @@ and a trajectory whose round trip is not exact is dropped.
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import time
 import zlib
 from collections import Counter
@@ -27,6 +29,8 @@ from draft_opd.rollout.trajectory import Trajectory
 from draft_opd.text import TargetText
 
 BACKOFF = (0.5, 10.0)  # seconds between tries: the first, the longest
+BUSY = (408, 429, 500, 502, 503, 504)  # statuses worth another try
+FAILURES = 10  # of one prompt, while others are answered
 
 
 class Dropped(Exception):
@@ -47,8 +51,9 @@ class Server:
     in_flight: int = 32
     patience: float = 300.0
     timeout: float = 900.0
-    api_key: str | None = None
+    api_key: str | None = field(default_factory=lambda: os.environ.get("OPENAI_API_KEY"))
     dropped: Counter[str] = field(default_factory=Counter)
+    _last_answer: float = 0.0
 
     def __post_init__(self):
         self.url = self.url.rstrip("/").removesuffix("/v1")
@@ -57,16 +62,31 @@ class Server:
         if not self.url.startswith(("http://", "https://")):
             raise UserError(f"--server {self.url}: give a URL, as http://localhost:8000")
 
-    def _client(self, kind=httpx.Client):
+    def client(self, kind=httpx.Client):
+        """An HTTP client for it; a proxy is for other machines than this one."""
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        limits = httpx.Limits(max_connections=self.in_flight)
-        return kind(base_url=self.url, headers=headers, timeout=self.timeout, limits=limits)
+        here = (httpx.URL(self.url).host or "").strip("[]") in ("localhost", "127.0.0.1", "::1")
+        return kind(
+            base_url=self.url, headers=headers, timeout=self.timeout, trust_env=not here,
+            limits=httpx.Limits(max_connections=self.in_flight),
+        )  # fmt: skip
+
+    def wait(self) -> str:
+        """`check`, for a server that may be starting: it has `patience` seconds."""
+        deadline = time.monotonic() + self.patience
+        while True:
+            try:
+                return self.check()
+            except UserError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1.0)
 
     def check(self) -> str:
         """The name of the model it serves. Raises `UserError` when it does not answer, or serves
         several and none was chosen."""
         try:
-            with self._client() as client:
+            with self.client() as client:
                 answer = client.get("/v1/models", timeout=30)
                 answer.raise_for_status()
                 names = [m["id"] for m in answer.json()["data"]]
@@ -101,7 +121,7 @@ class Server:
 
         async def everything(requests, emit) -> None:
             gate = asyncio.Semaphore(self.in_flight)
-            async with self._client(httpx.AsyncClient) as client:
+            async with self.client(httpx.AsyncClient) as client:
 
                 async def one(request: Request) -> None:
                     async with gate:
@@ -113,7 +133,8 @@ class Server:
                             found = await self._post(client, path, body)
                             ids, finish = read_answer(text, request.prompt_ids, found)
                         except Dropped as reason:
-                            self.dropped[str(reason)] += 1
+                            # Counts and offsets in a server's message would make each its own.
+                            self.dropped[re.sub(r"(?<!HTTP )\b\d+", "N", str(reason))] += 1
                             return
                     kind = (request.id, finish, *sampling.filters, own_seed)
                     emit([Trajectory(request.prompt_ids, ids, *kind)])
@@ -151,18 +172,20 @@ class Server:
 
     async def _post(self, client: httpx.AsyncClient, path: str, body: dict) -> dict:
         """The JSON answer; tries again while the server is away or overloaded."""
-        pause, gone_since = BACKOFF[0], None
+        pause, began, failures = BACKOFF[0], time.monotonic(), 0
         while True:
             try:
                 answer = await client.post(path, json=body)
-                if answer.status_code < 500 and answer.status_code != 429:
+                if answer.status_code not in BUSY:
+                    self._last_answer = time.monotonic()
                     break
                 problem = _why(answer)
+                failures += answer.status_code >= 500
             except httpx.TransportError as error:
                 problem = type(error).__name__
-            now = time.monotonic()
-            gone_since = gone_since or now
-            if now - gone_since > self.patience:
+            if failures >= FAILURES and self._last_answer > began:
+                raise Dropped(problem)  # others are answered: it is this prompt
+            if time.monotonic() - max(began, self._last_answer) > self.patience:
                 raise UserError(
                     f"server {self.url} has not answered for {self.patience:.0f} s ({problem}); "
                     "what was collected is kept: run the same command again to go on"
@@ -200,7 +223,7 @@ def gather_from(
         text, prompts, out, answer, about, samples=samples, thinking=thinking, progress=progress
     )
     if server.dropped and not path.stat().st_size:
-        reason, count = server.dropped.most_common(1)[0]
+        reason, count = server.dropped.most_common(1)[0][0], server.dropped.total()
         raise UserError(f"no answer of {server.url} is usable: {count} dropped, {reason}")
     return path
 
@@ -223,9 +246,9 @@ def read_answer(
     if finish not in ("stop", "length"):
         raise Dropped(f"ended by '{finish}'")
     seen = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
-    count = len(prompt_ids) if seen is None and "prompt_tokens" not in usage else None
-    count = len(seen) if seen is not None else usage.get("prompt_tokens", count)
-    if (seen is not None and seen != prompt_ids) or count != len(prompt_ids):
+    # Without ids only their number can be compared.
+    same = seen == prompt_ids if seen else usage.get("prompt_tokens") == len(prompt_ids)
+    if not same:
         raise Dropped("the server saw another prompt (its chat template, or its tokenizer)")
     ids = choice.get("token_ids") or choice.get("response_token_ids")
     stops = text.stop_ids

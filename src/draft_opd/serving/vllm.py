@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -20,52 +21,68 @@ from pathlib import Path
 import httpx2 as httpx
 
 from draft_opd.errors import UserError
+from draft_opd.rollout.server import Server
 
 DRAFTS = "vllm:spec_decode_num_drafts_total"
 PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
-# What says why an engine did not start, the most telling last.
+REQUESTS = "vllm:request_success_total"
+# What says why an engine did not start.
 CAUSES = re.compile(r"((?:\w+Error|\w+Exception): .+)")
 
 
 @dataclass
 class Acceptance:
-    """Rounds (drafts) and, offset by offset, how many of them accepted it."""
+    """Rounds (drafts) and, offset by offset, how many of them accepted it; requests finished."""
 
     drafts: int
     by_position: list[int] = field(default_factory=list)
+    requests: int = 0
+
+    @property
+    def accepted(self) -> int:
+        return sum(self.by_position)
 
     @property
     def tau(self) -> float:
         """Tokens a round, bonus token included."""
-        return 1 + sum(self.by_position) / self.drafts if self.drafts else 0.0
+        return 1 + self.accepted / self.drafts if self.drafts else 0.0
 
     def __sub__(self, other: Acceptance) -> Acceptance:
         width = max(len(self.by_position), len(other.by_position))
         a, b = (x.by_position + [0] * (width - len(x.by_position)) for x in (self, other))
-        return Acceptance(self.drafts - other.drafts, [x - y for x, y in zip(a, b, strict=True)])
+        return Acceptance(
+            self.drafts - other.drafts,
+            [x - y for x, y in zip(a, b, strict=True)],
+            self.requests - other.requests,
+        )
 
 
-def read_metrics(url: str) -> Acceptance:
+def read_metrics(server: Server) -> Acceptance:
     """The counters of `/metrics`, summed over engines. Raises `UserError` where there are none."""
     try:
-        answer = httpx.get(f"{url}/metrics", timeout=30)
+        with server.client() as client:
+            answer = client.get("/metrics", timeout=30)
         answer.raise_for_status()
     except httpx.HTTPError as error:
-        raise UserError(f"server {url} shows no /metrics ({type(error).__name__})") from error
-    drafts, accepted, seen = 0.0, Counter(), False
+        raise UserError(
+            f"server {server.url} shows no /metrics ({type(error).__name__})"
+        ) from error
+    drafts, requests, accepted, seen = 0.0, 0.0, Counter(), False
     for line in answer.text.splitlines():
         name, _, value = line.rpartition(" ")
         if name.startswith(DRAFTS):
             drafts, seen = drafts + float(value), True
         elif name.startswith(PER_POSITION):
             accepted[int(re.search(r'position="(\d+)"', name)[1])] += float(value)
+        elif name.startswith(REQUESTS):
+            requests += float(value)
     if not seen:
         raise UserError(
-            f"server {url} counts no drafts (no {DRAFTS} in /metrics): is it vLLM, started with "
-            "--speculative-config?"
+            f"server {server.url} counts no drafts (no {DRAFTS} in /metrics): is it vLLM, started "
+            "with --speculative-config?"
         )
     width = max(accepted, default=-1) + 1
-    return Acceptance(round(drafts), [round(accepted[k]) for k in range(width)])
+    return Acceptance(round(drafts), [round(accepted[k]) for k in range(width)], round(requests))
 
 
 def free_port() -> int:
@@ -97,7 +114,10 @@ class Engine:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log, self.timeout = log, timeout
-        words = shlex.split(command)
+        try:
+            words, more = shlex.split(command), shlex.split(extra)
+        except ValueError as error:
+            raise UserError(f"--engine-command or --engine-args: {error}") from None
         if not words or shutil.which(words[0]) is None:
             raise UserError(
                 f"--engine-command '{command}' does not run here: install vLLM, or name it, as "
@@ -109,11 +129,16 @@ class Engine:
         self.command: Sequence[str] = [
             *words, "--model", target, "--port", str(self.port), "--host", "127.0.0.1",
             "--speculative-config", json.dumps(speculative),
-            *(["--dtype", dtype] if dtype else []), *shlex.split(extra),
+            *(["--dtype", dtype] if dtype else []), *more,
         ]  # fmt: skip
         self._process: subprocess.Popen | None = None
+        self._handlers: dict = {}
 
     def __enter__(self) -> Engine:
+        # Ended by a signal, Python would not come to __exit__, and vLLM would keep the device.
+        if threading.current_thread() is threading.main_thread():
+            for name in (signal.SIGTERM, signal.SIGHUP):
+                self._handlers[name] = signal.signal(name, _leave)
         with self.log.open("wb") as log:
             # A group of its own, so that its workers end with it, and nothing else does.
             self._process = subprocess.Popen(
@@ -132,7 +157,7 @@ class Engine:
             if self._process.poll() is not None:
                 raise EngineFailed(self._why(), self.log)
             try:
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                if httpx.get(f"{self.url}/health", timeout=5, trust_env=False).status_code == 200:
                     return
             except httpx.HTTPError:
                 pass
@@ -141,12 +166,15 @@ class Engine:
 
     def _why(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
-        found = [m[1] for line in lines if (m := CAUSES.search(line))]
+        told = [line for line in lines if "WARNING" not in line]
+        found = [m[1] for line in told if (m := CAUSES.search(line))]
         # The first error is the cause; what follows is processes that noticed.
         text = found[0] if found else (lines[-1] if lines else "it said nothing")
         return " ".join(text.split())[:300]
 
     def __exit__(self, *_) -> None:
+        for name, handler in self._handlers.items():
+            signal.signal(name, handler)
         if self._process is None:
             return
         for kind, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
@@ -160,6 +188,10 @@ class Engine:
         self._process.wait()
         with suppress(ProcessLookupError):  # workers that outlived it
             os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _leave(number: int, _frame) -> None:
+    raise SystemExit(128 + number)
 
 
 class EngineFailed(Exception):

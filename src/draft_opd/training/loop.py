@@ -24,7 +24,7 @@ from draft_opd.rollout.trace import Traces, tau
 from draft_opd.rollout.trajectory import Trajectory, check_trajectories, read_trajectories
 from draft_opd.target import Target
 from draft_opd.training.checkpoint import Progress, load_checkpoint, save_checkpoint
-from draft_opd.training.config import Recipe
+from draft_opd.training.config import Model, Recipe
 from draft_opd.training.data import Batch, BatchSource, batch_at, cut
 from draft_opd.training.objectives import needs_branches
 from draft_opd.training.opd import hindsight_rollout, live_rollout, opd_loss
@@ -79,6 +79,20 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
     return o.learning_rate * (
         o.final_ratio + (1 - o.final_ratio) * (1 + math.cos(math.pi * part)) / 2
     )
+
+
+def new_drafter(model: Model, target: Target, counts: torch.Tensor) -> Drafter:
+    """The drafter that training begins with; counts [V] of the target's tokens. Raises `UserError`
+    for a family or an option that there is not."""
+    family = FAMILIES.get(model.family)
+    if family is None:
+        raise UserError(f"unknown drafter family '{model.family}'; known: {', '.join(FAMILIES)}")
+    try:
+        return family.create(target, counts, **model.options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"model.options.{key}: {first['msg'].lower()}") from None
 
 
 class Run:
@@ -182,19 +196,9 @@ class Run:
             raise UserError("data.heldout shares prompts with data.trajectories: τ would flatter")
 
     def _create(self) -> Drafter:
-        family = FAMILIES.get(self.recipe.model.family)
-        if family is None:
-            raise UserError(
-                f"unknown drafter family '{self.recipe.model.family}'; known: {', '.join(FAMILIES)}"
-            )
-        try:
-            said = [i for t in self.train_set for i in t.response_ids]
-            counts = torch.bincount(torch.tensor(said), minlength=self.target.vocab_size)
-            return family.create(self.target, counts, **self.recipe.model.options)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            raise UserError(f"model.options.{key}: {first['msg'].lower()}") from None
+        said = [i for t in self.train_set for i in t.response_ids]
+        counts = torch.bincount(torch.tensor(said), minlength=self.target.vocab_size)
+        return new_drafter(self.recipe.model, self.target, counts)
 
     def _prepare_folder(self) -> None:
         make_folder(self.out)
