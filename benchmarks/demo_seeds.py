@@ -19,6 +19,7 @@ import machine
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("demos", nargs="+", type=Path)
+    parser.add_argument("--name", default="demo_seeds")
     args = parser.parse_args()
     runs = [json.loads((folder / "summary.json").read_text()) for folder in args.demos]
     gains = [r["gain"] for r in runs]
@@ -32,7 +33,7 @@ def main() -> None:
         "runs": runs,
     }
     print(json.dumps(value["gain"]))
-    machine.write("demo_seeds", value)
+    machine.write(args.name, value)
 
 
 if __name__ == "__main__":
