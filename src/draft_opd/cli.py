@@ -208,11 +208,25 @@ def ablate(
 def evaluate(
     target: TargetName,
     drafter: DrafterName,
-    tasks: Annotated[str | None, typer.Option(help="'embedded' or NAME=FILE.jsonl, ...")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="gsm8k, math500, aime2025, mbpp, humaneval, swe-bench-lite, mt-bench "
+            "from the hub; gsm8k=FILE.jsonl; embedded; comma-separated."
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="'paper': its seven tasks, counts and order.")
+    ] = None,
+    shuffle: Annotated[
+        int | None, typer.Option(help="Seed of a random order, before --skip and --limit.")
+    ] = None,
     prompts: Annotated[str | None, typer.Option(help="A prompts file.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N prompts a task.")] = None,
     skip: Annotated[int, typer.Option(help="Leave out the first N prompts a task.")] = 0,
-    max_new_tokens: NewTokens = 512,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", help="Longest response; default: 512.")
+    ] = None,
     draft_length: Length = None,
     tree: Tree = None,
     temperature: Temperature = 0.0,
@@ -235,12 +249,19 @@ def evaluate(
     at_least(max_new_tokens, 1, "--max-new-tokens")
     from draft_opd.evaluation.measure import evaluate as run
     from draft_opd.evaluation.measure import evaluation_report
-    from draft_opd.evaluation.tasks import load_tasks
+    from draft_opd.evaluation.tasks import PAPER_LENGTH, load_tasks, paper_tasks
     from draft_opd.files import make_folder, write_json
 
     screen = Screen(json)
     sampling, widths = to_sampling(temperature, top_k, top_p, draft), to_widths(tree)
-    chosen = load_tasks(tasks, prompts, limit, skip)
+    if preset not in (None, "paper"):
+        raise UserError(f"--preset {preset}: there is 'paper'")
+    if preset and (tasks or prompts or limit or skip or shuffle is not None):
+        raise UserError("--preset says which prompts: leave --tasks, --limit and the like out")
+    chosen = paper_tasks() if preset else load_tasks(tasks, prompts, limit, skip, shuffle)
+    if preset and max_new_tokens is None:
+        max_new_tokens = PAPER_LENGTH
+    max_new_tokens = max_new_tokens or 512
     model = to_target(target, device, dtype, trust_remote_code)
     helper = to_drafter(drafter, model)
     with screen.progress("eval", sum(len(t.prompts) for t in chosen)) as update:
@@ -257,12 +278,26 @@ def evaluate(
     if out:
         write_json(make_folder(out) / "eval.json", report)
     rows = [
-        [t["task"], t["prompts"], t["tau"], f"{t['tokens_per_second']['target']:.1f}",
+        [t["task"], t["prompts"], t["tau"], _interval(t), f"{t['tokens_per_second']['target']:.1f}",
          f"{t['tokens_per_second']['speculative']:.1f}", f"{t['speedup']:.2f}×", _lossless(t)]
         for t in measured
     ]  # fmt: skip
-    columns = ["task", "prompts", "τ", "tok/s target", "tok/s speculative", "speed-up", "same text"]
+    columns = [
+        "task",
+        "prompts",
+        "τ",
+        "95 %",
+        "tok/s target",
+        "tok/s speculative",
+        "speed-up",
+        "same text",
+    ]
     screen.result(report, table("", columns, rows))
+
+
+def _interval(task: dict) -> str:
+    found = task["tau_interval"]
+    return f"{found[0]:.2f}–{found[1]:.2f}" if found else ""
 
 
 def _lossless(task: dict) -> str:

@@ -15,8 +15,11 @@ TEXT_KEYS = ("prompt", "question", "problem", "instruction")
 
 @dataclass(frozen=True)
 class Prompt:
+    """`later`: user turns that follow, once the one before is answered (MT-Bench)."""
+
     id: str
     messages: list[dict]
+    later: tuple[str, ...] = ()
 
     def ids(self, target: TargetText, thinking: bool | None = None) -> list[int]:
         """Through the target's chat template; as plain text when it has none."""

@@ -16,6 +16,7 @@ import torch
 
 from draft_opd.drafters import Drafter
 from draft_opd.errors import UserError
+from draft_opd.evaluation.regret import regret
 from draft_opd.rollout.hindsight import hindsight_traces, pad_rows
 from draft_opd.rollout.prompts import Prompt
 from draft_opd.rollout.server import Server
@@ -117,18 +118,13 @@ def next_round(target: Target, drafter: Drafter, texts: list[list[int]], length:
     return (said.argmax(-1) == drafted).long().cumprod(1).sum(1).tolist()
 
 
-@torch.no_grad()
 def text_is_the_targets(target: Target, rows: Sequence[Trajectory]) -> list[bool]:
     """For each text, whether every token is the target's argmax behind those before it, up to what
     the type's rounding leaves open."""
     found = []
     for t in rows:
-        ids = torch.tensor([t.ids], device=target.device)
-        at = len(t.prompt_ids) - 1
-        logits = target.logits(target.trajectories(ids).hidden[:, at:-1])[0].float()
-        best, said = logits.max(-1).values, logits.gather(1, ids[0, at + 1 :, None])[:, 0]
-        near = 8 * torch.finfo(target.dtype).eps * logits.abs().max(-1).values
-        found.append(bool((best - said <= near).all()))
+        gap, bound = regret(target, t.prompt_ids, t.response_ids)
+        found.append(bool((gap <= bound).all()))
     return found
 
 

@@ -1,0 +1,33 @@
+"""How far a text is from the target's own greedy choice, token by token.
+
+In float32 speculative and single-token decoding choose alike. In 16 bit a batched verification and
+a single step round differently, so near-ties may fall either way: the regret of such a token is
+within what the type's rounding leaves open, and anything beyond is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from draft_opd.target import Target
+
+ROUNDINGS = 8  # of the largest logit: what the layers' own roundings add up to, with room
+
+
+@torch.no_grad()
+def regret(
+    target: Target, prompt_ids: Sequence[int], response_ids: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """(largest logit minus that of the token said, the bound for it), [len(response_ids)] each.
+
+    One forward over the whole text, in the target's type.
+    """
+    ids = torch.tensor([[*prompt_ids, *response_ids]], device=target.device)
+    at = len(prompt_ids) - 1
+    logits = target.logits(target.trajectories(ids).hidden[:, at:-1])[0].float()
+    said = logits.gather(1, ids[0, at + 1 :, None])[:, 0]
+    bound = ROUNDINGS * torch.finfo(target.dtype).eps * logits.abs().max(-1).values
+    return logits.max(-1).values - said, bound
