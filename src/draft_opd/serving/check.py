@@ -176,11 +176,11 @@ def likely_causes(
     nearest = found[0][0]
     # A cause explains nearly all of the difference, and about as much as the best one does.
     good = [(far, name) for far, name in found if far <= base / 10 and far <= 2 * nearest + 2]
-    if served.counted.accepted < ours.accepted / 20 and (len(good) != 1 or nearest > 2):
+    if served.counted.accepted < ours.accepted / 5 and (len(good) != 1 or nearest > 2):
         # Whatever drafts nothing right looks alike.
         return [
-            "the engine accepts next to nothing: a weight that was not loaded (engines may pass "
-            "over a misnamed tensor), or the drafter of another target"
+            "the engine accepts next to nothing of what it should: a weight that was not loaded "
+            "(engines may pass over a misnamed tensor), or the drafter of another target"
         ]
     if good:
         return [
