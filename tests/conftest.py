@@ -24,8 +24,10 @@ torch.set_num_threads(1)
 MAX_NEW_TOKENS = 320
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """A module with `FAMILY = "dflash"` runs for that family only."""
+    """A module with `FAMILY = "dflash"` runs for that family only; a family stays on one worker,
+    where its drafters are trained once."""
 
     def wanted(item) -> bool:
         family = getattr(item, "callspec", None) and item.callspec.params.get("family")
@@ -33,6 +35,10 @@ def pytest_collection_modifyitems(config, items):
 
     config.hook.pytest_deselected(items=[i for i in items if not wanted(i)])
     items[:] = [i for i in items if wanted(i)]
+    for item in items:
+        family = getattr(item, "callspec", None) and item.callspec.params.get("family")
+        if family:
+            item.add_marker(pytest.mark.xdist_group(family))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device here")

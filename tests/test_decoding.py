@@ -49,10 +49,13 @@ def same_rounds(target, drafter, trajectory, one, other):
             assert x == y or (logits[k, x] - logits[k, y]).abs() < 1e-4 * logits[k].abs().max()
 
 
-def test_every_held_out_prompt_keeps_its_text_and_its_trace(target, trained, heldout):
-    made = check(target, trained, heldout, 15)
+def test_every_held_out_prompt_keeps_its_text_and_its_trace(target, family, trained, heldout):
+    # EAGLE-3 on every fourth, for time; on all in the slow test.
+    prompts = heldout if family == "dflash" else heldout[::4]
+    made = check(target, trained, prompts, 15)
     lengths = {r.accepted for g in made for r in g.rounds}
-    assert len(made) == 200 and {0, 1, 2, 3} <= lengths  # rejections at several offsets happened
+    assert len(made) == len(prompts) >= 50
+    assert {0, 1, 2, 3} <= lengths  # rejections at several offsets happened
 
 
 @pytest.mark.parametrize("size", range(2, 17))

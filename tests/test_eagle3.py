@@ -442,6 +442,6 @@ def test_an_export_says_how_to_serve_it(trained_folder, tmp_path):
         assert part in made["serve"]
     made = export("embedded", str(trained_folder), "vllm", tmp_path / "v")
     assert '"method": "eagle3"' in made["serve"] and '"num_speculative_tokens": 15' in made["serve"]
-    with pytest.raises(d.UserError, match="sglang, vllm only"):
+    with pytest.raises(d.UserError, match="has sglang, vllm, speculators only"):
         export("embedded", str(trained_folder), "z-lab", tmp_path / "z")
     assert not (tmp_path / "z").exists()

@@ -160,7 +160,7 @@ def sampled(target, heldout):
 
 
 def test_expected_tau_is_the_mean_of_many_traces(target, trained, sampled):
-    some, sampling = sampled[::8], Sampling(temperature=1.0)
+    some, sampling = sampled[::16], Sampling(temperature=1.0)
     rounds, tokens = expected_rounds(target, trained, some, sampling=sampling)
     draws = []
     for seed in range(30):
