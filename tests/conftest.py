@@ -24,10 +24,8 @@ torch.set_num_threads(1)
 MAX_NEW_TOKENS = 320
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """A module with `FAMILY = "dflash"` runs for that family only; a family stays on one worker,
-    where its drafters are trained once."""
+    """A module with `FAMILY = "dflash"` runs for that family only."""
 
     def wanted(item) -> bool:
         family = getattr(item, "callspec", None) and item.callspec.params.get("family")
@@ -35,10 +33,6 @@ def pytest_collection_modifyitems(config, items):
 
     config.hook.pytest_deselected(items=[i for i in items if not wanted(i)])
     items[:] = [i for i in items if wanted(i)]
-    for item in items:
-        family = getattr(item, "callspec", None) and item.callspec.params.get("family")
-        if family:
-            item.add_marker(pytest.mark.xdist_group(family))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device here")
@@ -75,7 +69,11 @@ SHAPES = {
 }
 
 
-@pytest.fixture(scope="session", params=sorted(SHAPES))
+# A family stays on one worker, where its drafters are trained once.
+EACH = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in sorted(SHAPES)]
+
+
+@pytest.fixture(scope="session", params=EACH)
 def family(request) -> str:
     """Every test that trains or takes a drafter runs for every family."""
     return request.param

@@ -24,10 +24,8 @@ from draft_opd.serving.vllm import Acceptance, Engine, EngineFailed
 @pytest.fixture(scope="module")
 def texts(heldout):
     """As an engine leaves them: cut by a limit, or ended by a stop token."""
-    return [
-        *(d.Trajectory(t.prompt_ids, t.response_ids[:40], t.id) for t in heldout[:3]),
-        heldout[3],
-    ]
+    cut = [d.Trajectory(t.prompt_ids, t.response_ids[:40], t.id) for t in heldout[:3]]
+    return [*cut, heldout[3]]
 
 
 def served(target, texts, counted) -> Served:
@@ -74,7 +72,7 @@ def test_what_agrees(target, trained, texts):
 
 FAULTS = {
     "dflash": ["causal", "one higher"],
-    "eagle3": ["norm_before_residual is true", "one lower"],
+    "eagle3": ["one lower"],
 }
 
 

@@ -10,6 +10,8 @@ import draft_opd as d
 from draft_opd.cli import run
 from draft_opd.rollout.prompts import read_prompts
 
+FAMILY = "dflash"
+
 
 @pytest.fixture
 def recipe(family, recipe_for, trained_folder, tmp_path):
@@ -68,7 +70,6 @@ def test_rounds_follow_the_traffic(capsys, recipe, family, tmp_path):
     assert (out / "served" / "README.md").exists()
 
 
-@pytest.mark.parametrize("family", ["dflash"], indirect=True)
 def test_a_loop_goes_on_where_it_stopped(capsys, recipe, family, tmp_path):
     with served() as url:
         log = tmp_path / "reloads"
@@ -86,7 +87,6 @@ def test_a_loop_goes_on_where_it_stopped(capsys, recipe, family, tmp_path):
     assert second[:1] == first and len(second) == 2
 
 
-@pytest.mark.parametrize("family", ["dflash"], indirect=True)
 def test_what_the_loop_refuses(capsys, recipe, family, tmp_path):
     path = recipe("http://127.0.0.1:9", patience=0.5)
     assert run(["online", "--config", str(path)]) == 2
