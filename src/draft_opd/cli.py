@@ -420,7 +420,8 @@ def export(
 
     screen = Screen(json)
     value = run(target, drafter, format, out, dtype=dtype, trust_remote_code=trust_remote_code)
-    screen.result(value, facts(value["path"], value))
+    shown = {k: v for k, v in value.items() if k != "serve"}  # a table would cut it
+    screen.result(value, facts(value["path"], shown), f"Serve it with:\n{value['serve']}")
 
 
 app.command(
