@@ -69,11 +69,7 @@ SHAPES = {
 }
 
 
-# A family stays on one worker, where its drafters are trained once.
-EACH = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in sorted(SHAPES)]
-
-
-@pytest.fixture(scope="session", params=EACH)
+@pytest.fixture(scope="session", params=sorted(SHAPES))
 def family(request) -> str:
     """Every test that trains or takes a drafter runs for every family."""
     return request.param

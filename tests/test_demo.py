@@ -8,6 +8,8 @@ import draft_opd as d
 from draft_opd.console import Screen
 from draft_opd.demo import run_demo
 
+pytestmark = pytest.mark.xdist_group("demo")  # one run of it serves all
+
 
 @pytest.fixture(scope="session")
 def demo(family, tmp_path_factory):

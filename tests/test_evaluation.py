@@ -41,6 +41,8 @@ def test_rows_become_the_fields_prompts(tmp_path, name):
     (task,) = load_tasks(f"{name}={path}", None)
     (prompt,) = task.prompts
     assert [prompt.messages[0]["content"], *prompt.later] == turns
+    path.write_text(json.dumps({"prompt": "One line."}) + "\n")  # a text, not a list of turns
+    assert not load_tasks(f"{name}={path}", None)[0].prompts[0].later
     # Chat traffic under a task's name is taken as it is.
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}) + "\n")
     assert load_tasks(f"{name}={path}", None)[0].prompts[0].messages[0]["content"] == "Hi"

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,16 +17,11 @@ import draft_opd as d
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.rollout.prompts import read_prompts
 from draft_opd.rollout.server import Server, gather_from, read_answer
+from draft_opd.serving.vllm import free_port
 from draft_opd.text import TargetText
 
 FAMILY = "dflash"
 LONGEST = 40
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def fetch(url: str) -> dict:

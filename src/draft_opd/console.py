@@ -82,7 +82,7 @@ class Screen:
 
 def table(title: str, columns: list[str], rows: list[list]) -> Table:
     """First column left, the others right."""
-    made = Table(title=title or None, title_justify="left")
+    made = Table(title=escape(title) or None, title_justify="left")
     for i, name in enumerate(columns):
         made.add_column(name, justify="right" if i else "left", no_wrap=bool(i))
     for row in rows:

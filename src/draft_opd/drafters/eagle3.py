@@ -275,7 +275,8 @@ class Eagle3Drafter(Drafter):
         # norm_output only where it is so (SpecForge means something else by it).
         config = {k: v for k, v in config.items() if k not in FLAGS}
         config |= {k: v for k, v in self.flags.items() if v or k == "norm_before_residual"}
-        options = {**(getattr(self.config, "eagle_config", None) or {})}
+        options = getattr(self.config, "eagle_config", None) or {}
+        options = {k: v for k, v in options.items() if k not in FLAGS}  # said once, at the top
         options |= {"draft_length": self.draft_length, "use_aux_hidden_state": True}
         if layers:  # two spellings, one apart: SGLang reads the nested one, vLLM the other
             options["eagle_aux_hidden_state_layer_ids"] = layers

@@ -19,7 +19,9 @@ def interval(
     The same rounds give the same interval; one response gives none.
     """
     totals = _totals(rounds)
-    return _percentiles(_ratio(totals, _drawn(len(totals), draws, seed)), level, len(totals))
+    if len(totals) < 2:
+        return None
+    return _percentiles(_ratio(totals, _drawn(len(totals), draws, seed)), level)
 
 
 def difference(
@@ -33,8 +35,10 @@ def difference(
     a, b = _totals(one), _totals(other)
     if len(a) != len(b):
         raise ValueError("a paired difference needs the same responses on both sides")
+    if len(a) < 2:
+        return None
     picked = _drawn(len(a), draws, seed)
-    return _percentiles(_ratio(a, picked) - _ratio(b, picked), level, len(a))
+    return _percentiles(_ratio(a, picked) - _ratio(b, picked), level)
 
 
 def _totals(rounds: Sequence[Sequence[Round]]) -> torch.Tensor:
@@ -45,19 +49,15 @@ def _totals(rounds: Sequence[Sequence[Round]]) -> torch.Tensor:
 
 def _drawn(count: int, draws: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(max(count, 1), (draws, max(count, 1)), generator=generator)
+    return torch.randint(count, (draws, count), generator=generator)
 
 
 def _ratio(totals: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
-    if not len(totals):
-        return torch.full((len(picked),), torch.nan, dtype=torch.float64)
     tokens, rounds = totals[picked].sum(1).unbind(-1)
     return tokens / rounds
 
 
-def _percentiles(values: torch.Tensor, level: float, count: int) -> tuple[float, float] | None:
-    if count < 2:
-        return None
+def _percentiles(values: torch.Tensor, level: float) -> tuple[float, float]:
     tail = (1 - level) / 2
     low, high = values.quantile(torch.tensor([tail, 1 - tail], dtype=values.dtype))
     return (low.item(), high.item())

@@ -6,6 +6,7 @@ the paper's protocol). Data come from the hub through `datasets`, or from JSONL 
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +37,13 @@ class Source:
     paper: int  # prompts in the paper's protocol
 
 
+def _listed(turns: object) -> list[str]:
+    """User turns; a text alone is no list of them, and then the row is taken as it is."""
+    if not isinstance(turns, list):
+        raise TypeError("not a list of turns")
+    return turns
+
+
 SOURCES = {
     "gsm8k": Source(("openai/gsm8k", "main"), "test", lambda r: [r["question"] + BOXED], 128),
     "math500": Source(
@@ -57,7 +65,7 @@ SOURCES = {
     ),
     "mt-bench": Source(
         ("HuggingFaceH4/mt_bench_prompts",), "train",
-        lambda r: list(r["prompt"] if "prompt" in r else r["turns"]), 80,
+        lambda r: _listed(r["turns"] if "turns" in r else r["prompt"]), 80,
     ),
 }  # fmt: skip
 PAPER_SEED, PAPER_LENGTH = 0, 8192
@@ -77,12 +85,14 @@ def load_tasks(
     """
     if not names and not prompts:
         raise UserError("nothing to evaluate on: give --tasks or --prompts")
+    # A log may be long: without a shuffle only its beginning is read.
+    count = limit + skip if limit and shuffle is None else None
     tasks = []
     for name in filter(None, (names or "").split(",")):
         label, equals, path = name.partition("=")
-        tasks.append(Task(label, _rows(label, path if equals else None)))
+        tasks.append(Task(label, _rows(label, path if equals else None, count)))
     if prompts:
-        tasks.append(Task("prompts", read_prompts(prompts)))
+        tasks.append(Task("prompts", read_prompts(prompts, count)))
     if not tasks:
         raise UserError(f"--tasks '{names}' names no task")
     return [Task(t.name, chosen(t.prompts, limit, skip, shuffle, t.name)) for t in tasks]
@@ -104,20 +114,23 @@ def chosen(
     if shuffle is not None:
         random.Random(shuffle).shuffle(found)
     found = found[skip:][: limit or None]
+    if not prompts:
+        raise UserError(f"'{where}' holds no prompts")
     if not found:
         raise UserError(f"--skip {skip} leaves no prompts of '{where}'")
     return found
 
 
-def _rows(label: str, path: str | None) -> list[Prompt]:
-    """A task's prompts, from its file or the hub."""
+def _rows(label: str, path: str | None, count: int | None = None) -> list[Prompt]:
+    """A task's prompts (the first `count`), from its file or the hub."""
     source = SOURCES.get(label)
     if path:
         if source is None:
-            return read_prompts(path)
-        return [_of_row(source, row, f"{path}:{n}", str(n)) for n, row in read_jsonl(Path(path))]
+            return read_prompts(path, count)
+        rows = itertools.islice(read_jsonl(Path(path)), count)
+        return [_of_row(source, row, f"{path}:{n}", str(n)) for n, row in rows]
     if label == EMBEDDED:
-        return read_prompts(f"{EMBEDDED}:heldout")
+        return read_prompts(f"{EMBEDDED}:heldout", count)
     if source is None:
         raise UserError(
             f"unknown task '{label}': there are {', '.join(SOURCES)} and '{EMBEDDED}'; or use "
