@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import subprocess
 from pathlib import Path
 
-import torch
-import transformers
+import draft_opd.machine
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict:
     """Machine, versions and commit."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x
-        ]
-        flags = next(x for x in info.read_text().splitlines() if x.startswith("flags")).split()
-        extra = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
-        cpu = f"{names[0]} ({', '.join(extra)})" if names else cpu
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit.stdout.strip(),
-    }
+    return {**draft_opd.machine.machine(), "commit": commit.stdout.strip()}
 
 
 def ratio(one: list[float], other: list[float]) -> dict:

@@ -18,13 +18,11 @@ Rows that are in the results file are not run again, and a run that was killed i
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -32,7 +30,8 @@ from draft_opd.console import table
 from draft_opd.drafters.base import find_folder
 from draft_opd.errors import UserError
 from draft_opd.files import make_folder, write_json, write_text
-from draft_opd.plots import new_axes, svg
+from draft_opd.machine import machine
+from draft_opd.plots import COLOURS, GREY, new_axes, svg
 from draft_opd.training.config import Recipe, load_recipe
 from draft_opd.training.loop import Run, RunResult
 
@@ -246,11 +245,7 @@ class Ablation:
         """Plan, machine, rows, and the table."""
         return {
             "plan": {**self.plan.model_dump(by_alias=True), "variants": self.known},
-            "machine": {
-                "cpu": platform.processor() or platform.machine(),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-            },
+            "machine": machine(),
             "table": summarise(self.rows, self.plan.baseline),
             "runs": self.rows,
         }
@@ -293,13 +288,13 @@ def _spread(values: list[float]) -> float | None:
 def plot(rows: list[dict], baseline: str) -> str:
     """Differences to the baseline as SVG: a dot a seed, a bar for the mean, best on top."""
     names = [r["variant"] for r in reversed(summarise(rows, baseline)) if r["variant"] != baseline]
-    figure, axes = new_axes(f"τ, % to {baseline}", "", height=0.8 + 0.25 * len(names))
+    figure, axes = new_axes(f"τ, % to {baseline}", "", height=0.8 + 0.25 * len(names), width=7)
     for y, name in enumerate(names):
         gains = _gains(rows, name, baseline)
-        axes.plot(gains, [y] * len(gains), "o", color="#1f77b4", alpha=0.45, markersize=4)
+        axes.plot(gains, [y] * len(gains), "o", color=COLOURS[0], alpha=0.45, markersize=4)
         if gains:
-            axes.plot([statistics.mean(gains)], [y], "|", color="#d62728", markersize=12, mew=2)
-    axes.axvline(0, color="#7f7f7f", linewidth=0.8)
+            axes.plot([statistics.mean(gains)], [y], "|", color=COLOURS[1], markersize=12, mew=2)
+    axes.axvline(0, color=GREY, linewidth=0.8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     return svg(figure)
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from draft_opd.cli_evaluation import analyze, evaluate, report
 from draft_opd.cli_options import (
     Config,
     Device,
@@ -35,7 +36,7 @@ from draft_opd.cli_options import (
     to_widths,
 )
 from draft_opd.cli_serving import check_serving, online
-from draft_opd.console import Screen, facts, table
+from draft_opd.console import Screen, facts
 from draft_opd.errors import UserError
 
 app = typer.Typer(
@@ -194,159 +195,30 @@ def ablate(
 
     screen = Screen(json)
     plan = load_plan(config).narrowed(seeds, only)
-    report = Ablation(plan, out, screen.say).run()
-    screen.result(report, show(report["table"], plan.baseline))
+    value = Ablation(plan, out, screen.say).run()
+    screen.result(value, show(value["table"], plan.baseline))
 
 
-@app.command(
+app.command(
     name="eval",
     epilog=example(
         "draft-opd eval --target embedded --drafter runs/demo/draft_opd/best"
-        " --tasks embedded --limit 20"
+        " --tasks embedded --limit 20 --out runs/eval"
     ),
-)
-def evaluate(
-    target: TargetName,
-    drafter: DrafterName,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            help="gsm8k, math500, aime2025, mbpp, humaneval, swe-bench-lite, mt-bench "
-            "from the hub; gsm8k=FILE.jsonl; embedded; comma-separated."
-        ),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="'paper': its seven tasks, counts and order.")
-    ] = None,
-    shuffle: Annotated[
-        int | None, typer.Option(help="Seed of a random order, before --skip and --limit.")
-    ] = None,
-    prompts: Annotated[str | None, typer.Option(help="A prompts file.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N prompts a task.")] = None,
-    skip: Annotated[int, typer.Option(help="Leave out the first N prompts a task.")] = 0,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", help="Longest response; default: 512.")
-    ] = None,
-    draft_length: Length = None,
-    tree: Tree = None,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    draft: Annotated[
-        str, typer.Option(help="'sample' or 'argmax', at temperature > 0.")
-    ] = "sample",
-    thinking: Thinking = None,
-    seed: int = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder for eval.json.")] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: Trust = False,
-    json: Json = False,
-) -> None:
-    """Acceptance length, speed-up and losslessness, against the target decoding alone."""
-    at_least(limit, 1, "--limit")
-    at_least(skip, 0, "--skip")
-    at_least(max_new_tokens, 1, "--max-new-tokens")
-    from draft_opd.evaluation.measure import evaluate as run
-    from draft_opd.evaluation.measure import evaluation_report
-    from draft_opd.evaluation.tasks import PAPER_LENGTH, load_tasks, paper_tasks
-    from draft_opd.files import make_folder, write_json
-
-    screen = Screen(json)
-    sampling, widths = to_sampling(temperature, top_k, top_p, draft), to_widths(tree)
-    if preset not in (None, "paper"):
-        raise UserError(f"--preset {preset}: there is 'paper'")
-    if preset and (tasks or prompts or limit or skip or shuffle is not None):
-        raise UserError("--preset says which prompts: leave --tasks, --limit and the like out")
-    chosen = paper_tasks() if preset else load_tasks(tasks, prompts, limit, skip, shuffle)
-    if preset and max_new_tokens is None:
-        max_new_tokens = PAPER_LENGTH
-    max_new_tokens = max_new_tokens or 512
-    model = to_target(target, device, dtype, trust_remote_code)
-    helper = to_drafter(drafter, model)
-    with screen.progress("eval", sum(len(t.prompts) for t in chosen)) as update:
-        count = iter(range(1, 1 << 30))
-        measured = run(
-            model, helper, chosen, max_new_tokens=max_new_tokens, draft_length=draft_length,
-            tree=widths, sampling=sampling, thinking=thinking, seed=seed,
-            progress=lambda name, *_: update(next(count), name),
-        )  # fmt: skip
-    report = evaluation_report(
-        target, drafter, temperature, measured, draft_length=draft_length, tree=widths, draft=draft,
-        seed=seed,
-    )  # fmt: skip
-    if out:
-        write_json(make_folder(out) / "eval.json", report)
-    rows = [
-        [t["task"], t["prompts"], t["tau"], _interval(t), f"{t['tokens_per_second']['target']:.1f}",
-         f"{t['tokens_per_second']['speculative']:.1f}", f"{t['speedup']:.2f}×", _lossless(t)]
-        for t in measured
-    ]  # fmt: skip
-    columns = [
-        "task",
-        "prompts",
-        "τ",
-        "95 %",
-        "tok/s target",
-        "tok/s speculative",
-        "speed-up",
-        "same text",
-    ]
-    screen.result(report, table("", columns, rows))
+)(evaluate)
 
 
-def _interval(task: dict) -> str:
-    found = task["tau_interval"]
-    return f"{found[0]:.2f}–{found[1]:.2f}" if found else ""
-
-
-def _lossless(task: dict) -> str:
-    found = task["lossless"]
-    return f"{found['matched']}/{found['of']}" if found["of"] else "sampled"
-
-
-@app.command(
+app.command(
     epilog=example(
         "draft-opd analyze --target embedded --drafter runs/demo/sft/best"
         " --trajectories runs/demo/data/heldout --out runs/analysis"
     )
-)
-def analyze(
-    target: TargetName,
-    drafter: DrafterName,
-    trajectories: Annotated[str, typer.Option(help="trajectories.jsonl or its folder.")],
-    out: Annotated[Path, typer.Option(help="Folder for analysis.json.")],
-    limit: Annotated[int | None, typer.Option(help="Only the first N trajectories.")] = None,
-    draft_length: Length = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: Trust = False,
-    json: Json = False,
-) -> None:
-    """Where a drafter fails: replay composition, mismatch by state group, anchor positions."""
-    at_least(limit, 1, "--limit")
-    from draft_opd.evaluation.analysis import GROUPS, analyse
-    from draft_opd.files import make_folder, write_json
-    from draft_opd.rollout.trajectory import check_trajectories, read_trajectories
+)(analyze)
 
-    screen = Screen(json)
-    rows = read_trajectories(trajectories, limit=limit)
-    model = to_target(target, device, dtype, trust_remote_code)
-    check_trajectories(rows, model, trajectories)
-    helper = to_drafter(drafter, model)
-    with screen.progress("analyze", len(rows)) as update:
-        value = analyse(model, helper, rows, draft_length=draft_length, progress=update)
-    path = make_folder(out) / "analysis.json"
-    write_json(path, value)
-    lines = [
-        [g, *(value[key].get(g) for key in ("tokens", "share", "forward_kl", "reverse_kl"))]
-        for g in GROUPS
-    ]
-    screen.result(
-        value,
-        table(f"τ {value['tau']:.3f} over {value['rounds']} rounds; more in {path}",
-              ["state", "tokens", "share", "KL(p‖q)", "KL(q‖p)"], lines),
-    )  # fmt: skip
+
+app.command(
+    epilog=example("draft-opd report runs/eval runs/analysis runs/demo/draft_opd --out runs/report")
+)(report)
 
 
 @app.command(

@@ -59,6 +59,19 @@ def to_sampling(temperature: float, top_k: int, top_p: float, draft: str = "samp
         raise UserError(f"--{name} {first['input']}: {first['msg'].lower()}") from None
 
 
+def to_numbers(text: str | None, option: str) -> list[int] | None:
+    """2,4,8 as a list, ascending."""
+    if text is None:
+        return None
+    try:
+        found = sorted({int(x) for x in text.split(",")})
+    except ValueError:
+        found = [0]
+    if found[0] < 1:
+        raise UserError(f"{option} {text}: give numbers from 1 on, as 2,4,8")
+    return found
+
+
 def to_widths(tree: str | None) -> list[int] | None:
     if tree is None:
         return None

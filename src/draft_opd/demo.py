@@ -14,8 +14,9 @@ from draft_opd.decoding.speculative import speculate
 from draft_opd.drafters import FAMILIES, Drafter
 from draft_opd.errors import UserError
 from draft_opd.evaluation.analysis import analyse
-from draft_opd.evaluation.measure import acceptance_by_position, evaluate
-from draft_opd.evaluation.report import LABELS, write_report
+from draft_opd.evaluation.measure import sides_of
+from draft_opd.evaluation.page import Report, times
+from draft_opd.evaluation.run import Evaluation
 from draft_opd.evaluation.tasks import Task
 from draft_opd.files import make_folder, write_json
 from draft_opd.rollout.collect import collect
@@ -26,10 +27,17 @@ from draft_opd.target import Target
 from draft_opd.text import EMBEDDED
 from draft_opd.threads import settle_threads
 from draft_opd.training.config import load_recipe
+from draft_opd.training.history import lineage
 from draft_opd.training.loop import Run
 
 MAX_NEW_TOKENS = 320
 SPEED_PROMPTS = 8  # enough to see a ratio; the rest of the prompts are decoded in batches
+LABELS = {
+    "untrained": "untrained",
+    "sft": "SFT, at its plateau",
+    "sft_continued": "SFT, continued",
+    "draft_opd": "Draft-OPD",
+}
 
 
 class _Clock:
@@ -111,7 +119,7 @@ def run_demo(
         steps[name], supervised[name] = result.step, result.supervised
 
     with clock.stage("evaluate"):
-        value, details = _measure(target, out, heldout, max_new_tokens, screen)
+        value, parts = _measure(target, out, heldout, max_new_tokens, screen)
     summary = {
         **value,
         "steps": steps,
@@ -121,7 +129,7 @@ def run_demo(
         "threads": torch.get_num_threads(),
     }
     write_json(out / "summary.json", summary)
-    report = write_report(out, summary, {**details, "family": family, "supervised": supervised})
+    report = _report(summary, supervised, parts, len(heldout)).write(out)
     _present(summary, report, screen)
     return summary
 
@@ -160,11 +168,13 @@ def _measure(
     """Real decoding of every held-out prompt with each drafter, and speed on some of them."""
     alone = {t.id: t for t in read_trajectories(out / "data" / "heldout")}
     ids = [alone[p.id].prompt_ids for p in heldout]
-    taus, matched, of, positions, analysis, speed = {}, 0, 0, {}, {}, {}
+    taus, matched, of = {}, 0, 0
     folders = {n: out / n / "last" for n in ("sft", "sft_continued", "draft_opd")}
-    folders = {"untrained": out / "untrained", **folders}
-    for name, folder in folders.items():
-        drafter = Drafter.from_pretrained(str(folder), device=target.device)
+    drafters = {
+        name: Drafter.from_pretrained(str(folder), device=target.device)
+        for name, folder in {"untrained": out / "untrained", **folders}.items()
+    }
+    for name, drafter in drafters.items():
         rounds = []
         with screen.progress(f"decode, {LABELS[name]}", len(ids)) as update:
             for start in range(0, len(ids), 64):
@@ -177,25 +187,62 @@ def _measure(
                     rounds += g.rounds
                 update(min(start + 64, len(ids)))
         taus[name] = tau(rounds)
-        if name == "untrained":
-            continue
-        positions[name] = acceptance_by_position(rounds)
-        if name != "sft_continued":
-            tasks = [Task(EMBEDDED, heldout[:SPEED_PROMPTS])]
-            with screen.progress(f"speed, {LABELS[name]}", len(tasks[0].prompts)) as update:
-                found = evaluate(
-                    target, drafter, tasks, max_new_tokens=max_new_tokens,
-                    progress=lambda _, done, __, u=update: u(done),
-                )[0]  # fmt: skip
-            speed[name] = found["speedup"]
-            analysis[name] = analyse(target, drafter, list(alone.values()))
+    sides = sides_of({LABELS[n]: (str(folder), drafters[n]) for n, folder in folders.items()})
+    timed = Evaluation(
+        target, sides, [Task(EMBEDDED, heldout[:SPEED_PROMPTS])], max_new_tokens=max_new_tokens
+    )
+    with screen.progress("speed, one prompt at a time", SPEED_PROMPTS) as update:
+        timed.say = lambda _, done, __: update(done)
+        timed.run()
+    evaluation = timed.report()
+    speed = {
+        n: side["mean"]["speedup"] for n, side in zip(folders, evaluation["sides"], strict=True)
+    }
+    analyses = {
+        LABELS[name]: analyse(target, drafters[name], list(alone.values()))
+        for name in ("sft", "draft_opd")
+    }
     value = {
         "tau": taus,
         "gain": taus["draft_opd"] / taus["sft_continued"] - 1,
         "lossless": {"matched": matched, "of": of},
         "speedup": speed,
     }
-    return value, {"positions": positions, "analysis": analysis, "prompts": len(ids)}
+    timed.save(out / "evaluation", evaluation)
+    return value, {
+        "evaluation": evaluation,
+        "samples": timed.samples(),
+        "training": {LABELS[n]: lineage(str(folder)) for n, folder in folders.items()},
+        "analyses": analyses,
+    }
+
+
+def _report(summary: dict, supervised: dict, parts: dict, prompts: int) -> Report:
+    same, gain = summary["lossless"], summary["gain"]
+    rows = [
+        [LABELS[name], f"{t:.3f}", summary["steps"].get(name, 0),
+         f"{supervised.get(name, 0):,}", times(summary["speedup"].get(name))]
+        for name, t in summary["tau"].items()
+    ]  # fmt: skip
+    columns = ["drafter", "τ", "steps", "supervised tokens", "speed-up"]
+    title = f"{prompts} held-out prompts, greedy; speed on {SPEED_PROMPTS} of them"
+    return Report(
+        "Draft-OPD demo",
+        f"A {summary['family']} drafter for the shipped target, trained by SFT to its plateau; "
+        "from there, once by more SFT and once by Draft-OPD, with equal steps, batches, schedule "
+        f"and draft blocks. Seed {summary['seed']}.",
+        tiles=[
+            {"value": f"{100 * gain:+.1f} %", "label": "τ, Draft-OPD against continued SFT"},
+            {"value": f"{summary['tau']['draft_opd']:.2f}", "label": "τ, tokens a round",
+             "note": f"{summary['tau']['sft_continued']:.2f} with continued SFT"},
+            {"value": times(summary["speedup"]["draft_opd"]), "label": "speed-up",
+             "note": "against the target alone, on this machine"},
+            {"value": f"{same['matched']}/{same['of']}", "label": "decodings with the same text",
+             "note": "every held-out prompt, with every drafter"},
+        ],
+        tables=[{"title": title, "columns": columns, "rows": rows}],
+        **parts,
+    )  # fmt: skip
 
 
 def _present(summary: dict, report: Path, screen: Screen) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import yaml
 from rich.text import Text
 
 from draft_opd.console import facts
@@ -16,6 +15,7 @@ from draft_opd.rollout.collect import summary
 from draft_opd.rollout.trajectory import Trajectory, read_trajectories
 from draft_opd.target import Target, is_target_folder
 from draft_opd.text import EMBEDDED, resolve_path
+from draft_opd.training.history import is_run, read_history
 
 
 def describe(path: str, target: str | None = None, sample: int = 0) -> tuple[dict, list]:
@@ -23,7 +23,7 @@ def describe(path: str, target: str | None = None, sample: int = 0) -> tuple[dic
     place = Path(resolve_path(path))
     if place.is_file():
         return _trajectories(place, target, sample)
-    if (place / "recipe.yaml").exists():
+    if is_run(place):
         return _run(place, target, sample)
     if (place / "trajectories.jsonl").exists():
         return _trajectories(place / "trajectories.jsonl", target, sample)
@@ -64,27 +64,14 @@ def _demo(place: Path) -> tuple[dict, list]:
 
 
 def _run(place: Path, target: str | None, sample: int) -> tuple[dict, list]:
-    try:
-        recipe = yaml.safe_load((place / "recipe.yaml").read_text())
-        about = json.loads((place / "run.json").read_text())
-        data, name = recipe["data"], target or recipe["target"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"run folder '{place}' is damaged ({error})") from None
-    taus = []
-    metrics = place / "metrics.jsonl"
-    for line in metrics.read_text().splitlines() if metrics.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break  # the run was killed while writing it
-        if "tau" in row:
-            taus.append((row["step"], row["tau"]))
+    run = read_history(place)
+    recipe, taus = run.recipe, run.taus
     value = {
         "kind": "run",
         "path": str(place),
-        "stage": about["stage"],
+        "stage": run.about["stage"],
         "target": recipe["target"],
-        "drafter_parameters": about["drafter_parameters"],
+        "drafter_parameters": run.about["drafter_parameters"],
         "steps": recipe["steps"],
         "evaluations": len(taus),
         "last_tau": taus[-1][1] if taus else None,
@@ -93,8 +80,8 @@ def _run(place: Path, target: str | None, sample: int) -> tuple[dict, list]:
     }
     shown = [facts(f"run: {place}", value)]
     try:
-        rows = read_trajectories(data["trajectories"])
-        value["sample"], text = _sample(rows, name, sample)
+        rows = read_trajectories(recipe["data"]["trajectories"])
+        value["sample"], text = _sample(rows, target or recipe["target"], sample)
         shown.append(text)
     except UserError as error:
         shown.append(Text(f"no sample: {error}"))

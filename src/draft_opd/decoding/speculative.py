@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -40,9 +40,11 @@ class Generation:
 
 @dataclass
 class Timing:
-    """Seconds spent, summed over rounds; `prefill` is the prompts' forward."""
+    """Seconds spent, summed over rounds; `prefill` is the prompts' forward, `first_token` all until
+    the first round was done."""
 
     prefill: float = 0.0
+    first_token: float = 0.0
     draft: float = 0.0
     verify: float = 0.0
     rest: float = 0.0
@@ -50,6 +52,9 @@ class Timing:
     @property
     def decode(self) -> float:
         return self.draft + self.verify + self.rest
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 def _synchronize(device: torch.device) -> float:
@@ -119,7 +124,7 @@ def speculate(
     clock = timing or Timing()
     now = (lambda: _synchronize(device)) if timing is not None else (lambda: 0.0)
 
-    began = now()
+    started = began = now()
     layers = drafter.target_layers if drafter else ()
     active = list(range(len(prompts)))
     cache = target.cache(max(map(len, prompts)) + max(limits) + length + 1)
@@ -203,6 +208,9 @@ def speculate(
                 drafter.select(context, keep)
             active = [active[i] for i in going]
         clock.rest += now() - verified_at
+        if started is not None:
+            clock.first_token += now() - started
+            started = None
     return results
 
 

@@ -32,6 +32,10 @@ class Detokenizer:
         new, self.shown = text[self.shown :], len(text)
         return new
 
+    def rest(self) -> str:
+        """What was held back, as it is."""
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True)[self.shown :]
+
 
 def stream(
     target: Target,

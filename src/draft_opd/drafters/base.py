@@ -159,6 +159,10 @@ class Drafter(nn.Module):
         """LM head [Vd, H] that turns `replay`'s hidden states into logits over `vocabulary`."""
         raise NotImplementedError
 
+    def passes(self, length: int) -> list[int]:
+        """Forwards that drafting `length` tokens takes, each by the tokens it runs."""
+        raise NotImplementedError
+
     def position_decay(self, length: int) -> float:
         """γ_sft for blocks of `length` offsets: SFT weighs offset k with exp(-(k-1)/γ_sft)."""
         raise NotImplementedError

@@ -326,6 +326,9 @@ class DFlashDrafter(Drafter):
     def position_decay(self, length: int) -> float:
         return default_decay(length + 1)
 
+    def passes(self, length: int) -> list[int]:
+        return [length + 1]
+
     def serve_command(self, target: str, folder: Path, engine: str) -> str:
         if engine == "vllm":
             return vllm_command(target, self, folder)

@@ -356,6 +356,9 @@ class Eagle3Drafter(Drafter):
     def head_weight(self, target: Target) -> Tensor:
         return self.lm_head.weight if self.lm_head else target.head_weight()
 
+    def passes(self, length: int) -> list[int]:
+        return [1] * length
+
     def serve_command(self, target: str, folder: Path, engine: str) -> str:
         if engine == "sglang":
             return (

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from draft_opd.drafters.base import Drafter
-from draft_opd.evaluation.measure import acceptance_by_position
+from draft_opd.evaluation.summary import acceptance_by_position
 from draft_opd.rollout.trace import by_accepted, tau
 from draft_opd.rollout.trajectory import Trajectory
 from draft_opd.target import Target

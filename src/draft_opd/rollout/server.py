@@ -91,7 +91,7 @@ class Server:
                 answer.raise_for_status()
                 names = [m["id"] for m in answer.json()["data"]]
         except httpx.HTTPStatusError as error:
-            raise UserError(f"server {self.url}: {_why(error.response)}") from error
+            raise UserError(f"server {self.url}: {why(error.response)}") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise UserError(
                 f"server {self.url} does not answer ({type(error).__name__}): is it running there?"
@@ -179,7 +179,7 @@ class Server:
                 if answer.status_code not in BUSY:
                     self._last_answer = time.monotonic()
                     break
-                problem = _why(answer)
+                problem = why(answer)
                 failures += answer.status_code >= 500
             except httpx.TransportError as error:
                 problem = type(error).__name__
@@ -193,9 +193,9 @@ class Server:
             await asyncio.sleep(pause)
             pause = min(2 * pause, BACKOFF[1])
         if answer.status_code in (400, 413, 422):  # this prompt, perhaps; the others may pass
-            raise Dropped(_why(answer))
+            raise Dropped(why(answer))
         if answer.status_code != 200:
-            raise UserError(f"server {self.url}{path}: {_why(answer)}")
+            raise UserError(f"server {self.url}{path}: {why(answer)}")
         try:
             return answer.json()
         except ValueError:
@@ -282,7 +282,7 @@ def _stop_token(text: TargetText, choice: dict) -> int:
     return reason
 
 
-def _why(answer: httpx.Response) -> str:
+def why(answer: httpx.Response) -> str:
     """Status and message of an error, in one line."""
     try:
         body = answer.json()

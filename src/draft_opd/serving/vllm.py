@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import httpx2 as httpx
@@ -48,12 +49,17 @@ class Acceptance:
         return 1 + self.accepted / self.drafts if self.drafts else 0.0
 
     def __sub__(self, other: Acceptance) -> Acceptance:
-        width = max(len(self.by_position), len(other.by_position))
-        a, b = (x.by_position + [0] * (width - len(x.by_position)) for x in (self, other))
+        return self._with(other, -1)
+
+    def __add__(self, other: Acceptance) -> Acceptance:
+        return self._with(other, 1)
+
+    def _with(self, other: Acceptance, sign: int) -> Acceptance:
+        pairs = zip_longest(self.by_position, other.by_position, fillvalue=0)
         return Acceptance(
-            self.drafts - other.drafts,
-            [x - y for x, y in zip(a, b, strict=True)],
-            self.requests - other.requests,
+            self.drafts + sign * other.drafts,
+            [x + sign * y for x, y in pairs],
+            self.requests + sign * other.requests,
         )
 
 

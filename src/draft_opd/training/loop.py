@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -13,13 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import transformers
 import yaml
 from pydantic import ValidationError
 
 from draft_opd.drafters.base import FAMILIES, Drafter
 from draft_opd.errors import UserError
 from draft_opd.files import make_folder, recover_folder, write_json, write_text
+from draft_opd.machine import machine
 from draft_opd.rollout.trace import Traces, tau
 from draft_opd.rollout.trajectory import Trajectory, check_trajectories, read_trajectories
 from draft_opd.target import Target
@@ -212,11 +211,8 @@ class Run:
                 "kind": "run",
                 "stage": self.stage,
                 "command": sys.argv,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
+                **machine(),
                 "device": str(self.target.device),
-                "threads": torch.get_num_threads(),
                 "drafter_parameters": sum(p.numel() for p in self.drafter.parameters()),
             },
         )

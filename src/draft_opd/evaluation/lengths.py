@@ -1,0 +1,211 @@
+"""Which draft length is best here: what a round costs at each, and what it brings.
+
+What it brings needs no decoding: the text is the target's own whatever is drafted, so hindsight
+gives the rounds that each draft length would have had on it. What it costs is timed in the decode
+loop itself. For other hardware the cost is the roofline's: bytes that must be read over the memory
+bandwidth, or operations over the matrix rate, whichever takes longer.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from draft_opd.decoding.sampling import Sampling
+from draft_opd.decoding.speculative import Generation, Timing, speculate
+from draft_opd.drafters.base import Drafter
+from draft_opd.errors import UserError
+from draft_opd.rollout.hindsight import hindsight_traces
+from draft_opd.rollout.trace import tau
+from draft_opd.rollout.trajectory import Trajectory
+from draft_opd.target import Target
+
+LENGTHS = (1, 2, 3, 4, 6, 8, 11, 15, 20, 31)
+ROUNDS, REPEATS = 6, 5  # of a timing
+TEXTS = 32  # whose rounds are counted
+PARTS = ("draft", "verify", "rest")
+WIDTH = 2  # bytes a weight on other hardware: bfloat16
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A device by two numbers of its data sheet: GB/s of memory, dense 16-bit TFLOP/s."""
+
+    name: str
+    bandwidth: float
+    compute: float
+
+    def seconds(self, weights: float, tokens: float, more_bytes: float = 0.0) -> float:
+        """A forward of `tokens` tokens through so many weights, at best."""
+        read = (WIDTH * weights + more_bytes) / (1e9 * self.bandwidth)
+        return max(read, 2 * weights * tokens / (1e12 * self.compute))
+
+
+# The makers' data sheets (SXM versions; dense rates).
+HARDWARE = (
+    Hardware("H100", 3350, 989),
+    Hardware("H200", 4800, 989),
+    Hardware("A100 80GB", 2039, 312),
+    Hardware("RTX 4090", 1008, 165),
+)
+BATCHES = (1, 8, 32, 128)  # requests at a time elsewhere
+
+
+def to_hardware(texts: Sequence[str]) -> list[Hardware]:
+    """NAME=GB/s,TFLOP/s. Raises `UserError`."""
+    found = []
+    for text in texts:
+        name, _, numbers = text.partition("=")
+        try:
+            bandwidth, compute = map(float, numbers.split(","))
+        except ValueError:
+            bandwidth = compute = 0.0
+        if not name or min(bandwidth, compute) <= 0:
+            raise UserError(f"--hardware {text}: give NAME=GB/s,TFLOP/s, as 'L4=300,121'")
+        found.append(Hardware(name, bandwidth, compute))
+    return found
+
+
+def advise(
+    target: Target,
+    drafter: Drafter,
+    made: Sequence[Generation],
+    *,
+    sampling: Sampling | None = None,
+    lengths: Sequence[int] | None = None,
+    hardware: Sequence[Hardware] = HARDWARE,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict:
+    """τ, cost of a round and predicted speed-up for each draft length, and the best one.
+
+    made: responses of the target (by any side of a run).
+    """
+    sampling = sampling or Sampling()
+    longest = drafter.draft_length
+    lengths = sorted(set(lengths or [n for n in LENGTHS if n < longest] + [longest]))
+    kind = sampling.filters
+    texts = [
+        Trajectory(g.prompt_ids, g.token_ids, str(i), g.finish_reason, *kind)
+        for i, g in enumerate(made[:TEXTS])
+    ]
+    taus = {}
+    for i, length in enumerate(lengths):
+        traces = hindsight_traces(
+            target, drafter, texts, draft_length=length, sampling=sampling, seed=seed
+        )
+        taus[length] = tau(r for trace in traces for r in trace)
+        if progress:
+            progress(i + 1, 2 * len(lengths))
+    alone, costs = round_costs(target, drafter, made, taus, sampling)
+    if progress:
+        progress(2 * len(lengths), 2 * len(lengths))
+    context = round(statistics.mean(len(t.ids) for t in texts))
+    rows = [
+        {
+            "draft_length": length,
+            "tau": taus[length],
+            "milliseconds": {part: 1000 * cost for part, cost in costs[length].items()},
+            "speedup": taus[length] * alone / sum(costs[length].values()),
+        }
+        for length in lengths
+    ]
+    elsewhere = []
+    for place in hardware:
+        for batch in BATCHES:
+            speeds = [roofline(place, target, drafter, n, taus[n], context, batch) for n in lengths]
+            elsewhere.append(
+                {
+                    "hardware": place.name,
+                    "gigabytes_per_second": place.bandwidth,
+                    "teraflops": place.compute,
+                    "batch": batch,
+                    "best": lengths[speeds.index(max(speeds))],
+                    "speedup": max(speeds),
+                    "by_length": speeds,
+                }
+            )
+    return {
+        "best": max(rows, key=lambda r: r["speedup"])["draft_length"],
+        "target_milliseconds": 1000 * alone,
+        "context": context,
+        "responses": len(texts),
+        "lengths": rows,
+        "elsewhere": elsewhere,
+    }
+
+
+def round_costs(
+    target: Target,
+    drafter: Drafter,
+    made: Sequence[Generation],
+    taus: dict[int, float],
+    sampling: Sampling,
+) -> tuple[float, dict[int, dict[str, float]]]:
+    """Seconds of a single step of the target, and of a round at each draft length, in the decode
+    loop; medians over repeats in alternation, begun in the middle of the longest responses."""
+    longest = sorted(made, key=lambda g: -len(g.token_ids))[:REPEATS]
+    plans = [(None, None, 1.0), *((drafter, length, t) for length, t in taus.items())]
+    found: dict[int | None, list[list[float]]] = {length: [] for _, length, _ in plans}
+    for repeat in range(-1, REPEATS):  # the first one warms up
+        g = longest[repeat % len(longest)]
+        ids = [*g.prompt_ids, *g.token_ids[: len(g.token_ids) // 2]]
+        first = repeat % len(plans)
+        for which, length, expected in [*plans[first:], *plans[:first]]:
+            clock = Timing()
+            result = speculate(
+                target, which, [ids], max_new_tokens=max(1, round(ROUNDS * expected)),
+                draft_length=length, sampling=sampling, stop_ids=(), timing=clock,
+            )[0]  # fmt: skip
+            if repeat >= 0:
+                rounds = len(result.rounds)
+                found[length].append([getattr(clock, part) / rounds for part in PARTS])
+    costs = {
+        length: dict(zip(PARTS, map(statistics.median, zip(*rows, strict=True)), strict=True))
+        for length, rows in found.items()
+    }
+    alone = sum(costs.pop(None).values())
+    return alone, costs
+
+
+def roofline(
+    hardware: Hardware,
+    target: Target,
+    drafter: Drafter,
+    length: int,
+    tau: float,
+    context: int,
+    batch: int = 1,
+) -> float:
+    """Speed-up against the target alone, were both as fast as `hardware` allows.
+
+    Every weight is read once a forward (all experts of a mixture, which many tokens nearly need),
+    and the keys and values of `context` tokens a request; launches and all that is small are free.
+    """
+    weights = weights_read(target.model, target.head.weight)
+    keys = WIDTH * cached_numbers(target) * context * batch
+    single = hardware.seconds(weights, batch, keys)
+    verify = hardware.seconds(weights, batch * (length + 1), keys)
+    own = weights_read(drafter, drafter.head_weight(target))
+    draft = sum(hardware.seconds(own, batch * tokens) for tokens in drafter.passes(length))
+    return tau * single / (verify + draft)
+
+
+def weights_read(module: nn.Module, head: Tensor) -> int:
+    """Weights that a forward multiplies with: all matrices but embedding tables, and the head."""
+    tables = {
+        id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+    }
+    matrices = {id(p): p for p in module.parameters() if p.ndim > 1 and id(p) not in tables}
+    return sum(p.numel() for p in {**matrices, id(head): head}.values())
+
+
+def cached_numbers(target: Target) -> int:
+    """Keys and values of one token."""
+    c = target.config
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return 2 * target.num_layers * heads * width

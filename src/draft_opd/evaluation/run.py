@@ -1,0 +1,156 @@
+"""One evaluation from tasks to files: every side on every task, what they add up to, the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+
+from draft_opd.decoding.sampling import Sampling
+from draft_opd.evaluation.compare import comparison
+from draft_opd.evaluation.concurrency import throughput
+from draft_opd.evaluation.lengths import HARDWARE, Hardware, advise
+from draft_opd.evaluation.measure import ALONE, Answers, Side, measure
+from draft_opd.evaluation.summary import evaluation_report, means, summarise
+from draft_opd.evaluation.tasks import Task
+from draft_opd.evaluation.tokens import sample
+from draft_opd.files import make_folder, write_json, write_text
+from draft_opd.machine import machine
+from draft_opd.target import Target
+
+SAMPLES = 3  # responses that the report shows token by token
+Say = Callable[[str, int, int], None]  # what is being done, done, of
+
+
+class Evaluation:
+    """Sides on tasks. `run` decodes; `report` is what eval.json holds; `save` writes a folder."""
+
+    def __init__(
+        self,
+        target: Target,
+        sides: Sequence[Side],
+        tasks: Sequence[Task],
+        *,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 512,
+        thinking: bool | None = None,
+        seed: int = 0,
+        say: Say = lambda *_: None,
+    ):
+        self.target, self.sides, self.tasks, self.say = target, list(sides), list(tasks), say
+        self.sampling, self.seed = sampling or Sampling(), seed
+        self.options = {"sampling": self.sampling, "max_new_tokens": max_new_tokens}
+        self.thinking = thinking
+        self.answers: dict[str, Answers] = {}
+        self.more: dict = {}
+
+    def run(self) -> None:
+        for task in self.tasks:
+            self.answers[task.name] = measure(
+                self.target, self.sides, task, thinking=self.thinking, seed=self.seed,
+                progress=self.say, **self.options,
+            )  # fmt: skip
+
+    def concurrency(self, batch_sizes: Sequence[int]) -> None:
+        """Throughput at these batch sizes, on the first prompts of all tasks."""
+        prompts = [p.ids(self.target, self.thinking) for t in self.tasks for p in t.prompts]
+        self.more["concurrency"] = throughput(
+            self.target, self.sides, prompts[: max(batch_sizes)], batch_sizes, seed=self.seed,
+            progress=partial(self.say, "concurrency"), **self.options,
+        )  # fmt: skip
+
+    def lengths(self, hardware: Sequence[Hardware] = HARDWARE) -> None:
+        """The best draft length of each drafter, with what was measured beside it."""
+        made = [a.made for answers in self.answers.values() for a in answers[ALONE]]
+        advices = []
+        for side in {s.source: s for s in self.sides}.values():
+            advice = advise(
+                self.target, side.drafter, made, sampling=self.sampling, hardware=hardware,
+                seed=self.seed, progress=partial(self.say, "draft lengths"),
+            )  # fmt: skip
+            for row in advice["lengths"]:
+                row["measured"] = self._measured(side.source, row["draft_length"])
+            advices.append({"drafter": side.source, **advice})
+        self.more["draft_lengths"] = advices
+
+    def _measured(self, source: str, length: int) -> dict | None:
+        """What this run measured of a drafter at that draft length."""
+        for side in self.sides:
+            if side.source == source and side.length == length and not side.tree:
+                return means(self._summaries(side.name))
+        return None
+
+    @lru_cache  # noqa: B019 - an evaluation is not kept beyond its report
+    def _summaries(self, name: str) -> list[dict]:
+        side = next(s for s in self.sides if s.name == name)
+        return [
+            summarise(
+                task, self.target, side.drafter, answers[ALONE], answers[name],
+                self.sampling.greedy, self.seed,
+            )
+            for task, answers in self.answers.items()
+        ]  # fmt: skip
+
+    def report(self, **about: object) -> dict:
+        """What eval.json holds.
+
+        The first side is at the top, as if it had been alone; where there are more, all of them
+        are in `sides`, and `comparison` has their paired differences.
+        """
+        sides = [
+            {
+                "side": side.name,
+                "drafter": side.source,
+                "draft_length": side.length,
+                "tree": side.tree,
+                "tasks": self._summaries(side.name),
+            }
+            for side in self.sides
+        ]
+        first = sides[0]
+        value = evaluation_report(
+            self.target.name, first["drafter"], self.sampling.temperature, first["tasks"],
+            draft_length=first["draft_length"], tree=first["tree"],
+            dtype=str(self.target.dtype).removeprefix("torch."),
+            max_new_tokens=self.options["max_new_tokens"], seed=self.seed, **about,
+        )  # fmt: skip
+        if len(sides) > 1:
+            value["sides"] = [{**s, "mean": means(s["tasks"])} for s in sides]
+            pairs = [(s.name, s.against) for s in self.sides if s.against]
+            value["comparison"] = comparison(pairs, self.answers, self.seed)
+        return {**value, **self.more, "machine": machine()}
+
+    def samples(self) -> list[dict]:
+        """The first responses, token by token; one of each task before a second one."""
+        decode = self.target.tokenizer.decode
+        found = []
+        for i in range(SAMPLES):
+            for name, answers in self.answers.items():
+                if i < len(answers[ALONE]) and len(found) < SAMPLES:
+                    made = {s.name: answers[s.name][i].made for s in self.sides}
+                    prompt = decode(answers[ALONE][i].made.prompt_ids)
+                    found.append(sample(name, prompt, self.target.tokenizer, made))
+        return found
+
+    def save(self, out: Path, report: dict) -> None:
+        """eval.json, samples.json, and rounds.jsonl: every round of every response, to recount."""
+        folder = make_folder(out)
+        lines = [
+            {
+                "task": name,
+                "side": side,
+                "prompt": a.prompt,
+                "turn": a.turn,
+                "prompt_ids": a.made.prompt_ids,
+                "token_ids": a.made.token_ids,
+                "rounds": [[r.anchor, r.drafted, r.accepted] for r in a.made.rounds],
+                "seconds": a.clock.decode,
+            }
+            for name, answers in self.answers.items()
+            for side, rows in answers.items()
+            for a in rows
+        ]
+        write_text(folder / "rounds.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+        write_json(folder / "samples.json", self.samples())
+        write_json(folder / "eval.json", report)

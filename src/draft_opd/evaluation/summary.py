@@ -1,0 +1,199 @@
+"""What answers add up to: τ, acceptance by position, speed, and that nothing changed."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from draft_opd.decoding.speculative import Generation, Timing
+from draft_opd.drafters.base import Drafter
+from draft_opd.evaluation.regret import regret
+from draft_opd.evaluation.statistics import interval, resampled
+from draft_opd.rollout.trace import Round, by_accepted, tau
+from draft_opd.target import Target
+
+
+@dataclass
+class Answer:
+    """One turn of one prompt, by one side."""
+
+    prompt: str
+    turn: int
+    made: Generation
+    clock: Timing
+
+
+def acceptance_by_position(rounds: Sequence[Round]) -> list[float]:
+    """Share of rounds whose offset k was accepted, k = 1..K (behind the end: not)."""
+    length = max((len(r.drafted) for r in rounds), default=0)
+    return [sum(r.accepted >= k for r in rounds) / len(rounds) for k in range(1, length + 1)]
+
+
+CONTEXTS = (256, 1024, 4096, 16384)  # tokens before a round
+
+
+def summarise(
+    name: str,
+    target: Target,
+    drafter: Drafter,
+    alone: Sequence[Answer],
+    answers: Sequence[Answer],
+    greedy: bool,
+    seed: int = 0,
+) -> dict:
+    """One side on one task against the target alone: what `eval.json` says of a task.
+
+    Speeds are decoding only (no prefill). Losslessness is equality of tokens and only defined for
+    greedy decoding; at a temperature above 0 `lossless` is {"matched": None, "of": 0}.
+    """
+    made = [a.made for a in answers]
+    rounds = [r for g in made for r in g.rounds]
+    length = max((len(r.drafted) for r in rounds), default=0)
+    sides = {"target": alone, "speculative": answers}
+    speeds = {side: decode_speed(rows) for side, rows in sides.items()}
+    rate = {side: _per(*map(sum, zip(*rows, strict=True))) for side, rows in speeds.items()}
+    clock = sum((a.clock for a in answers), Timing())
+    positions = acceptance_by_position(rounds)
+    value = {
+        "task": name,
+        "prompts": sum(a.turn == 0 for a in answers),
+        "responses": len(answers),
+        "tokens": sum(len(g.token_ids) for g in made),
+        "rounds": len(rounds),
+        "tau": tau(rounds),
+        "tau_interval": interval([g.rounds for g in made], seed=seed),
+        "tau_per_response": sum(g.tau for g in made) / len(made),
+        "acceptance_by_position": positions,
+        "acceptance_conditional": [
+            b / a if a else 0.0 for a, b in zip([1.0, *positions], positions, strict=False)
+        ],
+        "accepted_histogram": by_accepted(rounds, length),
+        "by_context": _grouped(rounds, lambda r: bisect_right(CONTEXTS, r.anchor), _context_name),
+        "tokens_per_second": rate,
+        "speedup": rate["speculative"] / rate["target"],
+        "speedup_interval": resampled(
+            lambda ours, base: ours / base, speeds["speculative"], speeds["target"], seed=seed
+        ),
+        "seconds": {
+            "draft": clock.draft,
+            "verify": clock.verify,
+            "rest": clock.rest,
+            "target_alone": sum(a.clock.decode for a in alone),
+        },
+        "milliseconds_per_round": {
+            part: 1000 * getattr(clock, part) / max(len(rounds), 1)
+            for part in ("draft", "verify", "rest")
+        },
+        "milliseconds_to_first_token": {
+            side: 1000 * sum(a.clock.first_token for a in rows) / len(rows)
+            for side, rows in sides.items()
+        },
+        "memory_bytes": {
+            "target": weights_bytes(target.model),
+            "drafter": weights_bytes(drafter),
+            "peak": torch.cuda.max_memory_allocated(target.device)
+            if target.device.type == "cuda"
+            else None,
+        },
+        "lossless": {
+            "matched": sum(
+                a.made.token_ids == b.made.token_ids for a, b in zip(alone, answers, strict=True)
+            )
+            if greedy
+            else None,
+            "of": len(answers) if greedy else 0,
+        },
+    }
+    if any(a.turn for a in answers):
+        pairs = [(a.turn, r) for a in answers for r in a.made.rounds]
+        value["by_turn"] = _grouped(pairs, lambda p: p[0], lambda k: f"{k + 1}", lambda p: p[1])
+    if parts := _parts(target, made):
+        value["by_part"] = parts
+    if greedy and target.dtype != torch.float32:
+        value["regret"] = _regret(target, made)
+    return value
+
+
+def decode_speed(answers: Sequence[Answer]) -> list[tuple[int, float]]:
+    """Tokens and seconds of decoding, response by response."""
+    return [(len(a.made.token_ids), a.clock.decode) for a in answers]
+
+
+def weights_bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _per(amount: float, seconds: float) -> float:
+    return amount / max(seconds, 1e-9)
+
+
+def _context_name(k: int) -> str:
+    low = (0, *CONTEXTS)[k]
+    return f"{low}–{CONTEXTS[k] - 1}" if k < len(CONTEXTS) else f"{low} and more"
+
+
+def _grouped(items, key, name, round_of=lambda x: x) -> list[dict]:
+    """τ by group, groups in ascending order of `key`."""
+    found: dict[int, list[Round]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(round_of(item))
+    return [
+        {"group": name(k), "rounds": len(rows), "tau": tau(rows)}
+        for k, rows in sorted(found.items())
+    ]
+
+
+def _parts(target: Target, made: list[Generation]) -> list[dict]:
+    """τ of thinking and answer, where the target's tokenizer has a token that ends thinking."""
+    end = target.tokenizer.get_vocab().get("</think>") if target.tokenizer is not None else None
+    if end is None:
+        return []
+    pairs = []
+    for g in made:
+        ids = [*g.prompt_ids, *g.token_ids]
+        at = ids.index(end, len(g.prompt_ids)) if end in g.token_ids else len(ids)
+        at = 0 if end in g.prompt_ids[-8:] else at  # thinking was off: the template closed it
+        pairs += [(int(r.anchor >= at), r) for r in g.rounds]
+    return _grouped(pairs, lambda p: p[0], ("thinking", "answer").__getitem__, lambda p: p[1])
+
+
+def _regret(target: Target, made: list[Generation]) -> dict:
+    gaps = [regret(target, g.prompt_ids, g.token_ids) for g in made]
+    gap, bound = (torch.cat(x) for x in zip(*gaps, strict=True))
+    return {
+        "largest": gap.max().item(),
+        "not_argmax": int((gap > 0).sum()),
+        "beyond_bound": int((gap > bound).sum()),
+        "of": len(gap),
+    }
+
+
+def evaluation_report(
+    target_name: str,
+    drafter_name: str | None,
+    temperature: float,
+    tasks: list[dict],
+    **options: object,
+) -> dict:
+    """The object that `eval.json` holds, `options` included; means are over tasks."""
+    return {
+        "target": target_name,
+        "drafter": drafter_name,
+        "temperature": temperature,
+        **options,
+        "tasks": tasks,
+        "mean": means(tasks),
+    }
+
+
+def means(tasks: Sequence[dict]) -> dict[str, float | None]:
+    """τ and speed-up over tasks, each counting once; None where one has none."""
+    found = {}
+    for key in ("tau", "speedup"):
+        values = [t[key] for t in tasks]
+        found[key] = None if None in values else sum(values) / len(values)
+    return found
