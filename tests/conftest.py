@@ -24,15 +24,22 @@ torch.set_num_threads(1)
 MAX_NEW_TOKENS = 320
 
 
+def _family(item) -> str | None:
+    return item.callspec.params.get("family") if hasattr(item, "callspec") else None
+
+
+def pytest_itemcollected(item):
+    """A family stays on one worker, which makes its session fixtures once."""
+    if _family(item):
+        item.add_marker(pytest.mark.xdist_group(_family(item)))
+
+
 def pytest_collection_modifyitems(config, items):
     """A module with `FAMILY = "dflash"` runs for that family only."""
-
-    def wanted(item) -> bool:
-        family = getattr(item, "callspec", None) and item.callspec.params.get("family")
-        return not family or getattr(item.module, "FAMILY", family) == family
-
-    config.hook.pytest_deselected(items=[i for i in items if not wanted(i)])
-    items[:] = [i for i in items if wanted(i)]
+    unwanted = [i for i in items if getattr(i.module, "FAMILY", _family(i)) != _family(i)]
+    unwanted = [i for i in unwanted if _family(i)]
+    config.hook.pytest_deselected(items=unwanted)
+    items[:] = [i for i in items if i not in unwanted]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device here")

@@ -3,7 +3,8 @@
     python small_server.py PORT [PLANTED ...]
 
 PLANTED, what servers do to their clients: no-ids, busy, template-twice, other-tokenizer, one-fails,
-sglang (its names). `pytest -m slow` uses vLLM itself.
+sglang (its names), breaks (off in the middle of a stream); drafter=FOLDER decodes with it and
+counts as vLLM does. `pytest -m slow` uses vLLM itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.speculative import speculate
+from draft_opd.drafters import Drafter
+from draft_opd.serving.vllm import DRAFTS, PER_POSITION, REQUESTS
 from draft_opd.target import Target
 
 torch.set_num_threads(1)
@@ -24,6 +27,10 @@ PLANTED = set(sys.argv[2:])
 TARGET = Target.from_pretrained("embedded", device="cpu")
 ONE_AT_A_TIME = threading.Lock()
 SEEN: list[dict] = []
+FOLDER = next((p.partition("=")[2] for p in PLANTED if p.startswith("drafter=")), None)
+DRAFTER = Drafter.from_pretrained(FOLDER, device="cpu") if FOLDER else None
+ROUNDS: list = []
+REQUEST_COUNT = [0]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -40,9 +47,46 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def metrics(self) -> None:
+        lines = [f'{DRAFTS}{{model_name="small"}} {len(ROUNDS)}.0']
+        lines += [
+            f'{PER_POSITION}{{position="{k}"}} {sum(r.accepted > k for r in ROUNDS)}.0'
+            for k in range(DRAFTER.draft_length)
+        ]
+        lines.append(f'{REQUESTS}{{finished_reason="stop"}} {REQUEST_COUNT[0]}.0')
+        body = "\n".join(["# HELP", *lines, ""]).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def stream(self, text: str, count: int) -> None:
+        """Server-sent events, a few characters each; the last one has the usage."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        parts = [text[i : i + 7] for i in range(0, len(text), 7)]
+        events = [{"choices": [{"delta": {"content": p}}]} for p in parts]
+        events.append({"choices": [], "usage": {"completion_tokens": count}})
+        for i, event in enumerate(events):
+            if "breaks" in PLANTED and i == 2:
+                self.connection.close()
+                return
+            self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+        self.wfile.write(b"data: [DONE]\n\n")
+        self.close_connection = True
+
     def do_GET(self):
         if self.path == "/v1/models":
             self.reply({"data": [{"id": "small"}]})
+        elif self.path == "/metrics" and DRAFTER and "sglang" not in PLANTED:
+            self.metrics()
+        elif self.path == "/get_server_info" and "sglang" in PLANTED and ROUNDS:
+            length = 1 + sum(r.accepted for r in ROUNDS) / len(ROUNDS)
+            self.reply({"internal_states": [{"avg_spec_accept_length": length}]})
+        elif self.path in ("/metrics", "/get_server_info", "/server_info"):
+            self.reply({}, 404)
         else:
             self.reply({"seen": SEEN})
 
@@ -69,13 +113,18 @@ class Handler(BaseHTTPRequestHandler):
         sampling = Sampling(temperature=asked["temperature"])
         with ONE_AT_A_TIME:
             made = speculate(
-                TARGET, None, [prompt], max_new_tokens=asked["max_tokens"], sampling=sampling,
+                TARGET, DRAFTER, [prompt], max_new_tokens=asked["max_tokens"], sampling=sampling,
                 seed=asked["seed"],
             )[0]  # fmt: skip
+            ROUNDS.extend(made.rounds)
+            REQUEST_COUNT[0] += 1
         shown = made.token_ids[:-1] if made.finish_reason == "stop" else made.token_ids
         if "other-tokenizer" in PLANTED:  # half of a word: two tokens where ours has one
             shown = [i for t in shown for i in (t, t)]
         text = tokenizer.decode(shown, skip_special_tokens=False)
+        if asked.get("stream"):
+            self.stream(text, len(made.token_ids))
+            return
         choice = {"finish_reason": made.finish_reason, "stop_reason": None}
         if "messages" in asked:
             choice["message"] = {"role": "assistant", "content": text}

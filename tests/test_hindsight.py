@@ -15,7 +15,6 @@ from draft_opd.rollout.hindsight import Conditional, draft_given_text, hindsight
 from draft_opd.rollout.occupancy import expected_rounds, expected_tau, occupancy
 
 V, K = 3, 2
-pytestmark = pytest.mark.xdist_group("hindsight")  # shares sampled texts
 
 
 def tree(seed: int, sharp: float, depth: int) -> dict[tuple, torch.Tensor]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from test_server import served
+from servers import served
 
 import draft_opd as d
 from draft_opd.cli import run

@@ -6,12 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
+from servers import fetch, served, start
 
 import draft_opd as d
 from draft_opd.decoding.sampling import Sampling
@@ -22,36 +19,6 @@ from draft_opd.text import TargetText
 
 FAMILY = "dflash"
 LONGEST = 40
-
-
-def fetch(url: str) -> dict:
-    with urllib.request.urlopen(url, timeout=5) as answer:
-        return json.loads(answer.read())
-
-
-def start(port: int, *planted: str) -> subprocess.Popen:
-    command = [sys.executable, str(Path(__file__).parent / "small_server.py"), str(port), *planted]
-    process = subprocess.Popen(command)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None
-        try:
-            fetch(f"http://127.0.0.1:{port}/v1/models")
-            return process
-        except OSError:
-            time.sleep(0.1)
-    raise TimeoutError("the server did not start")
-
-
-@contextmanager
-def served(*planted: str):
-    port = free_port()
-    process = start(port, *planted)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from draft_opd.cli_options import (
 )
 from draft_opd.console import Screen, table
 from draft_opd.errors import UserError
+from draft_opd.files import make_folder, write_json
 
 
 def evaluate(
@@ -126,6 +127,8 @@ def evaluate(
     if server:
         report = _served(screen, target, server, baseline_server, chosen, sizes, options)
         pages = {}
+        if out:
+            write_json(make_folder(out) / "eval.json", report)
     else:
         report, pages = _local(
             screen, (target, device, dtype, trust_remote_code), drafter, chosen, lengths, widths,
@@ -276,7 +279,6 @@ def analyze(
     at_least(limit, 1, "--limit")
     from draft_opd.evaluation.analysis import GROUPS, analyse
     from draft_opd.evaluation.page import Report
-    from draft_opd.files import make_folder, write_json
     from draft_opd.rollout.trajectory import check_trajectories, read_trajectories
     from draft_opd.training.history import lineage
 

@@ -191,7 +191,7 @@ def _measure(
     timed = Evaluation(
         target, sides, [Task(EMBEDDED, heldout[:SPEED_PROMPTS])], max_new_tokens=max_new_tokens
     )
-    with screen.progress("speed, one prompt at a time", SPEED_PROMPTS) as update:
+    with screen.progress("speed, one prompt at a time", min(SPEED_PROMPTS, len(ids))) as update:
         timed.say = lambda _, done, __: update(done)
         timed.run()
     evaluation = timed.report()

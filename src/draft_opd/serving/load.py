@@ -39,7 +39,7 @@ class Reply:
 
 async def _ask(client: httpx.AsyncClient, body: dict, url: str) -> Reply:
     """Streams one chat completion. Raises `UserError` for anything that is none."""
-    began, first, text, tokens = time.perf_counter(), None, [], 0
+    began, first, text, tokens, ended = time.perf_counter(), None, [], 0, False
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
             if answer.status_code != 200:
@@ -47,7 +47,8 @@ async def _ask(client: httpx.AsyncClient, body: dict, url: str) -> Reply:
                 raise UserError(f"server {url}: {why(answer)}")
             async for line in answer.aiter_lines():
                 data = line.removeprefix("data:").strip()
-                if not line.startswith("data:") or data == "[DONE]":
+                ended = ended or data == "[DONE]"
+                if not line.startswith("data:") or ended:
                     continue
                 part = json.loads(data)
                 for choice in part.get("choices") or ():
@@ -65,6 +66,8 @@ async def _ask(client: httpx.AsyncClient, body: dict, url: str) -> Reply:
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"server {url} does not stream chat completions ({error})") from error
     seconds = time.perf_counter() - began
+    if not ended:
+        raise UserError(f"server {url} broke off in the middle of an answer")
     if not tokens:
         raise UserError(f"server {url} does not say how many tokens it made (stream_options)")
     return Reply("".join(text), tokens, first or seconds, seconds)
