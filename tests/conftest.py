@@ -30,7 +30,7 @@ def _family(item) -> str | None:
 
 def pytest_itemcollected(item):
     """A family stays on one worker, which makes its session fixtures once."""
-    if _family(item):
+    if _family(item) and item.config.pluginmanager.hasplugin("xdist"):
         item.add_marker(pytest.mark.xdist_group(_family(item)))
 
 

@@ -175,6 +175,9 @@ class Recipe(_Section):
     evaluation: Evaluation = Evaluation()
     online: Online | None = None
     save_every: int | None = Field(None, ge=1, description="steps; default: as evaluation.every")
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
+        "none", description="where metrics go beside metrics.jsonl; may change on --resume"
+    )
     trust_remote_code: bool = False
 
     @model_validator(mode="after")

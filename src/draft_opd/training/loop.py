@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,13 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from pydantic import ValidationError
 
 from draft_opd.drafters.base import FAMILIES, Drafter
 from draft_opd.errors import UserError
-from draft_opd.files import make_folder, recover_folder, write_json, write_text
-from draft_opd.machine import machine
+from draft_opd.files import recover_folder
 from draft_opd.rollout.trace import Traces, tau
 from draft_opd.rollout.trajectory import Trajectory, check_trajectories, read_trajectories
 from draft_opd.target import Target
@@ -28,8 +24,10 @@ from draft_opd.training.data import Batch, BatchSource, batch_at, cut
 from draft_opd.training.objectives import needs_branches
 from draft_opd.training.opd import hindsight_rollout, live_rollout, opd_loss
 from draft_opd.training.optimizer import Optimizer
+from draft_opd.training.record import Record, check_folder
 from draft_opd.training.sft import sft_loss
 from draft_opd.training.stopwatch import Stopwatch
+from draft_opd.training.tracking import check_tracker
 
 Stage = Literal["sft", "opd"]
 ROWS = 32  # trajectories that one trace forward looks at: more would only take memory
@@ -110,7 +108,8 @@ class Run:
         """`after`: an earlier run, whose target and remembered features serve again."""
         self.stage, self.recipe, self.on_metrics = stage, recipe, on_metrics
         self.out = Path(recipe.out)
-        self._check_folder(resume)
+        check_folder(recipe, resume)
+        check_tracker(recipe.tracker)
         if stage == "opd" and not recipe.drafter:
             raise UserError("opd starts from a trained drafter: set `drafter` in the recipe")
         # Trajectories before the target: a bad file should not cost a model's loading time.
@@ -148,24 +147,14 @@ class Run:
             self.yardstick.adopt(after.yardstick)
         self.clock = Stopwatch(self.target.device)
         self._rollouts: list[tuple[list[Trajectory], Traces]] = []
-        self._prepare_folder()
+        about = {
+            "stage": stage,
+            "device": str(self.target.device),
+            "drafter_parameters": sum(p.numel() for p in self.drafter.parameters()),
+        }
+        self.record = Record(recipe, about, self.progress.step)
 
     # -- setting up -------------------------------------------------------------------------
-
-    def _check_folder(self, resume: bool) -> None:
-        saved = self.out / "recipe.yaml"
-        if saved.exists() and not resume:
-            raise UserError(
-                f"'{self.out}' already holds a run: continue it with --resume or set another `out`"
-            )
-        if resume and saved.exists():
-            before = yaml.safe_load(saved.read_text())
-            now = self.recipe.model_dump(mode="json")
-            changed = sorted(_differences(before, now))
-            if changed:
-                raise UserError(
-                    f"cannot resume '{self.out}': the recipe changed in {', '.join(changed)}"
-                )
 
     def _read(self, path: str, limit: int | None) -> list[Trajectory]:
         found = read_trajectories(path, limit=limit)
@@ -199,38 +188,16 @@ class Run:
         counts = torch.bincount(torch.tensor(said), minlength=self.target.vocab_size)
         return new_drafter(self.recipe.model, self.target, counts)
 
-    def _prepare_folder(self) -> None:
-        make_folder(self.out)
-        write_text(
-            self.out / "recipe.yaml",
-            yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False),
-        )
-        write_json(
-            self.out / "run.json",
-            {
-                "kind": "run",
-                "stage": self.stage,
-                "command": sys.argv,
-                **machine(),
-                "device": str(self.target.device),
-                "drafter_parameters": sum(p.numel() for p in self.drafter.parameters()),
-            },
-        )
-        metrics = self.out / "metrics.jsonl"
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        kept = []
-        for line in lines:
-            try:
-                if json.loads(line)["step"] <= self.progress.step and self.progress.step:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                break  # a line torn by a kill: everything behind it is redone
-        write_text(metrics, "".join(f"{line}\n" for line in kept))
-
     # -- training ---------------------------------------------------------------------------
 
     def train(self) -> RunResult:
         """Runs to the last step; on a fresh run step 0 is evaluated first."""
+        try:
+            return self._train()
+        finally:
+            self.record.close()
+
+    def _train(self) -> RunResult:
         r = self.recipe
         if self.progress.step == 0:
             self.progress.extra["start"] = self._evaluate(0)
@@ -256,8 +223,7 @@ class Run:
         )  # fmt: skip
 
     def _record(self, line: dict) -> None:
-        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.record.line(line)
         if self.on_metrics:
             self.on_metrics(line)
 
@@ -375,15 +341,3 @@ def _together(key: str, values: list):
     if isinstance(values[0], list):
         return [sum(column) for column in zip(*values, strict=True)]
     return sum(values) if key in ("supervised", "anchors") else sum(values) / len(values)
-
-
-def _differences(before: object, now: object, path: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        return [
-            found
-            for key in sorted(set(before) | set(now))
-            for found in _differences(
-                before.get(key), now.get(key), f"{path}.{key}" if path else key
-            )
-        ]
-    return [] if before == now else [path]

@@ -1,0 +1,81 @@
+"""What a run folder says of its run: recipe, how it was made, metrics line by line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import yaml
+
+from draft_opd.errors import UserError
+from draft_opd.files import make_folder, write_json, write_text
+from draft_opd.machine import machine
+from draft_opd.training.config import Recipe
+from draft_opd.training.tracking import numbers, open_tracker
+
+
+def check_folder(recipe: Recipe, resume: bool) -> None:
+    """Raises `UserError` where `out` holds a run that this one would not be the rest of."""
+    out = Path(recipe.out)
+    saved = out / "recipe.yaml"
+    if saved.exists() and not resume:
+        raise UserError(
+            f"'{out}' already holds a run: continue it with --resume or set another `out`"
+        )
+    if resume and saved.exists():
+        before = yaml.safe_load(saved.read_text())
+        now = recipe.model_dump(mode="json")
+        changed = [key for key in sorted(_differences(before, now)) if key != "tracker"]
+        if changed:
+            raise UserError(f"cannot resume '{out}': the recipe changed in {', '.join(changed)}")
+
+
+def _differences(before: object, now: object, path: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            found
+            for key in sorted(set(before) | set(now))
+            for found in _differences(
+                before.get(key), now.get(key), f"{path}.{key}" if path else key
+            )
+        ]
+    return [] if before == now else [path]
+
+
+class Record:
+    """Writes recipe.yaml, run.json and metrics.jsonl, and tells the tracker.
+
+    step: that of the last checkpoint; what an earlier try wrote behind it is forgotten.
+    """
+
+    def __init__(self, recipe: Recipe, about: dict, step: int):
+        self.out = make_folder(Path(recipe.out))
+        self.metrics = self.out / "metrics.jsonl"
+        tree = recipe.model_dump(mode="json")
+        # First of all: where it does not start, the folder is still no run.
+        self.tracker = open_tracker(recipe.tracker, self.out, tree, step)
+        write_text(self.out / "recipe.yaml", yaml.safe_dump(tree, sort_keys=False))
+        write_json(
+            self.out / "run.json", {"kind": "run", "command": sys.argv, **machine(), **about}
+        )
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= step and step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                break  # a line torn by a kill: everything behind it is redone
+        write_text(self.metrics, "".join(f"{line}\n" for line in kept))
+
+    def line(self, values: dict) -> None:
+        """`values` has `step`."""
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+        if self.tracker:
+            self.tracker.log(values["step"], dict(numbers(values)))
+
+    def close(self) -> None:
+        if self.tracker:
+            self.tracker.close()
