@@ -1,6 +1,7 @@
 """Trackers hold what metrics.jsonl holds, whichever is chosen, and through a resume."""
 
 import json
+import sqlite3
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -75,8 +76,8 @@ def test_other_trackers_really_take_it(kind, tmp_path):
     if find_spec(kind) is None:
         pytest.skip(f"{kind} is not installed here (pip install 'draft-opd[{kind}]')")
     code = (
-        "import sys; from pathlib import Path; from draft_opd.training.tracking import open_tracker;"
-        "out = Path(sys.argv[2]); "
+        "import sys; from pathlib import Path; "
+        "from draft_opd.training.tracking import open_tracker; out = Path(sys.argv[2]); "
         "t = open_tracker(sys.argv[1], out, {'a': 1}, 0); t.log(1, {'tau': 2.0}); t.close(); "
         "t = open_tracker(sys.argv[1], out, {'a': 1}, 1); t.log(2, {'tau': 3.0}); t.close()"
     )
@@ -85,12 +86,20 @@ def test_other_trackers_really_take_it(kind, tmp_path):
                    "PYTHONPATH": ":".join(sys.path)}  # fmt: skip
     out = tmp_path / "run"
     out.mkdir()
-    subprocess.run([sys.executable, "-c", code, kind, out], env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, kind, out], env=environment, check=True, stdout=subprocess.PIPE
+    )
+    assert done.stdout == b""  # that is for results
     assert json.loads((out / "tracker.json").read_text())["id"].startswith("run-")
     if kind == "wandb":
         assert len(list(out.glob("wandb/offline-run-*"))) >= 1
     else:
-        assert any((tmp_path / "trackio").glob("*.db"))
+        (base,) = (tmp_path / "trackio").glob("*.db")
+        rows = sqlite3.connect(base).execute("select run_name, step, metrics from metrics")
+        found = [(name, step, json.loads(values)) for name, step, values in rows]
+        (name,) = {row[0] for row in found}
+        assert [row[1:] for row in found] == [(1, {"tau": 2.0}), (2, {"tau": 3.0})]
+        assert name == json.loads((out / "tracker.json").read_text())["id"]
 
 
 def test_no_tracker_is_the_default(tmp_path):

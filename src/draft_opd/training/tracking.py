@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
@@ -39,9 +41,9 @@ def open_tracker(kind: str, out: Path, recipe: dict, step: int) -> Tracker | Non
     if kind == "none":
         return None
     try:
-        return {"tensorboard": _TensorBoard, "trackio": _Trackio, "wandb": _Wandb}[kind](
-            out, recipe, step
-        )
+        # What they print is about the work; standard output is for results.
+        with redirect_stdout(sys.stderr):
+            return TRACKERS[kind](out, recipe, step)
     except Exception as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(f"tracker: {kind} does not start ({line}); or set tracker=none") from error
@@ -95,7 +97,8 @@ class _Trackio:
         self.run.log(values, step=step)
 
     def close(self) -> None:
-        self.finish()
+        with redirect_stdout(sys.stderr):
+            self.finish()
 
 
 class _Wandb:
@@ -112,3 +115,6 @@ class _Wandb:
 
     def close(self) -> None:
         self.run.finish()
+
+
+TRACKERS = {"tensorboard": _TensorBoard, "trackio": _Trackio, "wandb": _Wandb}
