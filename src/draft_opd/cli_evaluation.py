@@ -13,6 +13,7 @@ from draft_opd.cli_options import (
     Dtype,
     Json,
     Length,
+    Seed,
     TargetName,
     Temperature,
     Thinking,
@@ -86,7 +87,7 @@ def evaluate(
         str, typer.Option(help="'sample' or 'argmax', at temperature > 0.")
     ] = "sample",
     thinking: Thinking = None,
-    seed: int = 0,
+    seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for eval.json, rounds.jsonl and report.html.")
     ] = None,

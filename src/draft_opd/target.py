@@ -29,6 +29,10 @@ class TargetOutput:
 class Target(TargetText):
     """A frozen transformers causal LM.
 
+    >>> target = Target.from_pretrained("embedded", device="cpu")
+    >>> target.num_layers, target.hidden_size, target.dtype
+    (8, 192, torch.float32)
+
     Positions are absolute and every row starts at position 0 (right padding): a token sees
     exactly the cached slots at or before its own position.
     """

@@ -16,7 +16,7 @@ class Sampling(BaseModel):
 
     temperature: float = Field(0.0, ge=0, description="0 is greedy")
     top_k: int = Field(0, ge=0, description="0 keeps all")
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1, description="1 keeps all")
     draft: Literal["sample", "argmax"] = Field(
         "sample", description="draw the draft from q (exact residual), or take its argmax"
     )

@@ -238,7 +238,7 @@ def generate(
     """Decodes one prompt speculatively; see `speculate`. The text is the target's own.
 
     >>> import draft_opd as d
-    >>> target = d.Target.from_pretrained("embedded")
+    >>> target = d.Target.from_pretrained("embedded", device="cpu")
     >>> d.generate(target, None, [1, 2, 3], max_new_tokens=2).finish_reason
     'length'
     """

@@ -17,6 +17,11 @@ def accepted_prefix(matches: Tensor) -> Tensor:
 def verify_greedy(drafted: Tensor, target_logits: Tensor) -> Tensor:
     """Greedy verification: accept while the drafted token is the target's argmax.
 
+    >>> import torch
+    >>> logits = torch.eye(5)[None, [2, 4, 1]]  # the target says 2, then 4, then 1
+    >>> verify_greedy(torch.tensor([[2, 3]]), logits)
+    tensor([1])
+
     Args:
         drafted: [N, K] token ids.
         target_logits: [N, K + 1, V]; row k scores offset k + 1 given the drafted tokens before.
@@ -38,6 +43,12 @@ def verify_sampled(
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Speculative sampling with the exact residual (Leviathan et al. 2023, algorithm 1).
+
+    >>> import torch
+    >>> same = torch.full((1, 1, 4), 0.25)  # drafter and target agree: all is accepted
+    >>> accepted, bonus = verify_sampled(torch.tensor([[3]]), same, same.repeat(1, 2, 1))
+    >>> int(accepted)
+    1
 
     Accepts d_k with probability min(1, p_k(d_k) / q_k(d_k)); at the first rejection draws the
     bonus from max(p_k - q_k, 0) renormalised, after a full accept from p_{K+1}. With a one-hot

@@ -101,11 +101,15 @@ class DFlashLayer(nn.Module):
 class DFlashOptions(ShapeOptions):
     """Shape of a new drafter; None means "as the target has it"."""
 
-    num_layers: int = Field(1, ge=1)
-    block_size: int = Field(16, ge=2)
-    target_layers: tuple[int, ...] | None = None
-    num_target_features: int | None = Field(None, ge=1)
-    mask_token_id: int | None = Field(None, ge=0)
+    num_layers: int = Field(1, ge=1, description="draft layers")
+    block_size: int = Field(16, ge=2, description="B: the anchor's token and B - 1 drafted ones")
+    target_layers: tuple[int, ...] | None = Field(
+        None, description="0-based layers that are tapped; None: spread evenly"
+    )
+    num_target_features: int | None = Field(None, ge=1, description="how many, if spread evenly")
+    mask_token_id: int | None = Field(
+        None, ge=0, description="None: one that the target never says"
+    )
 
 
 class DFlashDrafter(Drafter):
@@ -381,5 +385,6 @@ def find_mask_token(target: Target) -> int:
             if token.special and token_id not in used and token.content not in str(template):
                 return token_id
     raise UserError(
-        f"target '{target.name}' has no spare token for MASK: set model.mask_token_id in the recipe"
+        f"target '{target.name}' has no spare token for MASK: set model.options.mask_token_id in "
+        "the recipe"
     )

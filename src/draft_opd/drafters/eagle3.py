@@ -121,7 +121,9 @@ class Eagle3Options(ShapeOptions):
 
     draft_length: int = Field(STEPS, ge=1, description="steps unrolled in training; K")
     draft_vocab_size: int | None = Field(None, ge=2, description="None: the whole vocabulary")
-    target_layers: tuple[int, ...] | None = Field(None, min_length=1)
+    target_layers: tuple[int, ...] | None = Field(
+        None, min_length=1, description="0-based layers that are tapped; None: engines' default"
+    )
     attention: Literal["llama", "qwen3"] = Field("llama", description="qwen3: q and k normed")
     norm_before_residual: bool = Field(False, description="the residual begins behind hidden_norm")
     norm_output: bool = Field(False, description="the normed state is fed back (EAGLE 3.1)")

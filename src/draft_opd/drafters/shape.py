@@ -17,10 +17,10 @@ class ShapeOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    intermediate_size: int | None = Field(None, ge=1)
-    num_attention_heads: int | None = Field(None, ge=1)
-    num_key_value_heads: int | None = Field(None, ge=1)
-    head_dim: int | None = Field(None, ge=2, multiple_of=2)
+    intermediate_size: int | None = Field(None, ge=1, description="width of the MLP")
+    num_attention_heads: int | None = Field(None, ge=1, description="query heads")
+    num_key_value_heads: int | None = Field(None, ge=1, description="key and value heads")
+    head_dim: int | None = Field(None, ge=2, multiple_of=2, description="width of a head")
 
 
 def rope_parameters(config) -> dict:

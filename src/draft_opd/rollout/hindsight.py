@@ -222,6 +222,15 @@ def hindsight_trace(
     have been sampled with the same temperature, top-k and top-p.
 
     Anchors index `prompt_ids + response_ids`. Raises `UserError` when the drafter does not fit.
+
+    >>> import draft_opd as d
+    >>> target = d.Target.from_pretrained("embedded", device="cpu")
+    >>> drafter = d.drafters.FAMILIES["dflash"].create(target)
+    >>> prompt = target.chat_ids([{"role": "user", "content": "Hi"}])
+    >>> made = d.generate(target, drafter, prompt, max_new_tokens=8)
+    >>> text = d.Trajectory(prompt_ids=made.prompt_ids, response_ids=made.token_ids)
+    >>> d.hindsight_trace(target, drafter, text) == made.rounds
+    True
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, draft=draft)
     return hindsight_traces(

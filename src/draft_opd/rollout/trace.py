@@ -20,7 +20,11 @@ Traces = list[list[Round]]  # one list of rounds a trajectory
 
 
 def tau(rounds: Iterable[Round]) -> float:
-    """Acceptance length: mean of accepted + 1 over rounds (the bonus token counts); 0 if none."""
+    """Acceptance length: mean of accepted + 1 over rounds (the bonus token counts); 0 if none.
+
+    >>> tau([Round(9, [4, 8, 1], 3), Round(13, [5, 5, 5], 0)])
+    2.5
+    """
     lengths = [r.accepted + 1 for r in rounds]
     return sum(lengths) / len(lengths) if lengths else 0.0
 

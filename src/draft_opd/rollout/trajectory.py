@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A verified response of the target, stop token included, and how it was sampled."""
+    """A verified response of the target, stop token included, and how it was sampled.
+
+    >>> Trajectory(prompt_ids=[5, 6], response_ids=[7, 2]).ids
+    [5, 6, 7, 2]
+    """
 
     prompt_ids: list[int]
     response_ids: list[int]

@@ -25,19 +25,23 @@ class Data(_Section):
     trajectories: str = Field(description="trajectories.jsonl or its folder, from `collect`")
     heldout: str = Field(description="trajectories that τ is measured on, never trained on")
     limit: int | None = Field(None, ge=1, description="use only the first N trajectories")
-    heldout_limit: int | None = Field(64, ge=1)
+    heldout_limit: int | None = Field(64, ge=1, description="of them, only the first N")
     max_length: int | None = Field(None, ge=8, description="cut trajectories to N tokens")
     cache_features: Literal["none", "memory"] = Field(
         "none", description="keep the target's features after the first forward"
     )
-    cache_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    cache_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="type of the features that are kept"
+    )
 
 
 class Model(_Section):
     """A new drafter; `options` are the family's own (`DFlashOptions`, `Eagle3Options`)."""
 
-    family: str = "dflash"
-    options: dict[str, Any] = Field(default_factory=dict)
+    family: str = Field("dflash", description="dflash or eagle3")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="shape of a new drafter, see the families below"
+    )
 
 
 class Optim(_Section):
@@ -46,11 +50,11 @@ class Optim(_Section):
     name: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: for the matrices, with AdamW for the rest"
     )
-    learning_rate: float = Field(6e-4, gt=0)
+    learning_rate: float = Field(6e-4, gt=0, description="at its peak")
     final_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate / peak")
     warmup: float = Field(0.04, ge=0, le=1, description="part of the steps")
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0, description="decoupled")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
     clip: float = Field(1.0, gt=0, description="gradient norm")
 
 
@@ -85,12 +89,14 @@ class Objective(_Section):
     kind: Literal[
         "acceptance_aware", "forward_kl", "reverse_kl", "total_variation", "log_overlap",
         "cross_entropy", "auf", "dpace", "expected_length", "expected_overlap", "chain_tv",
-    ] = "acceptance_aware"  # fmt: skip
+    ] = Field("acceptance_aware", description="the loss, see Objectives")  # fmt: skip
     gamma: float = Field(0.8, gt=0, le=1, description="position decay of the rejected stream")
     accepted_gamma: float = Field(1.0, gt=0, le=1, description="and of the accepted one")
-    accepted_weight: float = Field(1.0, ge=0)
-    rejected_weight: float = Field(1.0, ge=0)
-    normalization: Literal["streams", "tokens"] = "streams"
+    accepted_weight: float = Field(1.0, ge=0, description="λ of the accepted stream")
+    rejected_weight: float = Field(1.0, ge=0, description="λ of the rejected stream")
+    normalization: Literal["streams", "tokens"] = Field(
+        "streams", description="a mean of each stream (the paper), or one over all tokens"
+    )
     supervise_correction: bool = Field(
         False, description="the first rejected offset in the accepted stream too"
     )
@@ -98,9 +104,9 @@ class Objective(_Section):
     estimator: Literal["exact", "top_k", "k1", "k2", "k3", "bernoulli"] = Field(
         "exact", description="of the streams' KL: whole vocabulary, top_k, or the drafted token"
     )
-    top_k: int = Field(64, ge=1)
+    top_k: int = Field(64, ge=1, description="tokens that the estimator top_k looks at")
     clamp: float = Field(10.0, gt=0, description="of single-token estimates")
-    dpace_alpha: float = Field(0.5, ge=0, le=1)
+    dpace_alpha: float = Field(0.5, ge=0, le=1, description="smoothing of D-PACE's weights")
     supervision_temperature: float = Field(1.0, gt=0, description="temperature of p in the loss")
     draft_temperature: float = Field(1.0, gt=0, description="temperature of q in the loss")
     trajectory_weight: float = Field(
@@ -111,7 +117,9 @@ class Objective(_Section):
 class Opd(_Section):
     """Stage 2: Draft-OPD."""
 
-    rollout: Literal["hindsight", "live"] = "hindsight"
+    rollout: Literal["hindsight", "live"] = Field(
+        "hindsight", description="rounds from stored text, or by decoding again"
+    )
     anchors: Literal["trace", "random", "all", "occupancy"] = Field(
         "trace",
         description="replay where rounds began, as many random positions, max_anchors of all "
@@ -123,7 +131,7 @@ class Opd(_Section):
         None, ge=1, description="supervised draft tokens a trajectory and step"
     )
     trace_every: int = Field(1, ge=1, description="steps a hindsight trace is used for")
-    objective: Objective = Objective()
+    objective: Objective = Field(Objective(), description="what is minimised")
 
 
 class Online(_Section):
@@ -131,54 +139,62 @@ class Online(_Section):
 
     server: str = Field(description="URL of the vLLM or SGLang server that runs the drafter")
     prompts: str = Field(description="JSONL that may grow: each round takes the next prompts")
-    rounds: int = Field(1, ge=1)
-    prompts_per_round: int = Field(256, ge=1)
+    rounds: int = Field(1, ge=1, description="of collecting, training and serving")
+    prompts_per_round: int = Field(256, ge=1, description="new prompts a round")
     window: int = Field(1, ge=1, description="rounds whose trajectories are trained on")
-    max_new_tokens: int = Field(512, ge=1)
-    thinking: bool | None = None
+    max_new_tokens: int = Field(512, ge=1, description="longest response")
+    thinking: bool | None = Field(None, description="for chat templates that know it")
     reload: str | None = Field(
         None,
         description="shell command after each export; {drafter} is the folder. The server then "
         "has `patience` seconds to answer",
     )
-    export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    server_model: str | None = None
-    endpoint: Literal["completions", "chat"] = "completions"
-    in_flight: int = Field(32, ge=1)
-    patience: float = Field(300.0, gt=0)
+    export_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="type of the exported weights"
+    )
+    server_model: str | None = Field(None, description="default: the one that is served")
+    endpoint: Literal["completions", "chat"] = Field(
+        "completions", description="token ids, or messages through the server's template"
+    )
+    in_flight: int = Field(32, ge=1, description="requests at a time")
+    patience: float = Field(300.0, gt=0, description="seconds to wait for a server that is away")
 
 
 class Evaluation(_Section):
+    """Held-out τ while training."""
+
     every: int = Field(50, ge=1, description="steps between measurements of held-out τ")
 
 
 class Recipe(_Section):
     """A run of one stage."""
 
-    target: str
+    target: str = Field(description="folder, hub id, or embedded")
     drafter: str | None = Field(None, description="start from this folder or hub id")
-    out: str
-    data: Data
-    model: Model = Model()
-    steps: int = Field(ge=1)
+    out: str = Field(description="run folder")
+    data: Data = Field(description="trajectories")
+    model: Model = Field(Model(), description="a new drafter (stage 1)")
+    steps: int = Field(ge=1, description="optimiser steps")
     batch_size: int = Field(16, ge=1, description="trajectories a forward")
     accumulate: int = Field(1, ge=1, description="forwards an optimiser step")
-    seed: int = 0
-    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = Field(0, description="of weights, data order, anchors and sampling")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of forward and backward (autocast); weights stay float32"
+    )
     draft_length: int | None = Field(None, ge=1, description="K; default: what the drafter has")
     sampling: Sampling = Field(
         Sampling(), description="how the target's text was sampled, and how the drafter will draft"
     )
-    optim: Optim = Optim()
-    sft: Sft = Sft()
-    opd: Opd = Opd()
-    evaluation: Evaluation = Evaluation()
-    online: Online | None = None
+    optim: Optim = Field(Optim(), description="optimiser and schedule")
+    sft: Sft = Field(Sft(), description="stage 1")
+    opd: Opd = Field(Opd(), description="stage 2")
+    evaluation: Evaluation = Field(Evaluation(), description="held-out τ")
+    online: Online | None = Field(None, description="for `draft-opd online`")
     save_every: int | None = Field(None, ge=1, description="steps; default: as evaluation.every")
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
         "none", description="where metrics go beside metrics.jsonl; may change on --resume"
     )
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(False, description="run code that ships with the target")
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

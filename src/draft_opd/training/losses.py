@@ -213,7 +213,14 @@ def acceptance_aware_loss(
     rejected_weight: float = 1.0,
     normalization: str = "streams",
 ) -> LossParts:
-    """Draft-OPD's loss (paper, §1.1 of our notes), exact over the vocabulary.
+    """Draft-OPD's loss (arXiv 2605.29343, its acceptance-aware objective), exact over the
+    vocabulary.
+
+    >>> import torch
+    >>> p, q = torch.zeros(1, 2, 4), torch.tensor([[[0.0, 0, 0, 0], [2, 0, 0, 0]]])
+    >>> loss = acceptance_aware_loss(q, p, torch.tensor([1]))  # offset 1 accepted, 2 rejected
+    >>> bool(loss.accepted == 0), bool(loss.rejected > 0)
+    (True, True)
 
     Forward KL(p || q) on accepted offsets; reverse KL(q || p), weighted γ^(k-1), on rejected ones.
 
