@@ -15,13 +15,14 @@ from draft_opd.drafters import FAMILIES, Drafter
 from draft_opd.errors import UserError
 from draft_opd.evaluation.analysis import analyse
 from draft_opd.evaluation.measure import sides_of
-from draft_opd.evaluation.page import Report, times
+from draft_opd.evaluation.page import Report, spread, times
 from draft_opd.evaluation.run import Evaluation
+from draft_opd.evaluation.statistics import difference
 from draft_opd.evaluation.tasks import Task
 from draft_opd.files import make_folder, write_json
 from draft_opd.rollout.collect import collect
 from draft_opd.rollout.prompts import Prompt, read_prompts
-from draft_opd.rollout.trace import tau
+from draft_opd.rollout.trace import Round, tau
 from draft_opd.rollout.trajectory import read_trajectories
 from draft_opd.target import Target
 from draft_opd.text import EMBEDDED
@@ -168,14 +169,15 @@ def _measure(
     """Real decoding of every held-out prompt with each drafter, and speed on some of them."""
     alone = {t.id: t for t in read_trajectories(out / "data" / "heldout")}
     ids = [alone[p.id].prompt_ids for p in heldout]
-    taus, matched, of = {}, 0, 0
+    traces: dict[str, list[list[Round]]] = {}
+    matched = of = 0
     folders = {n: out / n / "last" for n in ("sft", "sft_continued", "draft_opd")}
     drafters = {
         name: Drafter.from_pretrained(str(folder), device=target.device)
         for name, folder in {"untrained": out / "untrained", **folders}.items()
     }
     for name, drafter in drafters.items():
-        rounds = []
+        traces[name] = []
         with screen.progress(f"decode, {LABELS[name]}", len(ids)) as update:
             for start in range(0, len(ids), 64):
                 made = speculate(
@@ -184,10 +186,12 @@ def _measure(
                 for prompt, g in zip(heldout[start : start + 64], made, strict=True):
                     matched += g.token_ids == alone[prompt.id].response_ids
                     of += 1
-                    rounds += g.rounds
+                    traces[name].append(g.rounds)
                 update(min(start + 64, len(ids)))
-        taus[name] = tau(rounds)
-    sides = sides_of({LABELS[n]: (str(folder), drafters[n]) for n, folder in folders.items()})
+    sides = sides_of(
+        {LABELS[n]: (str(folder), drafters[n]) for n, folder in folders.items()},
+        baseline=LABELS["sft_continued"],
+    )
     timed = Evaluation(
         target, sides, [Task(EMBEDDED, heldout[:SPEED_PROMPTS])], max_new_tokens=max_new_tokens
     )
@@ -202,8 +206,13 @@ def _measure(
         LABELS[name]: analyse(target, drafters[name], list(alone.values()))
         for name in ("sft", "draft_opd")
     }
+    taus = {name: tau(r for rounds in rows for r in rounds) for name, rows in traces.items()}
     value = {
         "tau": taus,
+        "tau_difference": {
+            "draft_opd - sft_continued": taus["draft_opd"] - taus["sft_continued"],
+            "interval": difference(traces["draft_opd"], traces["sft_continued"]),
+        },
         "gain": taus["draft_opd"] / taus["sft_continued"] - 1,
         "lossless": {"matched": matched, "of": of},
         "speedup": speed,
@@ -219,6 +228,7 @@ def _measure(
 
 def _report(summary: dict, supervised: dict, parts: dict, prompts: int) -> Report:
     same, gain = summary["lossless"], summary["gain"]
+    between = spread(summary["tau_difference"]["interval"], "+.2f")
     rows = [
         [LABELS[name], f"{t:.3f}", summary["steps"].get(name, 0),
          f"{supervised.get(name, 0):,}", times(summary["speedup"].get(name))]
@@ -232,7 +242,8 @@ def _report(summary: dict, supervised: dict, parts: dict, prompts: int) -> Repor
         "from there, once by more SFT and once by Draft-OPD, with equal steps, batches, schedule "
         f"and draft blocks. Seed {summary['seed']}.",
         tiles=[
-            {"value": f"{100 * gain:+.1f} %", "label": "τ, Draft-OPD against continued SFT"},
+            {"value": f"{100 * gain:+.1f} %", "label": "τ, Draft-OPD against continued SFT",
+             "note": f"Δτ {between}, paired over {prompts} prompts"},
             {"value": f"{summary['tau']['draft_opd']:.2f}", "label": "τ, tokens a round",
              "note": f"{summary['tau']['sft_continued']:.2f} with continued SFT"},
             {"value": times(summary["speedup"]["draft_opd"]), "label": "speed-up",

@@ -36,13 +36,15 @@ def plain(axes) -> None:
     axes.title.set_color(INK)
 
 
-def legend(axes) -> None:
-    """Names of the series, where there are any; below the axes where they are many."""
+def legend(axes, below: bool = False) -> None:
+    """Names of the series, where there are any; below the axes where they are many or in the way"""
     count = len(axes.get_legend_handles_labels()[1])
     if not count:
         return
-    many = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 3} if count > 3 else {}
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK, **many)
+    place = {}
+    if below or count > 3:
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.19), "ncols": min(count, 3)}
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, **place)
 
 
 def svg(figure: Figure, inline: bool = False) -> str:

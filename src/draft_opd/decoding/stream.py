@@ -94,9 +94,10 @@ def stream(
     }
     if not screen.as_json:
         screen.out.print()
+    shown = "green" if colour else "marked" if brackets else "not marked"
     screen.say(
         f"{count} tokens in {rounds} rounds: τ {value['tau']:.2f}, "
-        f"{value['drafted_tokens']} of them drafted (marked); "
+        f"{value['drafted_tokens']} of them drafted ({shown}); "
         f"{value['tokens_per_second']:.1f} tokens/s; ended by {result.finish_reason}"
     )
     return value

@@ -50,7 +50,7 @@ def histogram(series: Series) -> Figure:
         at = [n + (i + 0.5) * width - 0.4 for n in range(len(counts))]
         shares = [c / total for c in counts]
         axes.bar(at, shares, width, color=COLOURS[i % len(COLOURS)], label=name)
-    legend(axes)
+    legend(axes, below=True)
     return figure
 
 
@@ -104,8 +104,8 @@ def concurrency(rows: list[dict], alone: str) -> Figure:
 def mismatch(analyses: dict[str, dict]) -> Figure:
     """Mean KL between target and drafter by the state that drafts are in."""
     figure = Figure(figsize=(5.4, 2.9))
-    for i, (key, title) in enumerate((("forward_kl", "KL(p‖q)"), ("reverse_kl", "KL(q‖p)"))):
-        axes = figure.add_subplot(1, 2, i + 1)
+    for place, (key, title) in enumerate((("forward_kl", "KL(p‖q)"), ("reverse_kl", "KL(q‖p)")), 1):
+        axes = figure.add_subplot(1, 2, place)
         axes.set_title(title, fontsize=10)
         plain(axes)
         width = 0.8 / len(analyses)
@@ -115,8 +115,9 @@ def mismatch(analyses: dict[str, dict]) -> Figure:
             axes.bar(at, values, width, color=COLOURS[j % len(COLOURS)], label=name)
         labels = [g.replace("_", "\n") for g in GROUPS]
         axes.set_xticks(range(len(GROUPS)), labels, fontsize=7.5, rotation=40, color=INK)
-        if i == 0:
-            legend(axes)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, frameon=False, fontsize=9, labelcolor=INK, ncols=3,
+                  loc="upper center", bbox_to_anchor=(0.5, -0.08))  # fmt: skip
     figure.subplots_adjust(wspace=0.3)
     return figure
 

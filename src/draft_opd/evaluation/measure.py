@@ -46,17 +46,19 @@ def sides_of(
     drafters: dict[str, tuple[str, Drafter]],
     lengths: Sequence[int | None] = (None,),
     tree: Sequence[int] | None = None,
+    baseline: str | None = None,
 ) -> list[Side]:
     """Every drafter, {name: (path, drafter)}, at every draft length, named by what differs.
 
-    A later drafter is compared with the first one at the same length, the first one with itself
-    at its first length. Raises `UserError` for a length that a drafter was not trained for.
+    Every drafter is compared with the baseline (default: the first one) at the same length, the
+    baseline with itself at its first length. Raises `UserError` for a length that a drafter was
+    not trained for.
     """
 
     def label(name: str, length: int | None) -> str:
         return f"{name} K={length}" if len(lengths) > 1 else name
 
-    made, first = [], next(iter(drafters))
+    made, first = [], baseline or next(iter(drafters))
     for name, (source, drafter) in drafters.items():
         for i, length in enumerate(lengths):
             if length is not None:

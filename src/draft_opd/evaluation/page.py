@@ -171,14 +171,14 @@ def _evaluation(e: dict, plot) -> list[dict]:
     many = len(sides) > 1
     rows = [
         [*([s["side"]] if many else []), t["task"], t["prompts"], f"{t['tokens']:,}",
-         number(t["tau"]), spread(t.get("tau_interval")),
+         number(t["tau"]), spread(t.get("tau_interval")), same_text(t),
          number(t["tokens_per_second"]["target"], 1),
          number(t["tokens_per_second"]["speculative"], 1), times(t["speedup"]),
-         spread(t.get("speedup_interval")), same_text(t)]
+         spread(t.get("speedup_interval"))]
         for s in sides for t in s["tasks"]
     ]  # fmt: skip
     columns = [*(["drafter"] if many else []), "task", "prompts", "tokens", "τ", "95 %",
-               "target, tok/s", "with drafter, tok/s", "speed-up", "95 %", "same text"]  # fmt: skip
+               "same text", "target, tok/s", "tok/s", "speed-up", "95 %"]  # fmt: skip
     tables = [_table("", columns, rows)]
     if e.get("comparison"):
         tables.append(_table("Differences, paired by response", *comparison_rows(e["comparison"])))
