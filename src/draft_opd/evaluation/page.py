@@ -188,6 +188,10 @@ def _evaluation(e: dict, plot) -> list[dict]:
             " In 16 bit near-ties may fall either way: 'beyond rounding' counts tokens that are "
             "further from the target's choice than the type's rounding allows."
         )
+    if weights := [t["memory_bytes"] for s in sides for t in s["tasks"] if "memory_bytes" in t]:
+        parts = {name: max(w[name] or 0 for w in weights) / 1e6 for name in weights[0]}
+        text += f" Weights: target {parts['target']:.1f} MB, drafter {parts['drafter']:.1f} MB"
+        text += f"; at most {parts['peak']:.0f} MB held." if parts["peak"] else "."
     found = [_section("Tasks", text, tables)]
     joined = {s["side"]: s for s in sides}
     plots = [
