@@ -211,7 +211,7 @@ def _measure(
         "tau": taus,
         "tau_difference": {
             "draft_opd - sft_continued": taus["draft_opd"] - taus["sft_continued"],
-            "interval": difference(traces["draft_opd"], traces["sft_continued"]),
+            "interval": list(difference(traces["draft_opd"], traces["sft_continued"]) or ()),
         },
         "gain": taus["draft_opd"] / taus["sft_continued"] - 1,
         "lossless": {"matched": matched, "of": of},
