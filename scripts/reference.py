@@ -16,12 +16,10 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from draft_opd.cli import app
-from draft_opd.drafters.dflash import DFlashOptions
-from draft_opd.drafters.eagle3 import Eagle3Options
+from draft_opd.drafters import FAMILIES
 from draft_opd.training.config import Recipe
 
 DOCS = Path(__file__).parent.parent / "docs"
-FAMILIES = {"dflash": DFlashOptions, "eagle3": Eagle3Options}
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
@@ -36,8 +34,8 @@ def recipe_page() -> str:
         "the types (`scripts/reference.py`).\n",
         *_section(Recipe, ""),
     ]
-    for name, options in FAMILIES.items():
-        parts += _table(f"`model.options` of `{name}`", options, "model.options.")
+    for name, family in FAMILIES.items():
+        parts += _table(f"`model.options` of `{name}`", family.options, "model.options.")
     return "\n".join(parts)
 
 

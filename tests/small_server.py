@@ -3,8 +3,9 @@
     python small_server.py PORT [PLANTED ...]
 
 PLANTED, what servers do to their clients: no-ids, busy, template-twice, other-tokenizer, one-fails,
-sglang (its names), breaks (off in the middle of a stream); drafter=FOLDER decodes with it and
-counts as vLLM does. `pytest -m slow` uses vLLM itself.
+sglang (its names), breaks (off in the middle of a stream), error-event (in the middle of one),
+no-usage, thinks (as with a reasoning parser); drafter=FOLDER decodes with it and counts its rounds
+under vLLM's names. `pytest -m slow` uses vLLM itself.
 """
 
 from __future__ import annotations
@@ -68,7 +69,13 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         parts = [text[i : i + 7] for i in range(0, len(text), 7)]
         events = [{"choices": [{"delta": {"content": p}}]} for p in parts]
-        events.append({"choices": [], "usage": {"completion_tokens": count}})
+        if "thinks" in PLANTED:  # some servers fill both names
+            thought = {"reasoning": "hm", "reasoning_content": "hm"}
+            events.insert(0, {"choices": [{"delta": thought}]})
+        if "error-event" in PLANTED:
+            events[2:] = [{"error": {"message": "the engine ran out of memory"}}]
+        if "no-usage" not in PLANTED:
+            events.append({"choices": [], "usage": {"completion_tokens": count}})
         for i, event in enumerate(events):
             if "breaks" in PLANTED and i == 2:
                 self.connection.close()

@@ -3,18 +3,18 @@
 import json
 
 import pytest
-import torch
 
 import draft_opd as d
 from draft_opd.cli import run
+from draft_opd.decoding.sampling import Sampling
 from draft_opd.evaluation.compare import compare
 from draft_opd.evaluation.concurrency import throughput
-from draft_opd.evaluation.lengths import Hardware, roofline, weights_read
+from draft_opd.evaluation.lengths import Hardware, is_mixture, roofline, weights_read
 from draft_opd.evaluation.measure import ALONE, names_of, sides_of
 from draft_opd.evaluation.run import Evaluation
 from draft_opd.evaluation.tasks import Task
 from draft_opd.evaluation.tokens import pieces
-from draft_opd.rollout.prompts import read_prompts
+from draft_opd.rollout.prompts import Prompt, read_prompts
 
 LONGEST = 48
 
@@ -57,7 +57,7 @@ def test_a_side_does_not_differ_from_itself(evaluation):
 
 
 def test_advice_knows_tau_at_every_length_without_decoding(evaluation, target, trained):
-    evaluation.lengths()
+    evaluation.lengths(lengths=[1, 3, 15])
     good, bad = evaluation.more["draft_lengths"]
     answers = [a for task in evaluation.answers.values() for a in task[ALONE]]
     for row in good["lengths"]:
@@ -98,9 +98,10 @@ def test_other_hardware_follows_from_two_numbers(target, trained):
 
 def test_throughput_counts_what_decoding_gives(evaluation, target):
     prompts = [p.ids(target) for p in read_prompts("embedded:heldout", 3)]
-    rows = throughput(target, evaluation.sides[:2], prompts, [1, 3], max_new_tokens=LONGEST)
+    sizes = [1, 3, 6]  # the last one takes each prompt twice
+    rows = throughput(target, evaluation.sides[:2], prompts, sizes, max_new_tokens=LONGEST)
     assert [(r["batch"], r["side"]) for r in rows] == [
-        (b, s) for b in (1, 3) for s in (ALONE, "good K=3", "good K=15")
+        (b, s) for b in sizes for s in (ALONE, "good K=3", "good K=15")
     ]
     taus = {s["side"]: s["tasks"][0]["tau"] for s in evaluation.report()["sides"]}
     for row in rows:
@@ -153,6 +154,7 @@ def test_the_raw_rounds_give_the_same_tau(evaluation, tmp_path):
         (["a/x", "b/x"], ["a", "b"]),
         (["new=runs/a/last", "runs/b/last"], ["new", "b"]),
         (["org/drafter"], ["drafter"]),
+        (["runs/lr=0.1/last", "runs/lr=0.2/last"], ["lr=0.1", "lr=0.2"]),
     ],
 )
 def test_drafters_are_named_by_what_differs(paths, names):
@@ -167,6 +169,10 @@ def test_drafters_are_named_by_what_differs(paths, names):
         (["--draft-length", "99"], "out of range"),
         (["--advise", "--hardware", "x=1"], "--hardware x=1"),
         (["--hardware", "x=1,2"], "--advise"),
+        (["--advise", "--hardware", "x=nan,2"], "--hardware x=nan,2"),
+        (["--advise", "--hardware", "x=1,2", "--hardware", "x=2,3"], "there already"),
+        (["--out", "README.md"], "cannot create the folder"),
+        (["--tasks", "embedded", "--prompts", "README.md"], "README.md:1: not valid JSON"),
         (["--concurrency", "none"], "--concurrency none"),
         (["--server", "http://localhost:1"], "has its own drafter"),
         (["--baseline-server", "http://localhost:1"], "--server"),
@@ -179,16 +185,35 @@ def test_bad_options_get_one_line(capsys, trained_folder, more, message):
     assert code == 2 and message in error and "Traceback" not in error
 
 
-def test_above_temperature_zero_nothing_is_called_lossless(target, trained):
-    from draft_opd.decoding.sampling import Sampling
-
-    torch.manual_seed(0)
+def test_above_temperature_zero_texts_are_not_compared(target, trained):
     made = Evaluation(
         target, sides_of({"x": ("x", trained)}), [Task("t", read_prompts("embedded:heldout", 2))],
-        sampling=Sampling(temperature=0.8), max_new_tokens=30,
+        sampling=Sampling(temperature=0.8, top_p=0.9), max_new_tokens=30,
     )  # fmt: skip
     made.run()
-    made.lengths()
-    (task,) = made.report()["tasks"]
-    assert task["lossless"] == {"matched": None, "of": 0} and task["tau"] >= 1
-    assert all(row["tau"] >= 1 for row in made.more["draft_lengths"][0]["lengths"])
+    made.lengths(lengths=[2, 15])
+    report = made.report()
+    assert report["tasks"][0]["lossless"] == {"matched": None, "of": 0}
+    assert (report["temperature"], report["top_p"]) == (0.8, 0.9)
+    # The same texts again: the rounds are drawn given them, so a short draft accepts less.
+    taus = [row["tau"] for row in report["draft_lengths"][0]["lengths"]]
+    assert taus[0] < taus[-1] <= 1 + trained.draft_length
+
+
+def test_a_prompt_that_leaves_no_room_is_found_before_decoding(target, trained):
+    prompts = [*read_prompts("embedded:heldout", 1),
+               Prompt("long one", [{"role": "user", "content": "word " * 5000}])]  # fmt: skip
+    seen = []
+    made = Evaluation(
+        target, sides_of({"x": ("x", trained)}), [Task("t", prompts)],
+        say=lambda *done: seen.append(done),
+    )  # fmt: skip
+    with pytest.raises(d.UserError, match=r"task 't', prompt long one: .* tokens"):
+        made.run()
+    assert not seen
+
+
+def test_a_mixture_of_experts_has_no_roofline(target):
+    assert not is_mixture(target)
+    config = type(target.config)(num_experts=4)  # as Qwen3-MoE calls it
+    assert is_mixture(type("T", (), {"config": config})())

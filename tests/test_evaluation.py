@@ -9,7 +9,8 @@ import torch
 
 import draft_opd as d
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.evaluation.measure import evaluate
+from draft_opd.evaluation.measure import sides_of
+from draft_opd.evaluation.run import Evaluation
 from draft_opd.evaluation.statistics import difference, interval
 from draft_opd.evaluation.tasks import SOURCES, Task, load_tasks
 from draft_opd.rollout.prompts import Prompt, read_prompts
@@ -67,7 +68,11 @@ def test_a_subset_is_the_same_every_time(tmp_path):
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [("gsm", "unknown task 'gsm': there are gsm8k"), ("gsm8k", "gsm8k=FILE.jsonl")],
+    [
+        ("gsm", "unknown task 'gsm': there are gsm8k"),
+        ("gsm8k", "gsm8k=FILE.jsonl"),
+        ("embedded,embedded", "task name 'embedded' is taken"),
+    ],
 )
 def test_a_task_that_cannot_be_loaded_is_named(monkeypatch, names, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -110,20 +115,39 @@ def test_intervals_cover_what_they_promise():
     assert covered / trials < 1.0
 
 
+@pytest.mark.parametrize("count", [2, 3, 5, 8, 20])
+def test_few_responses_give_wide_intervals(count):
+    """Not two thirds of what they promise, as plain percentiles of few draws do."""
+    generator, covered, trials = random.Random(count), 0, 200
+    true = sum(0.7**k for k in range(8))
+    for trial in range(trials):
+        made = [rounds_of(0.7, 25, generator) for _ in range(count)]
+        low, high = interval(made, seed=trial, draws=400)
+        covered += low <= true <= high
+    assert covered / trials > 0.88
+
+
 def test_an_interval_needs_responses():
     generator = random.Random(1)
     assert interval([rounds_of(0.5, 9, generator)]) is None
     alike = [rounds_of(0.5, 9, random.Random(3)) for _ in range(5)]
     low, high = interval(alike)
     assert low == high
-    with pytest.raises(ValueError, match="same responses"):
+    with pytest.raises(ValueError, match="same prompts"):
         difference(alike, alike[1:])
+
+
+def evaluate(target, drafter, task, **options) -> dict:
+    """What `eval` says of one drafter on one task."""
+    made = Evaluation(target, sides_of({"x": ("x", drafter)}), [task], **options)
+    made.run()
+    return made.report()["tasks"][0]
 
 
 @pytest.fixture(scope="module")
 def measured(target, trained):
-    tasks = [Task("t", read_prompts("embedded:heldout", 3))]
-    return [evaluate(target, trained, tasks, max_new_tokens=60)[0] for _ in range(2)]
+    task = Task("t", read_prompts("embedded:heldout", 3))
+    return [evaluate(target, trained, task, max_new_tokens=60) for _ in range(2)]
 
 
 def test_twice_is_the_same_to_the_last_digit(measured):
@@ -180,7 +204,7 @@ def test_parts_of_the_measure_fit_together(measured):
 
 def test_later_turns_follow_the_targets_answer(target, trained):
     prompt = Prompt("1", [{"role": "user", "content": "Which number is next?"}], ("And then?",))
-    value = evaluate(target, trained, [Task("two", [prompt])], max_new_tokens=20)[0]
+    value = evaluate(target, trained, Task("two", [prompt]), max_new_tokens=20)
     assert value["prompts"] == 1 and value["responses"] == 2
     assert [g["group"] for g in value["by_turn"]] == ["1", "2"]
     assert value["lossless"] == {"matched": 2, "of": 2}
@@ -189,6 +213,6 @@ def test_later_turns_follow_the_targets_answer(target, trained):
 def test_sixteen_bit_is_judged_by_regret(trained, heldout):
     narrow = d.Target.from_pretrained("embedded", dtype="bfloat16", device="cpu")
     half = copy.deepcopy(trained).to(torch.bfloat16)
-    tasks = [Task("t", read_prompts("embedded:heldout", 2))]
-    value = evaluate(narrow, half, tasks, max_new_tokens=60, sampling=Sampling())[0]
+    task = Task("t", read_prompts("embedded:heldout", 2))
+    value = evaluate(narrow, half, task, max_new_tokens=60, sampling=Sampling())
     assert value["regret"]["beyond_bound"] == 0 and value["regret"]["of"] == value["tokens"]

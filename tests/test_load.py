@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from servers import served
+from servers import fetch, served
 
 import draft_opd as d
 from draft_opd.cli import run
@@ -11,7 +11,8 @@ from draft_opd.decoding.sampling import Sampling
 from draft_opd.evaluation.tasks import Task
 from draft_opd.rollout.prompts import Prompt, read_prompts
 from draft_opd.rollout.server import Server
-from draft_opd.serving.load import measure_server
+from draft_opd.serving.load import ask_all, measure_server
+from draft_opd.serving.vllm import Acceptance
 
 FAMILY = "dflash"
 OPTIONS = {"max_new_tokens": 40, "sampling": Sampling()}
@@ -30,8 +31,7 @@ def test_a_server_against_one_without_a_drafter(capsys, target, trained, trained
         for p in read_prompts("embedded:heldout", 4)
     ]
     rounds = [r for g in made for r in g.rounds]
-    # Both levels asked the same: the engine's counters over them are twice those of ours.
-    assert task["rounds"] == 2 * len(rounds)
+    assert task["rounds"] == len(rounds)
     assert task["tau"] == pytest.approx(sum(r.accepted + 1 for r in rounds) / len(rounds))
     assert task["tokens"] == sum(len(g.token_ids) for g in made)
     assert task["lossless"] == {"matched": 4, "of": 4}
@@ -39,6 +39,9 @@ def test_a_server_against_one_without_a_drafter(capsys, target, trained, trained
     assert task["speedup"] == pytest.approx(
         task["tokens_per_second"]["speculative"] / task["tokens_per_second"]["target"]
     )
+    # Twice as many requests as are in flight: the prompts are asked again.
+    assert [level["speculative"]["requests"] for level in task["concurrency"]] == [4, 8]
+    assert task["concurrency"][1]["speculative"]["mean_in_flight"] > 2
     for level in task["concurrency"]:
         for side in ("target", "speculative"):
             first = level[side]["milliseconds_to_first_token"]["p50"]
@@ -63,13 +66,48 @@ def test_no_counters_is_no_figure_and_turns_follow(target):
         server.check()
         value = measure_server(server, None, Task("t", [prompt]), [1], **OPTIONS)
     assert value["tau"] is None and value["tau_from"] is None
-    assert value["prompts"] == 1 and value["responses"] == 2
+    assert value["prompts"] == 1
+    # Two requests at a level of one, each with its two turns.
+    assert value["responses"] == 4
 
 
-@pytest.mark.parametrize(("planted", "message"), [("busy", "HTTP 503 queue"), ("breaks", "broke")])
+@pytest.mark.parametrize(
+    ("planted", "message"),
+    [
+        ("busy", "HTTP 503 queue"),
+        ("breaks", "broke off in the middle"),
+        ("error-event", "ran out of memory"),
+        ("no-usage", "does not say how many"),
+    ],
+)
 def test_a_server_that_fails_is_told(capsys, planted, message):
     with served(planted) as url:
         code = run(["eval", "--target", "embedded", "--server", url, "--tasks", "embedded",
                     "--limit", "2", "--max-new-tokens", "40"])  # fmt: skip
     error = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and message in error and url in error
+
+
+def test_thinking_is_no_part_of_the_answer_that_the_next_turn_sees():
+    prompt = Prompt("1", [{"role": "user", "content": "Which number is next?"}], ("And then?",))
+    with served("thinks") as url:
+        server = Server(url)
+        server.check()
+        (first, _), _ = ask_all(server, [prompt], 1, **OPTIONS)
+        told = fetch(f"{url}/seen")["seen"][-1]["messages"]
+    assert first.text == "hm" + first.content
+    assert told[1] == {"role": "assistant", "content": first.content}
+
+
+def test_a_server_that_drafted_nothing_has_no_tau(trained_folder):
+    """One token a response comes from the prompt's own forward in an engine."""
+    none = Acceptance(0, [0, 0], 4)
+    assert (none - Acceptance(0, [0, 0], 0)).tau == 0.0
+    with served(f"drafter={trained_folder}") as url:
+        server = Server(url)
+        server.check()
+        value = measure_server(
+            server, None, Task("t", read_prompts("embedded:heldout", 1)), [1],
+            **{**OPTIONS, "max_new_tokens": 1},
+        )  # fmt: skip
+    assert value["tau"] == 1.0 or value["tau"] is None

@@ -1,5 +1,6 @@
 """The report in a real browser: nothing overflows, nothing is loaded, nothing is executed."""
 
+import html
 import json
 import shutil
 from pathlib import Path
@@ -30,7 +31,7 @@ def folder(trained_folder, data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("report")
     prompts = out / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in (HOSTILE, "x", "Two?")))
-    copy = out / "other <b>name</b>"
+    copy = out / "_other $x$ <b>name<b>$\\foo$"
     shutil.copytree(trained_folder, copy)
     pair = ("--target", "embedded", "--drafter", str(trained_folder))
     assert run(["eval", *pair, "--drafter", str(copy), "--draft-length", "4,15", "--tasks",
@@ -123,6 +124,13 @@ def test_whole_text_of_a_sample_is_on_the_page(browser, folder, target):
     page.close()
 
 
+def test_what_users_write_is_text(folder):
+    """Also where there is no browser to try it."""
+    page = (folder / "all" / "report.html").read_text()
+    assert "<script" not in page and "<img" not in page and "<b>name" not in page
+    assert html.escape(HOSTILE, quote=False)[:30] in page.replace("&#39;", "'")
+
+
 def test_each_plot_is_there_for_a_paper(folder):
     for page in ("eval", "analysis", "all"):
         plots = folder / page / "plots"
@@ -147,6 +155,8 @@ def test_tokens_that_are_part_of_a_character_make_whole_text(target):
         (lambda p: None, "holds nothing to report"),
         (lambda p: (p / "eval.json").write_text("{"), "is not readable JSON"),
         (lambda p: (p / "eval.json").write_text("[]"), "must hold a JSON object"),
+        (lambda p: (p / "eval.json").write_text('{"target": 1}'), "lacks drafter"),
+        (lambda p: (p / "analysis.json").write_text("{}"), "lacks anchors"),
         (lambda p: (p / "recipe.yaml").write_text("a: 1"), "is damaged"),
     ],
 )

@@ -78,8 +78,8 @@ def test_other_trackers_really_take_it(kind, tmp_path):
     code = (
         "import sys; from pathlib import Path; "
         "from draft_opd.training.tracking import open_tracker; out = Path(sys.argv[2]); "
-        "t = open_tracker(sys.argv[1], out, {'a': 1}, 0); t.log(1, {'tau': 2.0}); t.close(); "
-        "t = open_tracker(sys.argv[1], out, {'a': 1}, 1); t.log(2, {'tau': 3.0}); t.close()"
+        "t = open_tracker(sys.argv[1], out, {'a': 1}, 0); t.log(1, {'tau': 2.0}); t.close(False); "
+        "t = open_tracker(sys.argv[1], out, {'a': 1}, 1); t.log(2, {'tau': 3.0}); t.close(False)"
     )
     environment = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"),
                    "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path),

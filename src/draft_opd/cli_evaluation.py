@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -77,6 +78,7 @@ def evaluate(
     server: Annotated[
         str | None, typer.Option(help="Measure this running vLLM or SGLang server instead.")
     ] = None,
+    server_model: Annotated[str | None, typer.Option(help="Default: the one it serves.")] = None,
     baseline_server: Annotated[
         str | None, typer.Option(help="A server of the target alone, for the speed-up.")
     ] = None,
@@ -101,6 +103,7 @@ def evaluate(
     at_least(skip, 0, "--skip")
     at_least(max_new_tokens, 1, "--max-new-tokens")
     from draft_opd.evaluation.tasks import PAPER_LENGTH, load_tasks, paper_tasks
+    from draft_opd.rollout.server import Server
 
     screen = Screen(json)
     sampling, widths = to_sampling(temperature, top_k, top_p, draft), to_widths(tree)
@@ -110,7 +113,7 @@ def evaluate(
         raise UserError(f"--preset {preset}: there is 'paper'")
     if preset and (tasks or prompts or limit or skip or shuffle is not None):
         raise UserError("--preset says which prompts: leave --tasks, --limit and the like out")
-    if server and (drafter or lengths or tree or advise):
+    if server and (drafter or lengths or tree or advise or device or dtype):
         raise UserError("--server has its own drafter: leave --drafter and its options out")
     if not server and not drafter:
         raise UserError("nothing to evaluate: give --drafter, or --server")
@@ -125,11 +128,13 @@ def evaluate(
         "max_new_tokens": max_new_tokens or (PAPER_LENGTH if preset else 512),
         "sampling": sampling, "thinking": thinking, "seed": seed,
     }  # fmt: skip
+    if out:
+        make_folder(out)  # what cannot be written should be known before hours of decoding
     if server:
-        report = _served(screen, target, server, baseline_server, chosen, sizes, options)
-        pages = {}
+        servers = [Server(server, server_model), baseline_server and Server(baseline_server)]
+        report, pages = _served(screen, target, servers, chosen, sizes, options), {}
         if out:
-            write_json(make_folder(out) / "eval.json", report)
+            write_json(out / "eval.json", report)
     else:
         report, pages = _local(
             screen, (target, device, dtype, trust_remote_code), drafter, chosen, lengths, widths,
@@ -149,13 +154,12 @@ def _local(
     screen, model_options, drafters, chosen, lengths, widths, advise, hardware, sizes, options, out
 ) -> tuple[dict, dict]:
     from draft_opd.evaluation.lengths import HARDWARE, to_hardware
-    from draft_opd.evaluation.measure import names_of, sides_of
+    from draft_opd.evaluation.measure import named, names_of, sides_of
     from draft_opd.evaluation.run import Evaluation
     from draft_opd.training.history import lineage
 
     places = to_hardware(hardware or ()) or HARDWARE
-    names = names_of(drafters)
-    paths = dict(zip(names, (p.partition("=")[2] or p for p in drafters), strict=True))
+    paths = dict(zip(names_of(drafters), (named(p)[1] for p in drafters), strict=True))
     model = to_target(*model_options)
     loaded = {name: (path, to_drafter(path, model)) for name, path in paths.items()}
     sides = sides_of(loaded, lengths or [None], widths)
@@ -165,27 +169,27 @@ def _local(
         evaluation.say = lambda name, *_: update(next(count), name)
         evaluation.run()
     evaluation.say = lambda what, done, of: screen.say(f"{what}: {done}/{of}")
-    if advise:
-        evaluation.lengths(places)
-    if sizes:
-        evaluation.concurrency(sizes)
-    report = evaluation.report(draft=options["sampling"].draft, thinking=options["thinking"])
-    if out:
-        evaluation.save(out, report)
+    more = [partial(evaluation.lengths, places)] if advise else []
+    more += [partial(evaluation.concurrency, sizes)] if sizes else []
+    for extra in more:
+        if out:  # should the next one fail, what is decoded is kept
+            evaluation.save(out, evaluation.report())
+        extra()
+    report = evaluation.report()
+    if not out:
+        return report, {}
+    evaluation.save(out, report)
     training = {name: lineage(path) for name, path in paths.items()}
-    return report, {"samples": evaluation.samples(), "training": training}
+    return report, {"samples": evaluation.samples, "training": training}
 
 
-def _served(screen, target, url, baseline, chosen, sizes, options) -> dict:
+def _served(screen, target, servers, chosen, sizes, options) -> dict:
     from draft_opd.evaluation.summary import evaluation_report
     from draft_opd.machine import machine
-    from draft_opd.rollout.server import Server
     from draft_opd.serving.load import measure_server
 
-    servers = [Server(u) if u else None for u in (url, baseline)]
-    for which in servers:
-        if which:
-            which.check()
+    for which in filter(None, servers):
+        which.check()
     with screen.progress("eval", len(chosen) * len(sizes or [1])) as update:
         count = iter(range(1, 1 << 30))
         rows = [
@@ -195,9 +199,11 @@ def _served(screen, target, url, baseline, chosen, sizes, options) -> dict:
             )
             for task in chosen
         ]  # fmt: skip
+    sampling = options.pop("sampling")
     return evaluation_report(
-        target, None, options["sampling"].temperature, rows, server=url, baseline_server=baseline,
-        max_new_tokens=options["max_new_tokens"], machine=machine(),
+        target, None, sampling.temperature, rows, server=servers[0].url,
+        baseline_server=servers[1] and servers[1].url, top_k=sampling.top_k, top_p=sampling.top_p,
+        **options, machine={"client": machine()},
     )  # fmt: skip
 
 
@@ -226,12 +232,13 @@ def _shown(report: dict) -> list:
     ]  # fmt: skip
     shown = [table("", columns, rows)]
     if many:
-        title = "Differences, paired by response"
+        title = "Differences, paired by prompt"
         shown.append(table(title, *comparison_rows(report["comparison"])))
     for advice in report.get("draft_lengths", ()):
         title = f"{advice['drafter']}: best draft length here {advice['best']}"
         shown.append(table(title, *length_rows(advice)))
-        shown.append(table("Elsewhere, at best", *elsewhere_rows(advice)))
+        if advice["elsewhere"]:
+            shown.append(table("Elsewhere, at best", *elsewhere_rows(advice)))
     if rows := report.get("concurrency"):
         cells = [
             [r["side"], r["batch"], number(r["tokens_per_second"], 1), times(r["speedup"]),

@@ -220,7 +220,7 @@ def _measure(
     timed.save(out / "evaluation", evaluation)
     return value, {
         "evaluation": evaluation,
-        "samples": timed.samples(),
+        "samples": timed.samples,
         "training": {LABELS[n]: lineage(str(folder)) for n, folder in folders.items()},
         "analyses": analyses,
     }
@@ -235,7 +235,7 @@ def _report(summary: dict, supervised: dict, parts: dict, prompts: int) -> Repor
         for name, t in summary["tau"].items()
     ]  # fmt: skip
     columns = ["drafter", "τ", "steps", "supervised tokens", "speed-up"]
-    title = f"{prompts} held-out prompts, greedy; speed on {SPEED_PROMPTS} of them"
+    title = f"{prompts} held-out prompts, greedy; speed on {min(prompts, SPEED_PROMPTS)} of them"
     return Report(
         "Draft-OPD demo",
         f"A {summary['family']} drafter for the shipped target, trained by SFT to its plateau; "

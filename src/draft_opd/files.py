@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,14 +21,27 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes beside, syncs, renames."""
+def write_parts(path: Path, parts: Iterable[bytes]) -> None:
+    """Writes beside, syncs, renames. Raises `UserError` where the place cannot be written."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}' ({error.strerror})") from error
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    write_parts(path, [content])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """A line each, as they come."""
+    write_parts(path, (f"{line}\n".encode() for line in lines))
 
 
 def write_text(path: Path, text: str) -> None:

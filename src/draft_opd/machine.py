@@ -10,13 +10,14 @@ import torch
 import transformers
 
 
-def machine() -> dict:
-    """Processor, device and versions."""
+def machine(device: torch.device | None = None) -> dict:
+    """Processor, versions, and the device that was used (default: the best there is)."""
+    cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -44,7 +44,18 @@ def legend(axes, below: bool = False) -> None:
     place = {}
     if below or count > 3:
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.19), "ncols": min(count, 3)}
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK, **place)
+    as_text(axes.legend(frameon=False, fontsize=9, labelcolor=INK, **place))
+
+
+def label(name: str) -> str:
+    """A name of the user's as a label: matplotlib leaves out those that begin with _."""
+    return f"\u200a{name}" if name.startswith("_") else name
+
+
+def as_text(legend) -> None:
+    """Names are no formulas, even with a $ in them."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def svg(figure: Figure, inline: bool = False) -> str:

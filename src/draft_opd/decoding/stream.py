@@ -22,19 +22,29 @@ class Detokenizer:
     """Text of a growing list of ids; a piece is held back while its last character is not whole."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.shown = tokenizer, [], 0
+        self.tokenizer, self.ids = tokenizer, []
+        # Only the piece before is decoded again: what a token's text is depends on its neighbour.
+        self.before = self.read = 0
 
     def push(self, ids: list[int]) -> str:
         self.ids += ids
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = self._new()
         if text.endswith("\ufffd"):
             return ""
-        new, self.shown = text[self.shown :], len(text)
-        return new
+        if text:
+            self.before, self.read = self.read, len(self.ids)
+        return text
 
     def rest(self) -> str:
         """What was held back, as it is."""
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True)[self.shown :]
+        return self._new()
+
+    def _new(self) -> str:
+        old, new = (
+            self.tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in (self.ids[self.before : self.read], self.ids[self.before :])
+        )
+        return new[len(old) :]
 
 
 def stream(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ class Drafter(nn.Module):
     target_layers: tuple[int, ...]  # 0-based target layers whose outputs are the features
     draft_length: int  # K, tokens proposed per round as trained
     vocabulary: Tensor | None = None  # [Vd] the target's ids it can draft, ascending; None: all
+    options: ClassVar[type[BaseModel]]  # of `create`: what a recipe's model.options may hold
     formats: ClassVar[tuple[str, ...]]  # what `export` can write: engines and layouts
     vllm_method: ClassVar[str]  # in vLLM's --speculative-config
     layout: str = ""  # the layout of the files it was read from

@@ -116,6 +116,7 @@ class DFlashDrafter(Drafter):
     """See the module docstring. `config` is a Qwen3Config with the z-lab keys."""
 
     family = vllm_method = "dflash"
+    options = DFlashOptions
 
     def __init__(self, config: Qwen3Config):
         super().__init__()

@@ -139,6 +139,7 @@ class Eagle3Drafter(Drafter):
     """
 
     family = vllm_method = "eagle3"
+    options = Eagle3Options
     has_trees = sees_drafts = soft_labels = True
 
     def __init__(

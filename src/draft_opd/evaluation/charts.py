@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from draft_opd.evaluation.analysis import GROUPS
-from draft_opd.plots import COLOURS, GREY, INK, legend, new_axes, plain
+from draft_opd.plots import COLOURS, GREY, INK, as_text, label, legend, new_axes, plain
 from draft_opd.training.history import History
 
 Series = dict[str, Sequence[float]]
@@ -25,17 +25,19 @@ def training(branches: dict[str, list[History]]) -> Figure:
             if run.path in drawn or not points:
                 continue
             drawn.add(run.path)
-            label = name if run is runs[-1] else run.name
-            axes.plot(*zip(*points, strict=True), color=next(colours), label=label, marker=".")
+            shown = name if run is runs[-1] else run.name
+            axes.plot(
+                *zip(*points, strict=True), color=next(colours), label=label(shown), marker="."
+            )
     legend(axes)
     return figure
 
 
-def by_position(series: Series, label: str = "accepted") -> Figure:
+def by_position(series: Series) -> Figure:
     """Acceptance at offsets 1..K."""
-    figure, axes = new_axes("offset k in the block", label)
+    figure, axes = new_axes("offset k in the block", "accepted")
     for colour, (name, values) in zip(COLOURS * 9, series.items(), strict=False):
-        axes.plot(range(1, len(values) + 1), values, color=colour, label=name, marker=".")
+        axes.plot(range(1, len(values) + 1), values, color=colour, label=label(name), marker=".")
     axes.set_ylim(0, 1)
     legend(axes)
     return figure
@@ -49,7 +51,7 @@ def histogram(series: Series) -> Figure:
         total = max(1, sum(counts))
         at = [n + (i + 0.5) * width - 0.4 for n in range(len(counts))]
         shares = [c / total for c in counts]
-        axes.bar(at, shares, width, color=COLOURS[i % len(COLOURS)], label=name)
+        axes.bar(at, shares, width, color=COLOURS[i % len(COLOURS)], label=label(name))
     legend(axes, below=True)
     return figure
 
@@ -92,7 +94,7 @@ def concurrency(rows: list[dict], alone: str) -> Figure:
         mine = [r for r in rows if r["side"] == name]
         colour = GREY if name == alone else next(colours)
         axes.plot([r["batch"] for r in mine], [r["tokens_per_second"] for r in mine],
-                  color=colour, label=name, marker=".")  # fmt: skip
+                  color=colour, label=label(name), marker=".")  # fmt: skip
     axes.set_xscale("log", base=2)
     ticks = sorted({r["batch"] for r in rows})
     axes.set_xticks(ticks, [str(t) for t in ticks])
@@ -112,12 +114,12 @@ def mismatch(analyses: dict[str, dict]) -> Figure:
         for j, (name, found) in enumerate(analyses.items()):
             at = [x + (j + 0.5) * width - 0.4 for x in range(len(GROUPS))]
             values = [found[key][g] or 0.0 for g in GROUPS]
-            axes.bar(at, values, width, color=COLOURS[j % len(COLOURS)], label=name)
+            axes.bar(at, values, width, color=COLOURS[j % len(COLOURS)], label=label(name))
         labels = [g.replace("_", "\n") for g in GROUPS]
         axes.set_xticks(range(len(GROUPS)), labels, fontsize=7.5, rotation=40, color=INK)
     handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, frameon=False, fontsize=9, labelcolor=INK, ncols=3,
-                  loc="upper center", bbox_to_anchor=(0.5, -0.08))  # fmt: skip
+    as_text(figure.legend(*handles, frameon=False, fontsize=9, labelcolor=INK, ncols=3,
+                          loc="upper center", bbox_to_anchor=(0.5, -0.08)))  # fmt: skip
     figure.subplots_adjust(wspace=0.3)
     return figure
 
@@ -128,7 +130,7 @@ def anchors(analyses: dict[str, dict]) -> Figure:
     for colour, (name, found) in zip(COLOURS * 9, analyses.items(), strict=False):
         counts = found["anchors"]["by_tenth"]
         at = [(i + 0.5) / len(counts) for i in range(len(counts))]
-        axes.plot(at, counts, color=colour, label=name, marker=".")
+        axes.plot(at, counts, color=colour, label=label(name), marker=".")
     axes.set_ylim(0)
     legend(axes)
     return figure

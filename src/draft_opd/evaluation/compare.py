@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from draft_opd.evaluation.statistics import difference, resampled
-from draft_opd.evaluation.summary import Answer, decode_speed
+from draft_opd.evaluation.summary import Answer, decode_speed, rounds_by_prompt
+from draft_opd.evaluation.tasks import ALL
 from draft_opd.rollout.trace import tau
 
 
@@ -13,8 +14,8 @@ def compare(
     one: Sequence[Answer], other: Sequence[Answer], seed: int = 0
 ) -> dict[str, float | tuple[float, float] | None]:
     """`one` against `other`: τ(one) - τ(other) and the ratio of their decoding speeds, each with
-    its 95 % bootstrap interval over responses (None where there is only one)."""
-    rounds = [[a.made.rounds for a in side] for side in (one, other)]
+    its 95 % bootstrap interval over prompts (None where there is only one)."""
+    rounds = [rounds_by_prompt(side) for side in (one, other)]
     speeds = [decode_speed(side) for side in (one, other)]
     first, second = (sum(n for n, _ in s) / sum(t for _, t in s) for s in speeds)
     ratio = resampled(lambda a, b: a / b, *speeds, seed=seed)
@@ -30,13 +31,13 @@ def compare(
 def comparison(
     pairs: Sequence[tuple[str, str]], tasks: dict[str, dict[str, list[Answer]]], seed: int = 0
 ) -> list[dict]:
-    """(side, against) task by task and over all tasks together.
+    """(side, against) task by task and, as task "all", over the prompts of all tasks together.
 
     tasks: name -> side -> answers.
     """
     names = {name for pair in pairs for name in pair}
     everything = {s: [a for answers in tasks.values() for a in answers[s]] for s in names}
-    groups = {**tasks, **({"all": everything} if len(tasks) > 1 else {})}
+    groups = {**tasks, **({ALL: everything} if len(tasks) > 1 else {})}
     return [
         {
             "task": name,

@@ -30,13 +30,17 @@ def throughput(
 ) -> list[dict]:
     """One row a batch size and side, the target alone among them; prefill is part of the time.
 
+    Batches are full: prompts are taken again where there are fewer than the largest batch holds.
     Each batch is decoded by every side in turn. `speedup` is against the target alone at the same
     batch size, `seconds_per_request` from the start of its batch.
     """
     sides = [Side(ALONE, None), *sides]
     rows, done = [], 0
+    count = max(max(batch_sizes), len(prompts))
+    prompts = [prompts[i % len(prompts)] for i in range(count)]
     for size in batch_sizes:
-        batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        starts = range(0, count - size + 1, size)
+        batches = [prompts[i : i + size] for i in starts]
         found = {s.name: {"tokens": 0, "seconds": 0.0, "ends": [], "rounds": []} for s in sides}
         for i, batch in enumerate([batches[0], *batches]):  # the first one warms up
             first = i % len(sides)

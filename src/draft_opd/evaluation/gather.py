@@ -7,44 +7,60 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from draft_opd.errors import UserError
-from draft_opd.evaluation.page import Report, read_samples
+from draft_opd.evaluation.measure import named, names_of
+from draft_opd.evaluation.page import Report, sides_in
 from draft_opd.training.history import is_run, lineage, read_history
+
+EVALUATION = {"target", "drafter", "temperature", "tasks", "mean", "machine"}
+ANALYSIS = {"tau", "share", "forward_kl", "reverse_kl", "anchors"}
 
 
 def gather(paths: Sequence[str], title: str) -> Report:
-    """Folders of `eval`, `analyze`, `sft`, `opd`. Raises `UserError` for any other."""
-    made = Report(title)
-    for text in paths:
-        folder = Path(text)
+    """Folders of `eval`, `analyze`, `sft`, `opd`, or NAME=FOLDER. Raises `UserError` for others.
+
+    The runs behind an evaluation's drafters are found by themselves.
+    """
+    made = Report(title, "From " + ", ".join(paths) + ".")
+    for name, folder in zip(names_of(paths), (Path(named(p)[1]) for p in paths), strict=True):
         known = False
         if (folder / "eval.json").exists():
             if made.evaluation:
                 raise UserError(
-                    f"'{text}' is a second evaluation: `eval` compares drafters when it is given "
+                    f"'{folder}' is a second evaluation: `eval` compares drafters when it is given "
                     "several (--drafter A --drafter B)"
                 )
-            made.evaluation, known = _read(folder / "eval.json"), True
-            made.samples = read_samples(folder)
+            made.evaluation, known = _read(folder / "eval.json", EVALUATION), True
+            if (folder / "samples.json").exists():
+                made.samples = _read(folder / "samples.json")
+            for side in sides_in(made.evaluation):
+                if runs := lineage(side["drafter"] or ""):
+                    made.training.setdefault(runs[-1].name, runs)
         if (folder / "analysis.json").exists():
-            made.analyses[folder.name], known = _read(folder / "analysis.json"), True
+            made.analyses[name], known = _read(folder / "analysis.json", ANALYSIS), True
         if is_run(folder):
             run = read_history(folder)
-            made.training[run.name] = [*lineage(run.recipe.get("drafter") or ""), run]
+            runs = [*lineage(run.recipe.get("drafter") or ""), run]
+            if not any(other[-1].path == folder.resolve() for other in made.training.values()):
+                made.training[name] = runs
             known = True
         if not known:
             raise UserError(
-                f"'{text}' holds nothing to report: give folders that eval, analyze, sft or opd "
+                f"'{folder}' holds nothing to report: give folders that eval, analyze, sft or opd "
                 "wrote"
             )
-    made.lead = "From " + ", ".join(paths) + "."
     return made
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path, keys: set[str] | None = None):
+    """JSON: an object with `keys`, or a list where there are none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' is not readable JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"'{path}' must hold a JSON object")
+    if not isinstance(value, dict if keys else list):
+        raise UserError(f"'{path}' must hold a JSON {'object' if keys else 'list'}")
+    if keys and (missing := sorted(keys - value.keys())):
+        raise UserError(f"'{path}' lacks {', '.join(missing)}: write it again")
+    if keys and not value.get("tasks", True):
+        raise UserError(f"'{path}' has no tasks: write it again")
     return value

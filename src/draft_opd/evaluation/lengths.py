@@ -8,6 +8,7 @@ bandwidth, or operations over the matrix rate, whichever takes longer.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.speculative import Generation, Timing, speculate
 from draft_opd.drafters.base import Drafter
 from draft_opd.errors import UserError
-from draft_opd.rollout.hindsight import hindsight_traces
+from draft_opd.rollout.hindsight import traces_by_length
 from draft_opd.rollout.trace import tau
 from draft_opd.rollout.trajectory import Trajectory
 from draft_opd.target import Target
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 11, 15, 20, 31)
-ROUNDS, REPEATS = 6, 5  # of a timing
+STEPS, REPEATS = 32, 5  # tokens of a timing, the same for every side; timings
+TOKENS = 32_768  # that one forward over texts runs
 TEXTS = 32  # whose rounds are counted
 PARTS = ("draft", "verify", "rest")
 WIDTH = 2  # bytes a weight on other hardware: bfloat16
@@ -63,8 +65,11 @@ def to_hardware(texts: Sequence[str]) -> list[Hardware]:
             bandwidth, compute = map(float, numbers.split(","))
         except ValueError:
             bandwidth = compute = 0.0
-        if not name or min(bandwidth, compute) <= 0:
+        finite = math.isfinite(bandwidth) and math.isfinite(compute)
+        if not name or not finite or min(bandwidth, compute) <= 0:
             raise UserError(f"--hardware {text}: give NAME=GB/s,TFLOP/s, as 'L4=300,121'")
+        if name in {h.name for h in found}:
+            raise UserError(f"--hardware {text}: '{name}' is there already")
         found.append(Hardware(name, bandwidth, compute))
     return found
 
@@ -82,7 +87,8 @@ def advise(
 ) -> dict:
     """τ, cost of a round and predicted speed-up for each draft length, and the best one.
 
-    made: responses of the target (by any side of a run).
+    made: responses of the target (by any side of a run). With sampling the rounds are drawn given
+    the text. `elsewhere` is empty for mixtures of experts: which weights a token reads is unknown.
     """
     sampling = sampling or Sampling()
     longest = drafter.draft_length
@@ -92,17 +98,15 @@ def advise(
         Trajectory(g.prompt_ids, g.token_ids, str(i), g.finish_reason, *kind)
         for i, g in enumerate(made[:TEXTS])
     ]
-    taus = {}
-    for i, length in enumerate(lengths):
-        traces = hindsight_traces(
-            target, drafter, texts, draft_length=length, sampling=sampling, seed=seed
-        )
-        taus[length] = tau(r for trace in traces for r in trace)
-        if progress:
-            progress(i + 1, 2 * len(lengths))
-    alone, costs = round_costs(target, drafter, made, taus, sampling)
+    traces = traces_by_length(
+        target, drafter, texts, lengths, sampling=sampling, seed=seed,
+        batch_size=max(1, min(TEXTS, TOKENS // max(len(t.ids) for t in texts))),
+        progress=lambda done: progress and progress(done, len(texts) + 1),
+    )  # fmt: skip
+    taus = {n: tau(r for trace in found for r in trace) for n, found in traces.items()}
+    alone, costs = round_costs(target, drafter, made, lengths, sampling)
     if progress:
-        progress(2 * len(lengths), 2 * len(lengths))
+        progress(len(texts) + 1, len(texts) + 1)
     context = round(statistics.mean(len(t.ids) for t in texts))
     rows = [
         {
@@ -114,7 +118,7 @@ def advise(
         for length in lengths
     ]
     elsewhere = []
-    for place in hardware:
+    for place in () if is_mixture(target) else hardware:
         for batch in BATCHES:
             speeds = [roofline(place, target, drafter, n, taus[n], context, batch) for n in lengths]
             elsewhere.append(
@@ -142,22 +146,22 @@ def round_costs(
     target: Target,
     drafter: Drafter,
     made: Sequence[Generation],
-    taus: dict[int, float],
+    lengths: Sequence[int],
     sampling: Sampling,
 ) -> tuple[float, dict[int, dict[str, float]]]:
     """Seconds of a single step of the target, and of a round at each draft length, in the decode
     loop; medians over repeats in alternation, begun in the middle of the longest responses."""
     longest = sorted(made, key=lambda g: -len(g.token_ids))[:REPEATS]
-    plans = [(None, None, 1.0), *((drafter, length, t) for length, t in taus.items())]
-    found: dict[int | None, list[list[float]]] = {length: [] for _, length, _ in plans}
+    plans = [(None, None), *((drafter, length) for length in lengths)]
+    found: dict[int | None, list[list[float]]] = {length: [] for _, length in plans}
     for repeat in range(-1, REPEATS):  # the first one warms up
         g = longest[repeat % len(longest)]
         ids = [*g.prompt_ids, *g.token_ids[: len(g.token_ids) // 2]]
         first = repeat % len(plans)
-        for which, length, expected in [*plans[first:], *plans[:first]]:
+        for which, length in [*plans[first:], *plans[:first]]:
             clock = Timing()
             result = speculate(
-                target, which, [ids], max_new_tokens=max(1, round(ROUNDS * expected)),
+                target, which, [ids], max_new_tokens=STEPS,
                 draft_length=length, sampling=sampling, stop_ids=(), timing=clock,
             )[0]  # fmt: skip
             if repeat >= 0:
@@ -182,8 +186,8 @@ def roofline(
 ) -> float:
     """Speed-up against the target alone, were both as fast as `hardware` allows.
 
-    Every weight is read once a forward (all experts of a mixture, which many tokens nearly need),
-    and the keys and values of `context` tokens a request; launches and all that is small are free.
+    Every weight is read once a forward, and the keys and values of `context` tokens a request;
+    launches and all that is small are free.
     """
     weights = weights_read(target.model, target.head.weight)
     keys = WIDTH * cached_numbers(target) * context * batch
@@ -192,6 +196,12 @@ def roofline(
     own = weights_read(drafter, drafter.head_weight(target))
     draft = sum(hardware.seconds(own, batch * tokens) for tokens in drafter.passes(length))
     return tau * single / (verify + draft)
+
+
+def is_mixture(target: Target) -> bool:
+    """Whether the target has experts of which a token takes some."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return any(getattr(target.config, name, None) for name in names)
 
 
 def weights_read(module: nn.Module, head: Tensor) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.speculative import Generation, Timing, speculate
 from draft_opd.drafters.base import Drafter
 from draft_opd.errors import UserError
-from draft_opd.evaluation.summary import Answer, summarise
+from draft_opd.evaluation.summary import Answer
 from draft_opd.evaluation.tasks import Task
 from draft_opd.rollout.prompts import Prompt
 from draft_opd.target import Target
@@ -73,21 +73,48 @@ def sides_of(
     return made
 
 
+def named(text: str) -> tuple[str | None, str]:
+    """NAME=PATH as its two parts; a path that has a = itself is a path.
+
+    >>> named("new=runs/a/last"), named("runs/lr=0.1/last")
+    (('new', 'runs/a/last'), (None, 'runs/lr=0.1/last'))
+    """
+    name, equals, path = text.partition("=")
+    if not equals or not name or "/" in name or Path(text).exists():
+        return None, text
+    return name, path
+
+
 def names_of(paths: Sequence[str]) -> list[str]:
-    """Short names for drafters: NAME=PATH has its own, paths are told apart by what differs."""
-    given = [p.partition("=") for p in paths]
-    parts = [PurePath(path if eq else name).parts for name, eq, path in given]
+    """Short names for folders and hub ids, NAME=PATH or by what tells their paths apart.
+
+    Raises `UserError` where nothing does.
+    """
+    given = [named(text) for text in paths]
+    parts = [PurePath(path).parts for _, path in given]
     while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[-1] for p in parts}) == 1:
         parts = [p[:-1] for p in parts]
     names = []
-    for (name, eq, _), left in zip(given, parts, strict=True):
+    for (name, _), left in zip(given, parts, strict=True):
         width = 1
         while sum(p[-width:] == left[-width:] for p in parts) > 1 and width < len(left):
             width += 1
-        names.append(name if eq else "/".join(left[-width:]))
+        names.append(name or "/".join(left[-width:]))
     if len(set(names)) < len(names):
-        raise UserError(f"--drafter: {', '.join(names)} are not told apart: name them NAME=PATH")
+        raise UserError(f"{', '.join(names)} are not told apart: name them NAME=PATH")
     return names
+
+
+def check_lengths(target: Target, tasks: Sequence[Task], thinking: bool | None) -> None:
+    """Raises `UserError` for the first prompt that leaves no room: before hours of decoding."""
+    for task in tasks:
+        for prompt in task.prompts:
+            count = len(prompt.ids(target, thinking))
+            if not 0 < count < target.max_positions:
+                raise UserError(
+                    f"task '{task.name}', prompt {prompt.id}: {count} tokens, the target's context "
+                    f"holds {target.max_positions}"
+                )
 
 
 def measure(
@@ -155,26 +182,3 @@ def _converse(
         for side in sides:
             made = _decode(target, side, ids, **options)
             done[side.name].append(Answer(prompt.id, turn, *made))
-
-
-def evaluate(
-    target: Target,
-    drafter: Drafter,
-    tasks: list[Task],
-    *,
-    draft_length: int | None = None,
-    tree: Sequence[int] | None = None,
-    seed: int = 0,
-    sampling: Sampling | None = None,
-    **options,
-) -> list[dict]:
-    """One drafter on some tasks: what `eval.json` says of each. Options as in `measure`."""
-    side = Side("drafter", drafter, draft_length, tree)
-    found = []
-    for task in tasks:
-        answers = measure(target, [side], task, seed=seed, sampling=sampling, **options)
-        greedy = sampling is None or sampling.greedy
-        found.append(
-            summarise(task.name, target, drafter, answers[ALONE], answers[side.name], greedy, seed)
-        )
-    return found

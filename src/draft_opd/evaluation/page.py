@@ -85,14 +85,14 @@ class Report:
         return found
 
     def _training(self, plot) -> dict:
-        text = "Real held-out prompts, greedy; each branch goes on from the drafter before it."
+        text = "On held-out text of the target; each branch goes on from the drafter before it."
         plots = [plot("training", charts.training(self.training), "Held-out τ over steps", text)]
-        for name, runs in self.training.items():
+        for i, (name, runs) in enumerate(self.training.items()):
             figure = charts.halves(runs[-1]) if runs else None
             if figure:
                 plots.append(
                     plot(
-                        f"halves-{_file(name)}", figure, f"Accepted lengths while {name} trains",
+                        f"halves-{i}", figure, f"Accepted lengths while {name} trains",
                         "Share of the rounds of its traces that accepted so many tokens; the last "
                         "one is a full accept.",
                     )
@@ -115,21 +115,15 @@ class Report:
         return found
 
 
-def read_samples(folder: Path) -> list[dict]:
-    """Those beside an eval.json."""
-    path = folder / "samples.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-
-
 def sides_in(evaluation: dict) -> list[dict]:
     """The sides of an eval.json, one or many."""
     alone = {**evaluation, "side": evaluation["drafter"] or evaluation.get("server") or "served"}
     return evaluation.get("sides") or [alone]
 
 
-def best_side(sides: Sequence[dict]) -> dict:
-    """The one with the highest τ."""
-    return max(sides, key=lambda s: s["mean"]["tau"] or 0)
+def best_side(sides: Sequence[dict], key: str = "tau") -> dict:
+    """The one with the highest τ, or `speedup`."""
+    return max(sides, key=lambda s: s["mean"][key] or 0)
 
 
 def _section(title: str, text: str = "", tables: Sequence = (), plots: Sequence = ()) -> dict:
@@ -145,19 +139,21 @@ def _tiles(evaluation: dict | None) -> list[dict]:
     if not evaluation:
         return []
     sides = sides_in(evaluation)
-    best = best_side(sides)
-    tasks = best["tasks"]
-    where = f"{best['side']}, mean of {len(tasks)} tasks" if len(tasks) > 1 else best["side"]
-    same = [sum(t["lossless"][k] or 0 for t in tasks) for k in ("matched", "of")]
-    only = tasks[0] if len(tasks) == 1 else {}
-    tiles = [_tile(number(best["mean"]["tau"]), "τ, tokens a round", where, only, "tau_interval")]
-    if best["mean"]["speedup"]:
-        value = f"{best['mean']['speedup']:.2f}×"
-        note = "against the target alone, here"
-        tiles.append(_tile(value, "speed-up", note, only, "speedup_interval"))
-    if same[1]:
-        tiles.append(_tile(f"{same[0]}/{same[1]}", "responses with the same text",
-                           "as the target alone, token for token"))  # fmt: skip
+    tiles = []
+    for key, label, show in (("tau", "τ, tokens a round", number), ("speedup", "speed-up", times)):
+        best = best_side(sides, key)
+        if best["mean"][key] is None:
+            continue
+        tasks = best["tasks"]
+        where = f"{best['side']}, mean of {len(tasks)} tasks" if len(tasks) > 1 else best["side"]
+        only = tasks[0] if len(tasks) == 1 else {}
+        tiles.append(_tile(show(best["mean"][key]), label, where, only, f"{key}_interval"))
+    every = [t["lossless"] for s in sides for t in s["tasks"]]
+    if of := sum(x["of"] for x in every):
+        same = sum(x["matched"] or 0 for x in every)
+        how = "letter for letter" if evaluation.get("server") else "token for token"
+        tiles.append(_tile(f"{same}/{of}", "responses with the same text",
+                           f"as the target alone, {how}"))  # fmt: skip
     return tiles
 
 
@@ -181,8 +177,12 @@ def _evaluation(e: dict, plot) -> list[dict]:
                "same text", "target, tok/s", "tok/s", "speed-up", "95 %"]  # fmt: skip
     tables = [_table("", columns, rows)]
     if e.get("comparison"):
-        tables.append(_table("Differences, paired by response", *comparison_rows(e["comparison"])))
-    text = "Intervals are bootstrapped over responses."
+        tables.append(_table("Differences, paired by prompt", *comparison_rows(e["comparison"])))
+    text = "Intervals are bootstrapped over prompts; speeds are decoding only, without prefill."
+    if e.get("server"):
+        told = {t["tau_from"] for t in e["tasks"] if t["tau_from"]}
+        text = "Speeds are of the first level below, prefill and network included. τ: "
+        text += ("; ".join(sorted(told)) or "the server counts none") + "."
     if any(t.get("regret") for s in sides for t in s["tasks"]):
         text += (
             " In 16 bit near-ties may fall either way: 'beyond rounding' counts tokens that are "
@@ -194,10 +194,11 @@ def _evaluation(e: dict, plot) -> list[dict]:
         text += f"; at most {parts['peak']:.0f} MB held." if parts["peak"] else "."
     found = [_section("Tasks", text, tables)]
     joined = {s["side"]: s for s in sides}
-    plots = [
-        plot("positions", charts.by_position(_positions(joined)), "Acceptance by position",
-             "Share of rounds in which offset k was accepted."),
-    ]  # fmt: skip
+    plots, positions = [], _positions(joined)
+    if any(positions.values()):
+        figure = charts.by_position(positions)
+        plots.append(plot("positions", figure, "Acceptance by position",
+                          "Share of rounds in which offset k was accepted."))  # fmt: skip
     if all("accepted_histogram" in t for s in sides for t in s["tasks"]):
         counts = {n: _summed(s["tasks"], "accepted_histogram") for n, s in joined.items()}
         plots.append(plot("histogram", charts.histogram(counts), "Accepted tokens a round",
@@ -260,33 +261,38 @@ def _groups(sides: dict[str, dict]) -> list[dict]:
         if len(sums) > 1:
             rows = [
                 [group, *(number(c[n][0] / c[n][1]) if n in c else "–" for n in sides)]
-                for group, c in sums.items()
+                for group, c in sorted(sums.items(), key=lambda pair: _order(pair[0]))
             ]
             tables.append(_table(title, ["", *sides], rows))
     return tables
 
 
+def _order(group: str) -> tuple[bool, int]:
+    """Numbers ascend, thinking comes before the answer."""
+    digits = group.split("–")[0].split(" ")[0]
+    return (False, int(digits)) if digits.isdigit() else (True, group == "answer")
+
+
 def _lengths(e: dict, plot) -> list[dict]:
     found = []
     for i, advice in enumerate(e.get("draft_lengths") or ()):
+        how = "exact" if not e["temperature"] else "drawn given the text"
         text = (
-            f"The best draft length on this machine is {advice['best']}. τ at "
-            f"each length is exact, by hindsight on the text of {advice['responses']} responses; "
+            f"Of these, the best draft length on this machine is {advice['best']}. τ at each "
+            f"length is {how}, by hindsight on {advice['responses']} responses; "
             "a round's cost is timed in the decode loop. For other hardware: what memory bandwidth "
             f"and matrix rate allow in 16 bit, {advice['context']} tokens of context a request, "
             "and nothing else costing time, so an upper bound."
         )
-        tables = [
-            _table("", *length_rows(advice)),
-            _table("On other hardware, at best", *elsewhere_rows(advice)),
-        ]
-        place = advice["elsewhere"][0]["hardware"]
-        plots = [
-            plot(f"draft-lengths-{i}", charts.draft_lengths(advice), "This machine",
-                 "Speed-up by draft length."),
-            plot(f"elsewhere-{i}", charts.elsewhere(advice, place), place,
-                 "What its bandwidth and matrix rate allow, by requests at a time."),
-        ]  # fmt: skip
+        tables = [_table("", *length_rows(advice))]
+        if advice["elsewhere"]:
+            tables.append(_table("On other hardware, at best", *elsewhere_rows(advice)))
+        figure = charts.draft_lengths(advice)
+        plots = [plot(f"draft-lengths-{i}", figure, "This machine", "Speed-up by draft length.")]
+        for place in [x["hardware"] for x in advice["elsewhere"][:1]]:
+            figure = charts.elsewhere(advice, place)
+            what = "What its bandwidth and matrix rate allow, by requests at a time."
+            plots.append(plot(f"elsewhere-{i}", figure, place, what))
         found.append(_section(f"Which draft length: {advice['drafter']}", text, tables, plots))
     return found
 
@@ -316,31 +322,39 @@ def elsewhere_rows(advice: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def _concurrency(e: dict, plot) -> list[dict]:
-    rows = e.get("concurrency") or [
-        {
-            "batch": row["in_flight"],
-            "side": ALONE if side == "target" else "served with the drafter",
-            "tau": row.get("tau") if side == "speculative" else None,
-            "speedup": row.get("speedup") if side == "speculative" else None,
-            **row[side],
-        }
-        for t in e["tasks"][:1]
-        for row in t.get("concurrency") or ()
-        for side in ("target", "speculative")
-        if side in row
-    ]
-    if not rows:
-        return []
-    cells = [
-        [r["side"], r["batch"], number(r["tokens_per_second"], 1), times(r["speedup"]),
-         number(r["seconds_per_request"]["mean"], 2), number(r["seconds_per_request"]["p95"], 2),
-         number(r["tau"])]
-        for r in rows
-    ]  # fmt: skip
+    found = []
+    if e.get("concurrency"):
+        text = "Prompts of every task in turn; batches begin together and are full."
+        found.append(("Requests at a time", text, e["concurrency"]))
+    for task in e["tasks"]:
+        rows = [
+            {
+                "batch": row["in_flight"],
+                "side": ALONE if side == "target" else "served with the drafter",
+                "tau": row.get("tau") if side == "speculative" else None,
+                "speedup": row.get("speedup") if side == "speculative" else None,
+                **row[side],
+            }
+            for row in task.get("concurrency") or ()
+            for side in ("target", "speculative")
+            if side in row
+        ]
+        if rows:
+            text = "Requests the server had at a time; at the end of a level they are fewer."
+            found.append((f"Requests at a time: {task['task']}", text, rows))
+    sections = []
     columns = ["", "at a time", "tokens/s", "speed-up", "s a request", "95 % within, s", "τ"]
-    figure = plot("concurrency", charts.concurrency(rows, ALONE), "Throughput",
-                  "All requests together, prefill included.")  # fmt: skip
-    return [_section("Requests at a time", "", [_table("", columns, cells)], [figure])]
+    for i, (title, text, rows) in enumerate(found):
+        cells = [
+            [r["side"], r["batch"], number(r["tokens_per_second"], 1), times(r["speedup"]),
+             number(r["seconds_per_request"]["mean"], 2),
+             number(r["seconds_per_request"]["p95"], 2), number(r["tau"])]
+            for r in rows
+        ]  # fmt: skip
+        figure = plot(f"concurrency-{i}", charts.concurrency(rows, ALONE), "Throughput",
+                      "All requests together, prefill included.")  # fmt: skip
+        sections.append(_section(title, text, [_table("", columns, cells)], [figure]))
+    return sections
 
 
 def _analysis(analyses: dict[str, dict], plot) -> dict:
@@ -377,10 +391,6 @@ def same_text(task: dict) -> str:
     if task.get("regret"):
         text += f"; beyond rounding {task['regret']['beyond_bound']}/{task['regret']['of']}"
     return text
-
-
-def _file(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)
 
 
 def _yaml(value: dict) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from draft_opd.target import Target
 
+PART = 1024  # tokens whose logits are held at a time
 ROUNDINGS = 8  # of the largest logit: what the layers' own roundings add up to, with room
 
 
@@ -27,7 +28,11 @@ def regret(
     """
     ids = torch.tensor([[*prompt_ids, *response_ids]], device=target.device)
     at = len(prompt_ids) - 1
-    logits = target.logits(target.trajectories(ids).hidden[:, at:-1])[0].float()
-    said = logits.gather(1, ids[0, at + 1 :, None])[:, 0]
-    bound = ROUNDINGS * torch.finfo(target.dtype).eps * logits.abs().max(-1).values
-    return logits.max(-1).values - said, bound
+    gaps, bounds = [], []
+    states = target.trajectories(ids).hidden[0, at:-1]
+    for hidden, told in zip(states.split(PART), ids[0, at + 1 :].split(PART), strict=True):
+        logits = target.logits(hidden).float()
+        said = logits.gather(1, told[:, None])[:, 0]
+        gaps.append(logits.max(-1).values - said)
+        bounds.append(ROUNDINGS * torch.finfo(target.dtype).eps * logits.abs().max(-1).values)
+    return torch.cat(gaps), torch.cat(bounds)

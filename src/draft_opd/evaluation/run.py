@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
+
+import torch
 
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.evaluation.compare import comparison
 from draft_opd.evaluation.concurrency import throughput
 from draft_opd.evaluation.lengths import HARDWARE, Hardware, advise
-from draft_opd.evaluation.measure import ALONE, Answers, Side, measure
+from draft_opd.evaluation.measure import ALONE, Answers, Side, check_lengths, measure
+from draft_opd.evaluation.regret import regret
 from draft_opd.evaluation.summary import evaluation_report, means, summarise
 from draft_opd.evaluation.tasks import Task
 from draft_opd.evaluation.tokens import sample
-from draft_opd.files import make_folder, write_json, write_text
+from draft_opd.files import make_folder, write_json, write_lines
 from draft_opd.machine import machine
 from draft_opd.target import Target
 
@@ -44,30 +48,43 @@ class Evaluation:
         self.thinking = thinking
         self.answers: dict[str, Answers] = {}
         self.more: dict = {}
+        self._peaks: dict[str, int | None] = {}
+        self._told: dict[str, list[dict]] = {}
+        self._regrets: dict = {}
 
     def run(self) -> None:
+        """Raises `UserError` for a prompt that leaves no room, before anything is decoded."""
+        check_lengths(self.target, self.tasks, self.thinking)
+        cuda = self.target.device.type == "cuda"
         for task in self.tasks:
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(self.target.device)
             self.answers[task.name] = measure(
                 self.target, self.sides, task, thinking=self.thinking, seed=self.seed,
                 progress=self.say, **self.options,
             )  # fmt: skip
+            peak = torch.cuda.max_memory_allocated(self.target.device) if cuda else None
+            self._peaks[task.name] = peak
 
     def concurrency(self, batch_sizes: Sequence[int]) -> None:
-        """Throughput at these batch sizes, on the first prompts of all tasks."""
-        prompts = [p.ids(self.target, self.thinking) for t in self.tasks for p in t.prompts]
+        """Throughput at these batch sizes, on prompts of every task in turn."""
+        rows = itertools.zip_longest(*(t.prompts for t in self.tasks))
+        prompts = [p for row in rows for p in row if p is not None][: max(batch_sizes)]
         self.more["concurrency"] = throughput(
-            self.target, self.sides, prompts[: max(batch_sizes)], batch_sizes, seed=self.seed,
-            progress=partial(self.say, "concurrency"), **self.options,
+            self.target, self.sides, [p.ids(self.target, self.thinking) for p in prompts],
+            batch_sizes, seed=self.seed, progress=partial(self.say, "concurrency"), **self.options,
         )  # fmt: skip
 
-    def lengths(self, hardware: Sequence[Hardware] = HARDWARE) -> None:
+    def lengths(
+        self, hardware: Sequence[Hardware] = HARDWARE, lengths: Sequence[int] | None = None
+    ) -> None:
         """The best draft length of each drafter, with what was measured beside it."""
         made = [a.made for answers in self.answers.values() for a in answers[ALONE]]
         advices = []
         for side in {s.source: s for s in self.sides}.values():
             advice = advise(
-                self.target, side.drafter, made, sampling=self.sampling, hardware=hardware,
-                seed=self.seed, progress=partial(self.say, "draft lengths"),
+                self.target, side.drafter, made, sampling=self.sampling, lengths=lengths,
+                hardware=hardware, seed=self.seed, progress=partial(self.say, "draft lengths"),
             )  # fmt: skip
             for row in advice["lengths"]:
                 row["measured"] = self._measured(side.source, row["draft_length"])
@@ -81,16 +98,24 @@ class Evaluation:
                 return means(self._summaries(side.name))
         return None
 
-    @lru_cache  # noqa: B019 - an evaluation is not kept beyond its report
     def _summaries(self, name: str) -> list[dict]:
-        side = next(s for s in self.sides if s.name == name)
-        return [
-            summarise(
-                task, self.target, side.drafter, answers[ALONE], answers[name],
-                self.sampling.greedy, self.seed,
-            )
-            for task, answers in self.answers.items()
-        ]  # fmt: skip
+        if name not in self._told:
+            side = next(s for s in self.sides if s.name == name)
+            self._told[name] = [
+                summarise(
+                    task, self.target, side.drafter, answers[ALONE], answers[name],
+                    self.sampling.greedy, self.seed, self._peaks[task], self._judge,
+                )
+                for task, answers in self.answers.items()
+            ]  # fmt: skip
+        return self._told[name]
+
+    def _judge(self, target: Target, prompt_ids: list[int], token_ids: list[int]):
+        """`regret`, once for a text that several sides wrote."""
+        key = (*prompt_ids, -1, *token_ids)
+        if key not in self._regrets:
+            self._regrets[key] = regret(target, prompt_ids, token_ids)
+        return self._regrets[key]
 
     def report(self, **about: object) -> dict:
         """What eval.json holds.
@@ -113,16 +138,20 @@ class Evaluation:
             self.target.name, first["drafter"], self.sampling.temperature, first["tasks"],
             draft_length=first["draft_length"], tree=first["tree"],
             dtype=str(self.target.dtype).removeprefix("torch."),
-            max_new_tokens=self.options["max_new_tokens"], seed=self.seed, **about,
+            max_new_tokens=self.options["max_new_tokens"], seed=self.seed,
+            top_k=self.sampling.top_k, top_p=self.sampling.top_p, draft=self.sampling.draft,
+            thinking=self.thinking, **about,
         )  # fmt: skip
         if len(sides) > 1:
             value["sides"] = [{**s, "mean": means(s["tasks"])} for s in sides]
             pairs = [(s.name, s.against) for s in self.sides if s.against]
             value["comparison"] = comparison(pairs, self.answers, self.seed)
-        return {**value, **self.more, "machine": machine()}
+        return {**value, **self.more, "machine": machine(self.target.device)}
 
+    @cached_property
     def samples(self) -> list[dict]:
-        """The first responses, token by token; one of each task before a second one."""
+        """Once everything is decoded: the first responses, token by token; one of each task before
+        a second one."""
         decode = self.target.tokenizer.decode
         found = []
         for i in range(SAMPLES):
@@ -136,7 +165,7 @@ class Evaluation:
     def save(self, out: Path, report: dict) -> None:
         """eval.json, samples.json, and rounds.jsonl: every round of every response, to recount."""
         folder = make_folder(out)
-        lines = [
+        lines = (
             {
                 "task": name,
                 "side": side,
@@ -150,7 +179,7 @@ class Evaluation:
             for name, answers in self.answers.items()
             for side, rows in answers.items()
             for a in rows
-        ]
-        write_text(folder / "rounds.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
-        write_json(folder / "samples.json", self.samples())
+        )
+        write_lines(folder / "rounds.jsonl", map(json.dumps, lines))
+        write_json(folder / "samples.json", self.samples)
         write_json(folder / "eval.json", report)

@@ -1,7 +1,13 @@
-"""Intervals for τ and speeds: rounds of one response are alike, so responses are drawn again."""
+"""Intervals for τ and speeds: rounds of one prompt are alike, so prompts are drawn again.
+
+Percentiles of few draws are too narrow: they are widened about the estimate as Student's t is
+wider than the normal distribution, and for the bootstrap's variance (n - 1) / n.
+"""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,18 +20,19 @@ Interval = tuple[float, float]
 
 
 def totals(rounds: Sequence[Sequence[Round]]) -> list[tuple[int, int]]:
-    """Tokens (bonus included) and rounds of each response: τ is the ratio of their sums."""
+    """Tokens (bonus included) and rounds of each prompt: τ is the ratio of their sums."""
     return [(sum(r.accepted + 1 for r in one), len(one)) for one in rounds]
 
 
 def interval(
     rounds: Sequence[Sequence[Round]], level: float = 0.95, seed: int = 0, draws: int = DRAWS
 ) -> Interval | None:
-    """Bootstrap interval of τ over responses, each a list of rounds; percentiles.
+    """Bootstrap interval of τ over prompts, each a list of rounds.
 
-    The same rounds give the same interval; one response gives none.
+    The same rounds give the same interval; one prompt gives none.
     """
-    return resampled(lambda tau: tau, totals(rounds), level=level, seed=seed, draws=draws)
+    found = resampled(lambda tau: tau, totals(rounds), level=level, seed=seed, draws=draws)
+    return found and (max(1.0, found[0]), found[1])  # a round commits a token at least
 
 
 def difference(
@@ -35,7 +42,7 @@ def difference(
     seed: int = 0,
     draws: int = DRAWS,
 ) -> Interval | None:
-    """Bootstrap interval of τ(one) - τ(other), paired: both on the same responses."""
+    """Bootstrap interval of τ(one) - τ(other), paired: both on the same prompts."""
     sides = (totals(one), totals(other))
     return resampled(lambda a, b: a - b, *sides, level=level, seed=seed, draws=draws)
 
@@ -49,24 +56,44 @@ def resampled(
 ) -> Interval | None:
     """Bootstrap interval of `value(ratio of side 1, ratio of side 2, ..)`.
 
-    A side is [responses, 2]; its ratio is Σ first / Σ second, over the same drawn responses on
-    every side. None where there are fewer than two responses.
+    A side is [prompts, 2]; its ratio is Σ first / Σ second, over the same drawn prompts on every
+    side. None where there are fewer than two prompts.
     """
     count = len(sides[0])
     if any(len(side) != count for side in sides):
-        raise ValueError("a paired interval needs the same responses on every side")
+        raise ValueError("a paired interval needs the same prompts on every side")
     if count < 2:
         return None
     generator = torch.Generator().manual_seed(seed)
     picked = torch.randint(count, (draws, count), generator=generator)
-    ratios = []
-    for side in sides:
-        above, below = torch.tensor(side, dtype=torch.float64)[picked].sum(1).unbind(-1)
-        ratios.append(above / below)
+    rows = [torch.tensor(side, dtype=torch.float64) for side in sides]
+
+    def of(chosen: Callable[[Tensor], Tensor]) -> Tensor:
+        return value(*(above / below for above, below in (chosen(x).unbind(-1) for x in rows)))
+
+    estimate = of(lambda x: x.sum(0))
     tail = (1 - level) / 2
     ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    low, high = value(*ratios).quantile(ends)
+    drawn = of(lambda x: x[picked].sum(1)).quantile(ends)
+    low, high = estimate + _widening(count, level) * (drawn - estimate)
     return (low.item(), high.item())
+
+
+def _widening(count: int, level: float) -> float:
+    normal = statistics.NormalDist().inv_cdf((1 + level) / 2)
+    return student(level, count - 1) / normal * math.sqrt(count / (count - 1))
+
+
+def student(level: float, freedom: int) -> float:
+    """Student's t that `level` of the distribution lies within, by its integral over an angle.
+
+    >>> round(student(0.95, 1), 2), round(student(0.95, 10), 3)
+    (12.71, 2.228)
+    """
+    angle = torch.linspace(0, math.pi / 2, 20_001, dtype=torch.float64)
+    mass = torch.cumulative_trapezoid(angle.cos() ** (freedom - 1), angle)
+    at = int(torch.searchsorted(mass, level * mass[-1])) + 1
+    return math.sqrt(freedom) * math.tan(angle[at].item())
 
 
 def quantile(values: Sequence[float], part: float) -> float:

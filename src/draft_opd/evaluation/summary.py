@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from draft_opd.decoding.speculative import Generation, Timing
 from draft_opd.drafters.base import Drafter
@@ -44,11 +44,14 @@ def summarise(
     answers: Sequence[Answer],
     greedy: bool,
     seed: int = 0,
+    peak: int | None = None,
+    judge: Callable[[Target, list[int], list[int]], tuple[Tensor, Tensor]] = regret,
 ) -> dict:
     """One side on one task against the target alone: what `eval.json` says of a task.
 
     Speeds are decoding only (no prefill). Losslessness is equality of tokens and only defined for
-    greedy decoding; at a temperature above 0 `lossless` is {"matched": None, "of": 0}.
+    greedy decoding; at a temperature above 0 `lossless` is {"matched": None, "of": 0}. peak: bytes
+    that were held at most while these answers were made; judge: `regret`, or one that remembers.
     """
     made = [a.made for a in answers]
     rounds = [r for g in made for r in g.rounds]
@@ -65,7 +68,7 @@ def summarise(
         "tokens": sum(len(g.token_ids) for g in made),
         "rounds": len(rounds),
         "tau": tau(rounds),
-        "tau_interval": interval([g.rounds for g in made], seed=seed),
+        "tau_interval": interval(rounds_by_prompt(answers), seed=seed),
         "tau_per_response": sum(g.tau for g in made) / len(made),
         "acceptance_by_position": positions,
         "acceptance_conditional": [
@@ -95,9 +98,7 @@ def summarise(
         "memory_bytes": {
             "target": weights_bytes(target.model),
             "drafter": weights_bytes(drafter),
-            "peak": torch.cuda.max_memory_allocated(target.device)
-            if target.device.type == "cuda"
-            else None,
+            "peak": peak,
         },
         "lossless": {
             "matched": sum(
@@ -114,13 +115,30 @@ def summarise(
     if parts := _parts(target, made):
         value["by_part"] = parts
     if greedy and target.dtype != torch.float32:
-        value["regret"] = _regret(target, made)
+        value["regret"] = _regret(target, made, judge)
     return value
 
 
+def _by_prompt(answers: Sequence[Answer]) -> list[list[Answer]]:
+    """A conversation's turns together: they are no more independent than its rounds are."""
+    found: list[list[Answer]] = []
+    for a in answers:
+        if a.turn == 0:
+            found.append([])
+        found[-1].append(a)
+    return found
+
+
+def rounds_by_prompt(answers: Sequence[Answer]) -> list[list[Round]]:
+    return [[r for a in turns for r in a.made.rounds] for turns in _by_prompt(answers)]
+
+
 def decode_speed(answers: Sequence[Answer]) -> list[tuple[int, float]]:
-    """Tokens and seconds of decoding, response by response."""
-    return [(len(a.made.token_ids), a.clock.decode) for a in answers]
+    """Tokens and seconds of decoding, prompt by prompt."""
+    return [
+        (sum(len(a.made.token_ids) for a in turns), sum(a.clock.decode for a in turns))
+        for turns in _by_prompt(answers)
+    ]
 
 
 def weights_bytes(module: nn.Module) -> int:
@@ -161,8 +179,8 @@ def _parts(target: Target, made: list[Generation]) -> list[dict]:
     return _grouped(pairs, lambda p: p[0], ("thinking", "answer").__getitem__, lambda p: p[1])
 
 
-def _regret(target: Target, made: list[Generation]) -> dict:
-    gaps = [regret(target, g.prompt_ids, g.token_ids) for g in made]
+def _regret(target: Target, made: list[Generation], judge) -> dict:
+    gaps = [judge(target, g.prompt_ids, g.token_ids) for g in made]
     gap, bound = (torch.cat(x) for x in zip(*gaps, strict=True))
     return {
         "largest": gap.max().item(),

@@ -69,6 +69,7 @@ SOURCES = {
     ),
 }  # fmt: skip
 PAPER_SEED, PAPER_LENGTH = 0, 8192
+ALL = "all"  # in comparisons: the prompts of all tasks together
 
 
 def load_tasks(
@@ -95,6 +96,11 @@ def load_tasks(
         tasks.append(Task("prompts", read_prompts(prompts, count)))
     if not tasks:
         raise UserError(f"--tasks '{names}' names no task")
+    for name in (t.name for t in tasks):
+        if name == ALL or sum(t.name == name for t in tasks) > 1:
+            raise UserError(
+                f"task name '{name}' is taken: name files differently, as OTHER=FILE.jsonl"
+            )
     return [Task(t.name, chosen(t.prompts, limit, skip, shuffle, t.name)) for t in tasks]
 
 

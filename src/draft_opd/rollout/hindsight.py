@@ -9,7 +9,7 @@ emitted (`Conditional`). All rows walk together, one draft a round.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -186,21 +186,40 @@ def hindsight_traces(
     seed: int = 0,
 ) -> list[list[Round]]:
     """Traces of many trajectories, in their order, without decoding. See `hindsight_trace`."""
-    drafter.check_target(target)
     length = drafter.checked_length(draft_length)
+    options = {"batch_size": batch_size, "sampling": sampling, "seed": seed}
+    return traces_by_length(target, drafter, trajectories, [length], **options)[length]
+
+
+@torch.no_grad()
+def traces_by_length(
+    target: Target,
+    drafter: Drafter,
+    trajectories: Sequence[Trajectory],
+    lengths: Sequence[int],
+    *,
+    batch_size: int = 32,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[int, list[list[Round]]]:
+    """The same at several draft lengths, {length: traces}, with one forward of the target."""
+    drafter.check_target(target)
     order = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].ids))
-    traces: list[list[Round]] = [[] for _ in trajectories]
+    traces: dict[int, list[list[Round]]] = {n: [[] for _ in trajectories] for n in lengths}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = [trajectories[i] for i in chosen]
         ids = pad_rows([t.ids for t in batch], target.device)
         out = target.trajectories(ids, drafter.target_layers)
-        context = drafter.context(target, ids, out.features)
-        found = walk(
-            target, drafter, batch, ids, context, length, out.hidden, sampling, seed + start
-        )
-        for i, trace in zip(chosen, found, strict=True):
-            traces[i] = trace
+        for length in lengths:
+            context = drafter.context(target, ids, out.features)
+            found = walk(
+                target, drafter, batch, ids, context, length, out.hidden, sampling, seed + start
+            )
+            for i, trace in zip(chosen, found, strict=True):
+                traces[length][i] = trace
+        progress(min(start + batch_size, len(order)))
     return traces
 
 

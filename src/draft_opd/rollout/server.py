@@ -154,15 +154,7 @@ class Server:
             "model": self.model,
             "max_tokens": min(longest, room),
             "seed": seed,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            # Said even where they change nothing: servers take defaults from the model's
-            # generation_config, and those would change the text.
-            "top_k": sampling.top_k or -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
+            **said(sampling),
             "skip_special_tokens": False,
             "return_token_ids": True,
         }
@@ -200,6 +192,20 @@ class Server:
             return answer.json()
         except ValueError:
             raise UserError(f"server {self.url}{path} does not answer in JSON") from None
+
+
+def said(sampling: Sampling) -> dict[str, float]:
+    """Sampling as a request says it, also where it changes nothing: servers take the rest from the
+    model's generation_config, and that would change the text."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+    }
 
 
 def gather_from(

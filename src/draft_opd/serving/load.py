@@ -20,18 +20,17 @@ from draft_opd.errors import UserError
 from draft_opd.evaluation.statistics import quantile
 from draft_opd.evaluation.tasks import Task
 from draft_opd.rollout.prompts import Prompt
-from draft_opd.rollout.server import Server, why
+from draft_opd.rollout.server import Server, said, why
 from draft_opd.serving.vllm import Acceptance, read_metrics
-
-# Servers with a reasoning parser stream thinking under a name of its own.
-SAID = ("reasoning", "reasoning_content", "content")
 
 
 @dataclass
 class Reply:
-    """One answer: its text, how many tokens it was made of, seconds to the first and to the last"""
+    """One answer: all of its text, the part that is no thinking, how many tokens it was made of,
+    seconds to the first and to the last."""
 
     text: str
+    content: str
     tokens: int
     first: float
     seconds: float
@@ -39,7 +38,8 @@ class Reply:
 
 async def _ask(client: httpx.AsyncClient, body: dict, url: str) -> Reply:
     """Streams one chat completion. Raises `UserError` for anything that is none."""
-    began, first, text, tokens, ended = time.perf_counter(), None, [], 0, False
+    began, first, text, content = time.perf_counter(), None, [], []
+    tokens, ended = None, False
     try:
         async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
             if answer.status_code != 200:
@@ -51,15 +51,18 @@ async def _ask(client: httpx.AsyncClient, body: dict, url: str) -> Reply:
                 if not line.startswith("data:") or ended:
                     continue
                 part = json.loads(data)
+                if part.get("error"):
+                    told = " ".join(str(part["error"]).split())[:160]
+                    raise UserError(f"server {url}: {told}")
                 for choice in part.get("choices") or ():
                     delta = choice.get("delta") or {}
-                    said = "".join(
-                        delta.get(key) or ""
-                        for key in ("reasoning", "reasoning_content", "content")
-                    )
-                    if said:
+                    # With a reasoning parser thinking has a name of its own, or both of these.
+                    thought = delta.get("reasoning") or delta.get("reasoning_content") or ""
+                    said = delta.get("content") or ""
+                    if thought or said:
                         first = first or time.perf_counter() - began
-                        text.append(said)
+                        text.append(thought + said)
+                        content.append(said)
                 tokens = (part.get("usage") or {}).get("completion_tokens", tokens)
     except httpx.HTTPError as error:
         raise UserError(f"server {url} broke off ({type(error).__name__})") from error
@@ -68,9 +71,9 @@ async def _ask(client: httpx.AsyncClient, body: dict, url: str) -> Reply:
     seconds = time.perf_counter() - began
     if not ended:
         raise UserError(f"server {url} broke off in the middle of an answer")
-    if not tokens:
+    if not isinstance(tokens, int):
         raise UserError(f"server {url} does not say how many tokens it made (stream_options)")
-    return Reply("".join(text), tokens, first or seconds, seconds)
+    return Reply("".join(text), "".join(content), tokens, first or seconds, seconds)
 
 
 def ask_all(
@@ -87,8 +90,7 @@ def ask_all(
     order, and seconds in all."""
     common = {
         "model": server.model, "max_tokens": max_new_tokens, "seed": seed, "stream": True,
-        "stream_options": {"include_usage": True}, "temperature": sampling.temperature,
-        "top_p": sampling.top_p, "top_k": sampling.top_k or -1, "repetition_penalty": 1.0,
+        "stream_options": {"include_usage": True}, **said(sampling),
     }  # fmt: skip
     if thinking is not None:
         common["chat_template_kwargs"] = {"enable_thinking": thinking}
@@ -103,7 +105,7 @@ def ask_all(
                     for more in (None, *prompt.later):
                         if more is not None:
                             messages += [
-                                {"role": "assistant", "content": replies[-1].text},
+                                {"role": "assistant", "content": replies[-1].content},
                                 {"role": "user", "content": more},
                             ]
                         body = {**common, "messages": messages}
@@ -155,63 +157,69 @@ def measure_server(
     """What `eval.json` says of a task on a server; options as in `ask_all`.
 
     baseline: a server of the target alone. The two are asked one after the other at each level of
-    concurrency, so each has the machine to itself if the other is idle. Texts are compared at the
-    first level (in 16 bit they may differ by near-ties).
+    concurrency, so each has the machine to itself if the other is idle. Prompts are asked again
+    until there are twice as many as the level, so that it is reached; one request warms up.
+    The figures beside `concurrency` are those of the first level; texts are compared there (in 16
+    bit they may differ by near-ties).
     """
-    levels, first = [], None
-    total = Acceptance(0)
+    levels, texts, counts = [], {}, None
+    sides = {"speculative": server, **({"target": baseline} if baseline else {})}
+    for which in sides.values():
+        ask_all(which, task.prompts[:1], 1, **{**options, "max_new_tokens": 8})
     for i, in_flight in enumerate(concurrency):
-        row = {"in_flight": in_flight}
-        sides = {"speculative": server, **({"target": baseline} if baseline else {})}
-        texts = {}
+        row: dict = {"in_flight": in_flight}
+        times = -(-2 * in_flight // len(task.prompts)) if 2 * in_flight > len(task.prompts) else 1
         for side, which in sides.items():
-            before = counters(which)
-            replies, seconds = ask_all(which, task.prompts, in_flight, **options)
+            before = counters(which) if side == "speculative" else None
+            replies, seconds = ask_all(which, task.prompts * times, in_flight, **options)
+            tokens = sum(r.tokens for r in replies)
             row[side] = {
-                "tokens": sum(r.tokens for r in replies),
-                "tokens_per_second": sum(r.tokens for r in replies) / seconds,
+                "requests": len(replies),
+                "tokens": tokens,
+                "tokens_per_second": tokens / seconds,
+                "mean_in_flight": sum(r.seconds for r in replies) / seconds,
                 "seconds_per_request": _spread([r.seconds for r in replies]),
                 "milliseconds_to_first_token": _spread([1000 * r.first for r in replies]),
             }
-            texts[side] = [r.text for r in replies]
-            if side == "speculative" and before is not None:
-                counted = counters(which) - before
+            if i == 0:
+                texts[side] = [r.text for r in replies]
+            if before is not None:
+                counted = read_metrics(which) - before
                 if counted.requests > len(replies):
                     raise UserError(
                         f"server {server.url} answered {counted.requests} requests where "
                         f"{len(replies)} were ours: measure it while nobody else uses it"
                     )
-                row["rounds"], row["tau"] = counted.drafts, counted.tau
-                total = total + counted
+                row["rounds"], row["tau"] = counted.drafts, counted.tau or None
+                counts = counts or counted
         if baseline:
             row["speedup"] = (
                 row["speculative"]["tokens_per_second"] / row["target"]["tokens_per_second"]
             )
-        first = first or {"texts": texts, "row": row}
         levels.append(row)
         if progress:
             progress(task.name, i + 1, len(concurrency))
-    row, texts = first["row"], first["texts"]
-    since_start = None if total.drafts else average(server)
-    greedy = options["sampling"].greedy
-    both = baseline is not None and greedy
+    first = levels[0]
+    both = baseline is not None and options["sampling"].greedy
+    drafts = counts.drafts if counts else 0
+    since_start = None if drafts else average(server)
     return {
         "task": task.name,
         "prompts": len(task.prompts),
         "responses": len(texts["speculative"]),
-        "tokens": row["speculative"]["tokens"],
-        "rounds": total.drafts or None,
-        "tau": total.tau if total.drafts else since_start,
-        "tau_from": "vLLM's counters over this run"
-        if total.drafts
+        "tokens": first["speculative"]["tokens"],
+        "rounds": drafts or None,
+        "tau": counts.tau if drafts else since_start,
+        "tau_from": "vLLM's counters over the first level"
+        if drafts
         else since_start and "SGLang's average since its start",
         "tau_per_response": None,
-        "acceptance_by_position": [n / total.drafts for n in total.by_position],
+        "acceptance_by_position": [n / drafts for n in counts.by_position] if drafts else [],
         "tokens_per_second": {
-            side: row[side]["tokens_per_second"] if side in row else None
+            side: first[side]["tokens_per_second"] if side in first else None
             for side in ("target", "speculative")
         },
-        "speedup": row.get("speedup"),
+        "speedup": first.get("speedup"),
         "lossless": {
             "matched": sum(map(str.__eq__, *texts.values())) if both else None,
             "of": len(texts["speculative"]) if both else 0,

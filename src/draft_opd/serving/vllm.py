@@ -74,14 +74,19 @@ def read_metrics(server: Server) -> Acceptance:
             f"server {server.url} shows no /metrics ({type(error).__name__})"
         ) from error
     drafts, requests, accepted, seen = 0.0, 0.0, Counter(), False
-    for line in answer.text.splitlines():
-        name, _, value = line.rpartition(" ")
-        if name.startswith(DRAFTS):
-            drafts, seen = drafts + float(value), True
-        elif name.startswith(PER_POSITION):
-            accepted[int(re.search(r'position="(\d+)"', name)[1])] += float(value)
-        elif name.startswith(REQUESTS):
-            requests += float(value)
+    try:
+        for line in answer.text.splitlines():
+            name, _, value = line.rpartition(" ")
+            if name.startswith(DRAFTS):
+                drafts, seen = drafts + float(value), True
+            elif name.startswith(PER_POSITION):
+                accepted[int(re.search(r'position="(\d+)"', name)[1])] += float(value)
+            elif name.startswith(REQUESTS):
+                requests += float(value)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"server {server.url}: its /metrics are not vLLM's ({line[:80]})"
+        ) from error
     if not seen:
         raise UserError(
             f"server {server.url} counts no drafts (no {DRAFTS} in /metrics): is it vLLM, started "

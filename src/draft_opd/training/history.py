@@ -46,10 +46,10 @@ def read_history(folder: Path) -> History:
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"run folder '{folder}' is damaged ({error})") from None
     metrics, file = [], folder / "metrics.jsonl"
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    for line in file.read_bytes().splitlines() if file.exists() else []:
         try:
-            metrics.append(json.loads(line))
-        except ValueError:
+            metrics.append({"step": 0, **json.loads(line)})
+        except (ValueError, TypeError):
             break
     return History(folder, recipe, about, metrics)
 

@@ -193,9 +193,12 @@ class Run:
     def train(self) -> RunResult:
         """Runs to the last step; on a fresh run step 0 is evaluated first."""
         try:
-            return self._train()
-        finally:
-            self.record.close()
+            result = self._train()
+        except BaseException:
+            self.record.close(failed=True)
+            raise
+        self.record.close(failed=False)
+        return result
 
     def _train(self) -> RunResult:
         r = self.recipe

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import yaml
@@ -76,6 +77,8 @@ class Record:
         if self.tracker:
             self.tracker.log(values["step"], dict(numbers(values)))
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
+        """Of a run that failed the tracker's own troubles must not hide the reason."""
         if self.tracker:
-            self.tracker.close()
+            with suppress(Exception) if failed else nullcontext():
+                self.tracker.close(failed)

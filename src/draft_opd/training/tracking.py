@@ -20,7 +20,7 @@ PROJECT = "draft-opd"
 class Tracker(Protocol):
     def log(self, step: int, values: dict[str, float]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool) -> None: ...
 
 
 def check_tracker(kind: str) -> None:
@@ -35,7 +35,9 @@ def check_tracker(kind: str) -> None:
 def open_tracker(kind: str, out: Path, recipe: dict, step: int) -> Tracker | None:
     """The recipe's `tracker` for the run in `out`, which goes on behind `step`.
 
-    A resumed run goes on in the tracker too: the id of its run is kept in the run folder. Raises
+    A resumed run goes on in the tracker too: the id of its run is kept in the run folder. (What a
+    killed run had logged behind its last checkpoint is purged in TensorBoard and said twice in the
+    others; metrics.jsonl is the record.) Raises
     `UserError` when the tracker does not start.
     """
     if kind == "none":
@@ -80,7 +82,7 @@ class _TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self.writer.close()
 
 
@@ -96,7 +98,7 @@ class _Trackio:
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         with redirect_stdout(sys.stderr):
             self.finish()
 
@@ -113,8 +115,8 @@ class _Wandb:
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
 
 
 TRACKERS = {"tensorboard": _TensorBoard, "trackio": _Trackio, "wandb": _Wandb}
