@@ -195,9 +195,9 @@ def test_above_temperature_zero_texts_are_not_compared(target, trained):
     report = made.report()
     assert report["tasks"][0]["lossless"] == {"matched": None, "of": 0}
     assert (report["temperature"], report["top_p"]) == (0.8, 0.9)
-    # The same texts again: the rounds are drawn given them, so a short draft accepts less.
-    taus = [row["tau"] for row in report["draft_lengths"][0]["lengths"]]
-    assert taus[0] < taus[-1] <= 1 + trained.draft_length
+    # The rounds are drawn given the same texts: K drafts bring K + 1 tokens at most.
+    short, whole = (row["tau"] for row in report["draft_lengths"][0]["lengths"])
+    assert 1 < short <= 3 and 1 < whole <= 1 + trained.draft_length
 
 
 def test_a_prompt_that_leaves_no_room_is_found_before_decoding(target, trained):
