@@ -44,9 +44,11 @@ def gather(paths: Sequence[str], title: str) -> Report:
                 made.training[name] = runs
             known = True
         if not known:
+            is_demo = (folder / "summary.json").exists()
+            hint = "; a demo has its own report.html" if is_demo else ""
             raise UserError(
                 f"'{folder}' holds nothing to report: give folders that eval, analyze, sft or opd "
-                "wrote"
+                f"wrote{hint}"
             )
     return made
 

@@ -101,7 +101,7 @@ def names_of(paths: Sequence[str]) -> list[str]:
             width += 1
         names.append(name or "/".join(left[-width:]))
     if len(set(names)) < len(names):
-        raise UserError(f"{', '.join(names)} are not told apart: name them NAME=PATH")
+        raise UserError(f"{', '.join(paths)}: not told apart by name, write NAME=PATH")
     return names
 
 
