@@ -154,12 +154,12 @@ def _local(
     screen, model_options, drafters, chosen, lengths, widths, advise, hardware, sizes, options, out
 ) -> tuple[dict, dict]:
     from draft_opd.evaluation.lengths import HARDWARE, to_hardware
-    from draft_opd.evaluation.measure import named, names_of, sides_of
+    from draft_opd.evaluation.measure import by_name, sides_of
     from draft_opd.evaluation.run import Evaluation
     from draft_opd.training.history import lineage
 
     places = to_hardware(hardware or ()) or HARDWARE
-    paths = dict(zip(names_of(drafters), (named(p)[1] for p in drafters), strict=True))
+    paths = by_name(drafters)
     model = to_target(*model_options)
     loaded = {name: (path, to_drafter(path, model)) for name, path in paths.items()}
     sides = sides_of(loaded, lengths or [None], widths)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.speculative import speculate
-from draft_opd.evaluation.measure import ALONE, Side
+from draft_opd.evaluation.measure import ALONE, Side, turned
 from draft_opd.evaluation.statistics import quantile
 from draft_opd.rollout.trace import tau
 from draft_opd.target import Target
@@ -35,16 +35,15 @@ def throughput(
     batch size, `seconds_per_request` from the start of its batch.
     """
     sides = [Side(ALONE, None), *sides]
-    rows, done = [], 0
+    rows = []
     count = max(max(batch_sizes), len(prompts))
     prompts = [prompts[i % len(prompts)] for i in range(count)]
-    for size in batch_sizes:
+    for done, size in enumerate(batch_sizes, 1):
         starts = range(0, count - size + 1, size)
         batches = [prompts[i : i + size] for i in starts]
         found = {s.name: {"tokens": 0, "seconds": 0.0, "ends": [], "rounds": []} for s in sides}
         for i, batch in enumerate([batches[0], *batches]):  # the first one warms up
-            first = i % len(sides)
-            for side in [*sides[first:], *sides[:first]]:
+            for side in turned(sides, i):
                 ends = [0.0] * len(batch)
 
                 def note(row, *_, ends=ends):
@@ -79,7 +78,6 @@ def throughput(
                     "tau": tau(sums["rounds"]),
                 }
             )
-        done += 1
         if progress:
             progress(done, len(batch_sizes))
     return rows

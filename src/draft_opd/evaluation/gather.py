@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from draft_opd.errors import UserError
-from draft_opd.evaluation.measure import named, names_of
+from draft_opd.evaluation.measure import by_name
 from draft_opd.evaluation.page import Report, sides_in
 from draft_opd.training.history import is_run, lineage, read_history
 
@@ -21,8 +21,8 @@ def gather(paths: Sequence[str], title: str) -> Report:
     The runs behind an evaluation's drafters are found by themselves.
     """
     made = Report(title, "From " + ", ".join(paths) + ".")
-    for name, folder in zip(names_of(paths), (Path(named(p)[1]) for p in paths), strict=True):
-        known = False
+    for name, path in by_name(paths).items():
+        folder, known = Path(path), False
         if (folder / "eval.json").exists():
             if made.evaluation:
                 raise UserError(

@@ -19,6 +19,7 @@ from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.speculative import Generation, Timing, speculate
 from draft_opd.drafters.base import Drafter
 from draft_opd.errors import UserError
+from draft_opd.evaluation.measure import turned
 from draft_opd.rollout.hindsight import traces_by_length
 from draft_opd.rollout.trace import tau
 from draft_opd.rollout.trajectory import Trajectory
@@ -157,8 +158,7 @@ def round_costs(
     for repeat in range(-1, REPEATS):  # the first one warms up
         g = longest[repeat % len(longest)]
         ids = [*g.prompt_ids, *g.token_ids[: len(g.token_ids) // 2]]
-        first = repeat % len(plans)
-        for which, length in [*plans[first:], *plans[:first]]:
+        for which, length in turned(plans, repeat):
             clock = Timing()
             result = speculate(
                 target, which, [ids], max_new_tokens=STEPS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import TypeVar
 
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.speculative import Generation, Timing, speculate
@@ -37,6 +38,15 @@ class Side:
         if self.drafter is None:
             return 0
         return len(self.tree) if self.tree else self.draft_length or self.drafter.draft_length
+
+
+T = TypeVar("T")
+
+
+def turned(sides: Sequence[T], by: int) -> list[T]:
+    """The same in an order that begins `by` places further on, for alternation."""
+    first = by % len(sides)
+    return [*sides[first:], *sides[:first]]
 
 
 Answers = dict[str, list[Answer]]  # side -> its answers, every side's in the same order
@@ -105,6 +115,11 @@ def names_of(paths: Sequence[str]) -> list[str]:
     return names
 
 
+def by_name(texts: Sequence[str]) -> dict[str, str]:
+    """{short name: path}, as `names_of` has them."""
+    return dict(zip(names_of(texts), (named(text)[1] for text in texts), strict=True))
+
+
 def check_lengths(target: Target, tasks: Sequence[Task], thinking: bool | None) -> None:
     """Raises `UserError` for the first prompt that leaves no room: before hours of decoding."""
     for task in tasks:
@@ -140,10 +155,8 @@ def measure(
         _decode(target, side, task.prompts[0].ids(target, thinking), **warm)
     done: Answers = {side.name: [] for side in sides}
     for i, prompt in enumerate(task.prompts):
-        first = i % len(sides)
         _converse(
-            target, prompt, [*sides[first:], *sides[:first]], done, thinking, seed=seed + i,
-            **options,
+            target, prompt, turned(sides, i), done, thinking, seed=seed + i, **options
         )  # fmt: skip
         if progress:
             progress(task.name, i + 1, len(task.prompts))

@@ -30,8 +30,8 @@ class Report:
     """What a page is made of; every part may be missing.
 
     evaluation: what eval.json holds. samples: of `Evaluation.samples`. training: the runs behind
-    each drafter, {name: oldest first}. analyses: {name: result of `analyse`}. tiles, remarks and
-    tables: a headline of the caller's own.
+    each drafter, {name: oldest first}. analyses: {name: result of `analyse`}. tiles and tables: a
+    headline of the caller's own.
     """
 
     title: str
@@ -41,7 +41,6 @@ class Report:
     training: dict[str, list[History]] = field(default_factory=dict)
     analyses: dict[str, dict] = field(default_factory=dict)
     tiles: list[dict] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
     tables: list[dict] = field(default_factory=list)
 
     def write(self, folder: Path) -> Path:
@@ -60,7 +59,6 @@ class Report:
             title=self.title,
             lead=self.lead,
             tiles=self.tiles or _tiles(self.evaluation),
-            remarks=self.remarks,
             sections=sections,
             samples=self.samples,
             shown=best_side(sides_in(self.evaluation))["side"] if self.evaluation else "",

@@ -117,7 +117,7 @@ class Evaluation:
             self._regrets[key] = regret(target, prompt_ids, token_ids)
         return self._regrets[key]
 
-    def report(self, **about: object) -> dict:
+    def report(self) -> dict:
         """What eval.json holds.
 
         The first side is at the top, as if it had been alone; where there are more, all of them
@@ -140,7 +140,7 @@ class Evaluation:
             dtype=str(self.target.dtype).removeprefix("torch."),
             max_new_tokens=self.options["max_new_tokens"], seed=self.seed,
             top_k=self.sampling.top_k, top_p=self.sampling.top_p, draft=self.sampling.draft,
-            thinking=self.thinking, **about,
+            thinking=self.thinking,
         )  # fmt: skip
         if len(sides) > 1:
             value["sides"] = [{**s, "mean": means(s["tasks"])} for s in sides]

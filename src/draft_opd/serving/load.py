@@ -58,11 +58,11 @@ async def _ask(client: httpx.AsyncClient, body: dict, url: str) -> Reply:
                     delta = choice.get("delta") or {}
                     # With a reasoning parser thinking has a name of its own, or both of these.
                     thought = delta.get("reasoning") or delta.get("reasoning_content") or ""
-                    said = delta.get("content") or ""
-                    if thought or said:
+                    answered = delta.get("content") or ""
+                    if thought or answered:
                         first = first or time.perf_counter() - began
-                        text.append(thought + said)
-                        content.append(said)
+                        text.append(thought + answered)
+                        content.append(answered)
                 tokens = (part.get("usage") or {}).get("completion_tokens", tokens)
     except httpx.HTTPError as error:
         raise UserError(f"server {url} broke off ({type(error).__name__})") from error

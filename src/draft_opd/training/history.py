@@ -45,13 +45,20 @@ def read_history(folder: Path) -> History:
             raise ValueError("run.json is not what training wrote")
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"run folder '{folder}' is damaged ({error})") from None
-    metrics, file = [], folder / "metrics.jsonl"
+    return History(folder, recipe, about, read_metrics(folder / "metrics.jsonl"))
+
+
+def read_metrics(file: Path) -> list[dict]:
+    """Lines with a `step`, up to the first that is none: a kill may have torn it."""
+    found = []
     for line in file.read_bytes().splitlines() if file.exists() else []:
         try:
-            metrics.append({"step": 0, **json.loads(line)})
-        except (ValueError, TypeError):
+            row = json.loads(line)
+            row["step"]
+        except (ValueError, TypeError, KeyError):
             break
-    return History(folder, recipe, about, metrics)
+        found.append(row)
+    return found
 
 
 def lineage(drafter: str) -> list[History]:

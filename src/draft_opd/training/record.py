@@ -10,9 +10,10 @@ from pathlib import Path
 import yaml
 
 from draft_opd.errors import UserError
-from draft_opd.files import make_folder, write_json, write_text
+from draft_opd.files import make_folder, write_json, write_lines, write_text
 from draft_opd.machine import machine
 from draft_opd.training.config import Recipe
+from draft_opd.training.history import read_metrics
 from draft_opd.training.tracking import numbers, open_tracker
 
 
@@ -60,15 +61,8 @@ class Record:
         write_json(
             self.out / "run.json", {"kind": "run", "command": sys.argv, **machine(), **about}
         )
-        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-        kept = []
-        for line in lines:
-            try:
-                if json.loads(line)["step"] <= step and step:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                break  # a line torn by a kill: everything behind it is redone
-        write_text(self.metrics, "".join(f"{line}\n" for line in kept))
+        kept = [row for row in read_metrics(self.metrics) if row["step"] <= step and step]
+        write_lines(self.metrics, map(json.dumps, kept))
 
     def line(self, values: dict) -> None:
         """`values` has `step`."""
