@@ -75,7 +75,8 @@ def test_advice_knows_tau_at_every_length_without_decoding(evaluation, target, t
     measured = {r["draft_length"] for r in good["lengths"] if r["measured"]}
     assert measured == {3, 15}
     best = max(good["lengths"], key=lambda r: r["speedup"])
-    assert good["best"] == best["draft_length"] and bad["drafter"] == "x/bad"
+    assert good["best"] == (best["draft_length"] if best["speedup"] > 1 else 0)
+    assert bad["drafter"] == "x/bad"
 
 
 def test_other_hardware_follows_from_two_numbers(target, trained):

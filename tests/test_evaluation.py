@@ -11,7 +11,7 @@ import draft_opd as d
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.evaluation.measure import sides_of
 from draft_opd.evaluation.run import Evaluation
-from draft_opd.evaluation.statistics import difference, interval
+from draft_opd.evaluation.statistics import difference, interval, ratio
 from draft_opd.evaluation.tasks import SOURCES, Task, load_tasks
 from draft_opd.rollout.prompts import Prompt, read_prompts
 
@@ -125,6 +125,18 @@ def test_few_responses_give_wide_intervals(count):
         low, high = interval(made, seed=trial, draws=400)
         covered += low <= true <= high
     assert covered / trials > 0.88
+
+
+def test_intervals_hold_only_possible_values():
+    generator = random.Random(0)
+    few = [rounds_of(p, 9, generator) for p in (0.1, 0.99)]
+    low, high = interval(few)
+    longest = max(len(r.drafted) for one in few for r in one)
+    assert 1 <= low < high <= longest + 1
+    low, high = difference(few, few[::-1])
+    assert -longest <= low < high <= longest
+    low, high = ratio([(90, 1.0), (20, 2.0)], [(10, 1.0), (30, 1.0)])
+    assert 0 < low < 110 / 3 / 20 < high
 
 
 def test_an_interval_needs_responses():

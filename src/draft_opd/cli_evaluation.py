@@ -210,6 +210,7 @@ def _served(screen, target, servers, chosen, sizes, options) -> dict:
 def _shown(report: dict) -> list:
     """Tables and lines for a terminal."""
     from draft_opd.evaluation.page import (
+        best_length,
         comparison_rows,
         elsewhere_rows,
         length_rows,
@@ -235,7 +236,7 @@ def _shown(report: dict) -> list:
         title = "Differences, paired by prompt"
         shown.append(table(title, *comparison_rows(report["comparison"])))
     for advice in report.get("draft_lengths", ()):
-        title = f"{advice['drafter']}: best draft length here {advice['best']}"
+        title = f"{advice['drafter']}: here {best_length(advice)}"
         shown.append(table(title, *length_rows(advice)))
         if advice["elsewhere"]:
             shown.append(table("Elsewhere, at best", *elsewhere_rows(advice)))

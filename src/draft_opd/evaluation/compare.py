@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from draft_opd.evaluation.statistics import difference, resampled
-from draft_opd.evaluation.summary import Answer, decode_speed, rounds_by_prompt
+from draft_opd.evaluation.statistics import difference, ratio
+from draft_opd.evaluation.summary import Answer, decode_rate, decode_speed, rounds_by_prompt
 from draft_opd.evaluation.tasks import ALL
 from draft_opd.rollout.trace import tau
 
@@ -17,14 +17,12 @@ def compare(
     its 95 % bootstrap interval over prompts (None where there is only one)."""
     rounds = [rounds_by_prompt(side) for side in (one, other)]
     speeds = [decode_speed(side) for side in (one, other)]
-    first, second = (sum(n for n, _ in s) / sum(t for _, t in s) for s in speeds)
-    ratio = resampled(lambda a, b: a / b, *speeds, seed=seed)
     mine, theirs = (tau([r for rows in side for r in rows]) for side in rounds)
     return {
         "tau_difference": mine - theirs,
         "tau_interval": difference(*rounds, seed=seed),
-        "speed_ratio": first / second,
-        "speed_interval": ratio,
+        "speed_ratio": decode_rate(one) / decode_rate(other),
+        "speed_interval": ratio(*speeds, seed=seed),
     }
 
 

@@ -30,17 +30,16 @@ def throughput(
 ) -> list[dict]:
     """One row a batch size and side, the target alone among them; prefill is part of the time.
 
-    Batches are full: prompts are taken again where there are fewer than the largest batch holds.
+    Batches are full: where the prompts do not fill the last one, the first are taken again.
     Each batch is decoded by every side in turn. `speedup` is against the target alone at the same
     batch size, `seconds_per_request` from the start of its batch.
     """
     sides = [Side(ALONE, None), *sides]
     rows = []
-    count = max(max(batch_sizes), len(prompts))
-    prompts = [prompts[i % len(prompts)] for i in range(count)]
     for done, size in enumerate(batch_sizes, 1):
-        starts = range(0, count - size + 1, size)
-        batches = [prompts[i : i + size] for i in starts]
+        count = -(-len(prompts) // size) * size
+        full = [prompts[i % len(prompts)] for i in range(count)]
+        batches = [full[i : i + size] for i in range(0, count, size)]
         found = {s.name: {"tokens": 0, "seconds": 0.0, "ends": [], "rounds": []} for s in sides}
         for i, batch in enumerate([batches[0], *batches]):  # the first one warms up
             for side in turned(sides, i):
@@ -68,6 +67,7 @@ def throughput(
             rows.append(
                 {
                     "batch": size,
+                    "requests": count,
                     "side": side,
                     "tokens_per_second": rate,
                     "speedup": rate / base,

@@ -86,7 +86,8 @@ def advise(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict:
-    """τ, cost of a round and predicted speed-up for each draft length, and the best one.
+    """τ, cost of a round and predicted speed-up for each draft length, and the best one (0: the
+    target alone is faster than any).
 
     made: responses of the target (by any side of a run). With sampling the rounds are drawn given
     the text. `elsewhere` is empty for mixtures of experts: which weights a token reads is unknown.
@@ -128,13 +129,14 @@ def advise(
                     "gigabytes_per_second": place.bandwidth,
                     "teraflops": place.compute,
                     "batch": batch,
-                    "best": lengths[speeds.index(max(speeds))],
+                    "best": lengths[speeds.index(max(speeds))] if max(speeds) > 1 else 0,
                     "speedup": max(speeds),
                     "by_length": speeds,
                 }
             )
+    best = max(rows, key=lambda r: r["speedup"])
     return {
-        "best": max(rows, key=lambda r: r["speedup"])["draft_length"],
+        "best": best["draft_length"] if best["speedup"] > 1 else 0,
         "target_milliseconds": 1000 * alone,
         "context": context,
         "responses": len(texts),

@@ -276,7 +276,7 @@ def _lengths(e: dict, plot) -> list[dict]:
     for i, advice in enumerate(e.get("draft_lengths") or ()):
         how = "exact" if not e["temperature"] else "drawn given the text"
         text = (
-            f"Of these, the best draft length on this machine is {advice['best']}. τ at each "
+            f"On this machine {best_length(advice)}. τ at each "
             f"length is {how}, by hindsight on {advice['responses']} responses; "
             "a round's cost is timed in the decode loop. For other hardware: what memory bandwidth "
             f"and matrix rate allow in 16 bit, {advice['context']} tokens of context a request, "
@@ -293,6 +293,13 @@ def _lengths(e: dict, plot) -> list[dict]:
             plots.append(plot(f"elsewhere-{i}", figure, place, what))
         found.append(_section(f"Which draft length: {advice['drafter']}", text, tables, plots))
     return found
+
+
+def best_length(advice: dict) -> str:
+    """Half a sentence."""
+    if not advice["best"]:
+        return "no draft length pays: the target alone is faster"
+    return f"draft length {advice['best']} is best"
 
 
 def length_rows(advice: dict) -> tuple[list[str], list[list[str]]]:
@@ -315,7 +322,7 @@ def elsewhere_rows(advice: dict) -> tuple[list[str], list[list[str]]]:
             e["hardware"],
             [f"{e['hardware']} ({e['gigabytes_per_second']:g} GB/s, {e['teraflops']:g} TFLOP/s)"],
         )
-        cells.append(f"{times(e['speedup'])}, K = {e['best']}")
+        cells.append(f"{times(e['speedup'])}, K = {e['best']}" if e["best"] else "none pays")
     return ["", *(f"{b} at a time" for b in batches)], list(rows.values())
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -16,7 +17,7 @@ from draft_opd.evaluation.concurrency import throughput
 from draft_opd.evaluation.lengths import HARDWARE, Hardware, advise
 from draft_opd.evaluation.measure import ALONE, Answers, Side, check_lengths, measure
 from draft_opd.evaluation.regret import regret
-from draft_opd.evaluation.summary import evaluation_report, means, summarise
+from draft_opd.evaluation.summary import decode_rate, evaluation_report, means, summarise
 from draft_opd.evaluation.tasks import Task
 from draft_opd.evaluation.tokens import sample
 from draft_opd.files import make_folder, write_json, write_lines
@@ -24,7 +25,13 @@ from draft_opd.machine import machine
 from draft_opd.target import Target
 
 SAMPLES = 3  # responses that the report shows token by token
+T = TypeVar("T")
 Say = Callable[[str, int, int], None]  # what is being done, done, of
+
+
+def _in_turn(groups: Iterable[Sequence[T]]) -> list[T]:
+    """The first of each group, the second of each, and so on."""
+    return [x for row in itertools.zip_longest(*groups) for x in row if x is not None]
 
 
 class Evaluation:
@@ -67,9 +74,8 @@ class Evaluation:
             self._peaks[task.name] = peak
 
     def concurrency(self, batch_sizes: Sequence[int]) -> None:
-        """Throughput at these batch sizes, on prompts of every task in turn."""
-        rows = itertools.zip_longest(*(t.prompts for t in self.tasks))
-        prompts = [p for row in rows for p in row if p is not None][: max(batch_sizes)]
+        """Throughput at these batch sizes, on all prompts."""
+        prompts = _in_turn(t.prompts for t in self.tasks)
         self.more["concurrency"] = throughput(
             self.target, self.sides, [p.ids(self.target, self.thinking) for p in prompts],
             batch_sizes, seed=self.seed, progress=partial(self.say, "concurrency"), **self.options,
@@ -79,7 +85,7 @@ class Evaluation:
         self, hardware: Sequence[Hardware] = HARDWARE, lengths: Sequence[int] | None = None
     ) -> None:
         """The best draft length of each drafter, with what was measured beside it."""
-        made = [a.made for answers in self.answers.values() for a in answers[ALONE]]
+        made = [a.made for a in _in_turn(answers[ALONE] for answers in self.answers.values())]
         advices = []
         for side in {s.source: s for s in self.sides}.values():
             advice = advise(
@@ -92,10 +98,14 @@ class Evaluation:
         self.more["draft_lengths"] = advices
 
     def _measured(self, source: str, length: int) -> dict | None:
-        """What this run measured of a drafter at that draft length."""
+        """What this run measured of a drafter at that draft length, all tasks together."""
         for side in self.sides:
             if side.source == source and side.length == length and not side.tree:
-                return means(self._summaries(side.name))
+                ours, base = (
+                    decode_rate([a for answers in self.answers.values() for a in answers[name]])
+                    for name in (side.name, ALONE)
+                )
+                return {"speedup": ours / base}
         return None
 
     def _summaries(self, name: str) -> list[dict]:

@@ -32,7 +32,8 @@ def interval(
     The same rounds give the same interval; one prompt gives none.
     """
     found = resampled(lambda tau: tau, totals(rounds), level=level, seed=seed, draws=draws)
-    return found and (max(1.0, found[0]), found[1])  # a round commits a token at least
+    # A round commits a token at least, and at most what was drafted and the bonus token.
+    return found and (max(1.0, found[0]), min(_longest(rounds) + 1.0, found[1]))
 
 
 def difference(
@@ -44,7 +45,21 @@ def difference(
 ) -> Interval | None:
     """Bootstrap interval of τ(one) - τ(other), paired: both on the same prompts."""
     sides = (totals(one), totals(other))
-    return resampled(lambda a, b: a - b, *sides, level=level, seed=seed, draws=draws)
+    found = resampled(lambda a, b: a - b, *sides, level=level, seed=seed, draws=draws)
+    return found and (max(-_longest(other), found[0]), min(_longest(one), found[1]))
+
+
+def _longest(rounds: Sequence[Sequence[Round]]) -> float:
+    return float(max((len(r.drafted) for one in rounds for r in one), default=0))
+
+
+def ratio(
+    one: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]], seed: int = 0
+) -> Interval | None:
+    """Interval of ratio(one) / ratio(other), both positive: widened on the scale of logarithms, so
+    that its ends are positive too."""
+    found = resampled(lambda a, b: (a / b).log(), one, other, seed=seed)
+    return found and (math.exp(found[0]), math.exp(found[1]))
 
 
 def resampled(

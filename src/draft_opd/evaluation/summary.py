@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from draft_opd.decoding.speculative import Generation, Timing
 from draft_opd.drafters.base import Drafter
 from draft_opd.evaluation.regret import regret
-from draft_opd.evaluation.statistics import interval, resampled
+from draft_opd.evaluation.statistics import interval, ratio
 from draft_opd.rollout.trace import Round, by_accepted, tau
 from draft_opd.target import Target
 
@@ -58,7 +58,7 @@ def summarise(
     length = max((len(r.drafted) for r in rounds), default=0)
     sides = {"target": alone, "speculative": answers}
     speeds = {side: decode_speed(rows) for side, rows in sides.items()}
-    rate = {side: _per(*map(sum, zip(*rows, strict=True))) for side, rows in speeds.items()}
+    rate = {side: decode_rate(rows) for side, rows in sides.items()}
     clock = sum((a.clock for a in answers), Timing())
     positions = acceptance_by_position(rounds)
     value = {
@@ -78,9 +78,7 @@ def summarise(
         "by_context": _grouped(rounds, lambda r: bisect_right(CONTEXTS, r.anchor), _context_name),
         "tokens_per_second": rate,
         "speedup": rate["speculative"] / rate["target"],
-        "speedup_interval": resampled(
-            lambda ours, base: ours / base, speeds["speculative"], speeds["target"], seed=seed
-        ),
+        "speedup_interval": ratio(speeds["speculative"], speeds["target"], seed=seed),
         "seconds": {
             "draft": clock.draft,
             "verify": clock.verify,
@@ -141,12 +139,14 @@ def decode_speed(answers: Sequence[Answer]) -> list[tuple[int, float]]:
     ]
 
 
+def decode_rate(answers: Sequence[Answer]) -> float:
+    """Tokens per second of decoding, all answers together."""
+    tokens = sum(len(a.made.token_ids) for a in answers)
+    return tokens / max(sum(a.clock.decode for a in answers), 1e-9)
+
+
 def weights_bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
-
-
-def _per(amount: float, seconds: float) -> float:
-    return amount / max(seconds, 1e-9)
 
 
 def _context_name(k: int) -> str:
