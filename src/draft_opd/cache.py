@@ -19,10 +19,14 @@ from transformers import Cache
 class PositionCache(Cache):
     """Keys and values per layer, [batch, kv_heads, capacity, head_dim].
 
-    Set `positions` ([batch, tokens], the slots the next forward writes) before each
+    Call `prepare` with `positions` ([batch, tokens], the slots the next forward writes) before each
     forward. With `branch=True` the next forward reads the cache without writing to
     it: its own keys are appended behind the first `visible` slots. `keep` writes some
     of them after all.
+
+    bound: a caller who knows how far the next forwards reach says it here, in slots. Then no value
+    of a tensor is looked at (on CUDA: nothing waits for the device), and the storage, `reserve`d
+    beforehand, stays where it is.
     """
 
     def __init__(self, capacity: int = 0):
@@ -30,6 +34,7 @@ class PositionCache(Cache):
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.capacity = capacity
+        self.bound: int | None = None
         self.positions: Tensor | None = None
         self.visible = 0
         self.branch = False
@@ -43,11 +48,26 @@ class PositionCache(Cache):
         cache.keys, cache.values = keys, values
         return cache
 
-    def prepare(self, positions: Tensor, visible: int, branch: bool = False) -> None:
-        """Announces the next forward: slots to write [batch, tokens] and slots to read."""
-        self.positions, self.visible, self.branch = positions, visible, branch
-        contiguous = positions.shape[0] == 1 or bool((positions == positions[:1]).all())
-        self._start = int(positions[0, 0]) if contiguous and not branch else None
+    def reach(self, positions: Tensor) -> int:
+        """Slots up to and including the last of `positions`, or the bound."""
+        return self.bound or (int(positions.max()) + 1 if positions.numel() else 0)
+
+    def prepare(self, positions: Tensor, branch: bool = False, visible: int | None = None) -> None:
+        """Announces the next forward: slots to write [batch, tokens], and how many to read
+        (default: as far as they reach)."""
+        self.positions, self.branch = positions, branch
+        self.visible = self.reach(positions) if visible is None else visible
+        self._start = None
+        # Rows that write the same slots are one copy; to find out, a device would have to be asked.
+        if not branch and positions.is_cpu and bool((positions == positions[:1]).all()):
+            self._start = int(positions[0, 0])
+
+    def reserve(self, capacity: int) -> None:
+        """Makes room for so many slots, now and in layers that come later."""
+        self.capacity = max(self.capacity, capacity)
+        for store in (self.keys, self.values):
+            for i, old in enumerate(store):
+                store[i] = _grown(old, capacity)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Called by transformers' attention layers; [batch, kv_heads, tokens, head_dim] each."""
@@ -66,10 +86,8 @@ class PositionCache(Cache):
             )
         for store, new in ((self.keys, key_states), (self.values, value_states)):
             if store[layer_idx].shape[2] < self.visible:
-                old = store[layer_idx]
-                grown = old.new_zeros(*old.shape[:2], self.visible * 3 // 2, old.shape[3])
-                grown[:, :, : old.shape[2]] = old
-                store[layer_idx] = grown
+                self.capacity = max(self.capacity, self.visible * 3 // 2)
+                store[layer_idx] = _grown(store[layer_idx], self.capacity)
             if self._start is not None:
                 end = self._start + new.shape[2]
                 store[layer_idx][:, :, self._start : end] = new
@@ -84,7 +102,7 @@ class PositionCache(Cache):
     def keep(self, index: Tensor, positions: Tensor) -> None:
         """Writes tokens `index` [batch, m] of the last branch forward to slots `positions`."""
         branched, self._branched = self._branched, {}
-        self.prepare(positions, int(positions.max()) + 1)
+        self.prepare(positions)
         for layer, pair in branched.items():
             where = index[:, None, :, None]
             self.update(*(x.gather(2, where.expand(-1, x.shape[1], -1, x.shape[3])) for x in pair),
@@ -97,3 +115,11 @@ class PositionCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if not self.keys else self.visible
+
+
+def _grown(old: Tensor, capacity: int) -> Tensor:
+    if old.shape[2] >= capacity:
+        return old
+    grown = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
+    grown[:, :, : old.shape[2]] = old
+    return grown

@@ -12,12 +12,12 @@ import typer
 
 from draft_opd.cli_evaluation import analyze, evaluate, report
 from draft_opd.cli_options import (
+    AutoLength,
     Config,
     Device,
     DrafterName,
     Dtype,
     Json,
-    Length,
     NewTokens,
     Overrides,
     Resume,
@@ -31,6 +31,7 @@ from draft_opd.cli_options import (
     Trust,
     at_least,
     example,
+    one_length,
     to_drafter,
     to_sampling,
     to_target,
@@ -233,7 +234,7 @@ def generate(
     drafter: DrafterName,
     prompt: Annotated[str | None, typer.Option(help="Default: standard input.")] = None,
     max_new_tokens: NewTokens = 512,
-    draft_length: Length = None,
+    draft_length: AutoLength = None,
     tree: Tree = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -259,6 +260,9 @@ def generate(
     if mark not in MARKS:
         raise UserError(f"--mark {mark}: choose one of {', '.join(MARKS)}")
     sampling, widths = to_sampling(temperature, top_k, top_p, draft), to_widths(tree)
+    # Above temperature 0 the same seed should give the same text, whatever the clock says.
+    usual = "auto" if sampling.greedy and not tree else None
+    length = one_length(draft_length) or usual
     text = sys.stdin.read() if prompt is None else prompt
     if not text.strip():
         raise UserError("the prompt is empty: give --prompt or text on standard input")
@@ -267,7 +271,7 @@ def generate(
     helper = to_drafter(drafter, model)
     value = stream(
         model, helper, text, screen, raw=raw, mark=mark, thinking=thinking,
-        max_new_tokens=max_new_tokens, draft_length=draft_length, tree=widths, sampling=sampling,
+        max_new_tokens=max_new_tokens, draft_length=length, tree=widths, sampling=sampling,
         seed=seed,
     )  # fmt: skip
     screen.result(value)

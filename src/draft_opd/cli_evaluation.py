@@ -24,6 +24,7 @@ from draft_opd.cli_options import (
     Trust,
     at_least,
     to_drafter,
+    to_lengths,
     to_numbers,
     to_sampling,
     to_target,
@@ -61,7 +62,7 @@ def evaluate(
     ] = None,
     draft_length: Annotated[
         str | None,
-        typer.Option(help="Tokens drafted a round; 2,4,8 compares them. Default: all."),
+        typer.Option(help="Tokens drafted a round; 2,4,auto compares them. Default: all."),
     ] = None,
     tree: Tree = None,
     advise: Annotated[
@@ -107,7 +108,7 @@ def evaluate(
 
     screen = Screen(json)
     sampling, widths = to_sampling(temperature, top_k, top_p, draft), to_widths(tree)
-    lengths = to_numbers(draft_length, "--draft-length")
+    lengths = to_lengths(draft_length)
     sizes = to_numbers(concurrency, "--concurrency")
     if preset not in (None, "paper"):
         raise UserError(f"--preset {preset}: there is 'paper'")

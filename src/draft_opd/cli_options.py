@@ -24,6 +24,14 @@ Trust = Annotated[
 Length = Annotated[
     int | None, typer.Option("--draft-length", help="Tokens drafted a round; default: all.")
 ]
+AutoLength = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-length",
+        help="Tokens drafted a round, or 'auto': what is fastest here. Default: auto when greedy "
+        "and no --tree is given, else all.",
+    ),
+]
 Tree = Annotated[
     str | None,
     typer.Option("--tree", help="Draft a tree: nodes at depth 1, 2, ..., as 4,4,2 (EAGLE-3)."),
@@ -71,6 +79,24 @@ def to_numbers(text: str | None, option: str) -> list[int] | None:
     if found[0] < 1:
         raise UserError(f"{option} {text}: give numbers from 1 on, as 2,4,8")
     return found
+
+
+def to_lengths(text: str | None) -> list[int | str] | None:
+    """2,4,auto as a list, ascending, "auto" last."""
+    if text is None:
+        return None
+    words = [w.strip() for w in text.split(",")]
+    numbers = ",".join(w for w in words if w != "auto")
+    found = to_numbers(numbers, "--draft-length") if numbers else []
+    return [*found, *(["auto"] if "auto" in words else [])]
+
+
+def one_length(text: str | None) -> int | str | None:
+    """A number or "auto"."""
+    found = to_lengths(text)
+    if found and len(found) > 1:
+        raise UserError(f"--draft-length {text}: give one number, or 'auto'")
+    return found and found[0]
 
 
 def to_widths(tree: str | None) -> list[int] | None:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from draft_opd.cache import PositionCache
 from draft_opd.errors import UserError
+from draft_opd.prepack import prepack
 from draft_opd.text import EMBEDDED, TargetText, resolve_path
 
 
@@ -44,6 +45,7 @@ class Target(TargetText):
         self.head = model.get_output_embeddings()
         self.vocab_size = self.head.weight.shape[0]
         self._narrow_head: Tensor | None = None
+        prepack(model)
         self._check_supported()
 
     @classmethod
@@ -213,9 +215,8 @@ class Target(TargetText):
         Used to prefill and to verify a block. Tokens see cached slots at or before their own
         position; their keys are written to the slots of their positions, over whatever was there.
         """
-        visible = int(positions.max()) + 1
-        cache.prepare(positions, visible)
-        key = torch.arange(visible, device=ids.device)[None]
+        cache.prepare(positions)
+        key = torch.arange(cache.visible, device=ids.device)[None]
         mask = self._mask(key[:, None, :] <= positions[:, :, None], positions, key)
         return self._forward(
             ids,
@@ -242,8 +243,8 @@ class Target(TargetText):
         token also sees the first `prefix` cached slots. The cache is not changed (`cache.keep`
         takes what should stay).
         """
-        width = int(prefix.max()) if prefix.numel() else 0
-        cache.prepare(positions, width, branch=True)
+        width = cache.reach(prefix - 1)
+        cache.prepare(positions, branch=True, visible=width)
         slots = torch.arange(width, device=ids.device)[None]
         visible = torch.cat([slots[:, None, :] < prefix[:, :, None], own], -1)
         key = torch.cat([slots.expand(len(ids), -1), positions], -1)

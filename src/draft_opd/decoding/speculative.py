@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 import torch
 
+from draft_opd.decoding.pace import Pace
+from draft_opd.decoding.round import Rounds
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.decoding.tree import check_widths, verify_tree
-from draft_opd.decoding.verification import verify_greedy, verify_sampled
+from draft_opd.decoding.tree import check_widths
 from draft_opd.drafters.base import Drafter
 from draft_opd.errors import UserError
 from draft_opd.rollout.trace import Round, committed, tau
@@ -75,6 +77,7 @@ def speculate(
     sampling: Sampling | None = None,
     stop_ids: Iterable[int] | None = None,
     seed: int = 0,
+    pace: Pace | None = None,
     timing: Timing | None = None,
     on_round: OnRound | None = None,
 ) -> list[Generation]:
@@ -87,6 +90,7 @@ def speculate(
         draft_length: tokens proposed a round; at most, and by default, what was trained.
         tree: draft a tree with so many nodes at depths 1, 2, .. instead. A round's `drafted` is
             then the path that was accepted, -1 behind it.
+        pace: chooses the draft length of every round, `draft_length` at most; it learns from them.
         sampling: greedy by default.
         stop_ids: tokens that end a row; by default the target's.
         timing: filled in when given (this adds a device synchronisation a phase).
@@ -99,7 +103,7 @@ def speculate(
     stops = frozenset(target.stop_ids if stop_ids is None else stop_ids)
     length = _draft_length(target, drafter, draft_length)
     if drafter and tree is not None:
-        if draft_length is not None:
+        if draft_length is not None or pace:
             raise UserError("give a draft length or a tree, not both")
         if not drafter.has_trees:
             raise UserError(f"{drafter.family} drafts a block at once, so it has no trees")
@@ -119,16 +123,14 @@ def speculate(
     if not limits or min(limits) < 1:
         return results
     device = target.device
-    generator = torch.Generator(device).manual_seed(seed)
-    choose = sampling.chooser(generator)
     clock = timing or Timing()
     now = (lambda: _synchronize(device)) if timing is not None else (lambda: 0.0)
 
     started = began = now()
     layers = drafter.target_layers if drafter else ()
     active = list(range(len(prompts)))
-    cache = target.cache(max(map(len, prompts)) + max(limits) + length + 1)
-    context = None
+    capacity = max(map(len, prompts)) + max(limits) + length + 1
+    cache, context = target.cache(capacity), None
     width = max(len(p) for p in prompts) - 1
     rows = [[*p[:-1]] + [0] * (width + 1 - len(p)) for p in prompts]
     ids = torch.tensor(rows, dtype=torch.long, device=device)
@@ -141,54 +143,36 @@ def speculate(
         )
     if drafter:
         context = drafter.context(target, ids.view(len(prompts), width), features)
+        context.reserve(capacity)
+    generator = torch.Generator(device).manual_seed(seed)
+    rounds = Rounds(target, drafter, cache, context, sampling, generator, tree)
     clock.prefill += now() - began
 
     while active:
-        began = now()
+        began, entered = now(), time.perf_counter()
         rows = [results[i] for i in active]
         anchor_list = [len(r.prompt_ids) + len(r.token_ids) - 1 for r in rows]
         anchors = torch.tensor(anchor_list, device=device)
         last = torch.tensor([(r.token_ids or r.prompt_ids)[-1] for r in rows], device=device)
         # Never run past the context; the last rounds draft less.
-        count = min(length, target.max_positions - 1 - max(anchor_list))
-        if tree and drafter and count:
-            nodes = drafter.propose_tree(target, context, anchors, last, tree[:count])
-        elif drafter and count:
-            drafted, draft_probs = drafter.propose(
-                target, context, anchors[:, None], last[:, None], count, choose
-            )
-            drafted, draft_probs = drafted[:, 0], None if draft_probs is None else draft_probs[:, 0]
-        else:
-            drafted = last.new_empty(len(rows), 0)
-            draft_probs = None
-        drafted_at = now()
-        clock.draft += drafted_at - began
+        furthest = max(anchor_list)
+        count = min(length, target.max_positions - 1 - furthest)
+        if pace:
+            count = pace.choose(count)
+        rounds.bound(furthest + count + 1)
+        drafted_at = began
 
-        if tree and drafter and count:
-            block, positions, features, accepted, bonus = verify_tree(
-                target, cache, layers, *nodes, anchors, sampling, generator
-            )
-            behind = torch.arange(1, count + 1, device=device) > accepted[:, None]
-            drafted = block[:, 1:].masked_fill(behind, -1)
-        else:
-            block = torch.cat([last[:, None], drafted], 1)
-            positions = anchors[:, None] + torch.arange(block.shape[1], device=device)
-            out = target.extend(block, positions, cache, layers)
-            features, logits = out.features, target.logits(out.hidden)
-            if sampling.greedy:
-                accepted = verify_greedy(drafted, logits)
-                bonus = logits.argmax(-1).gather(1, accepted[:, None])[:, 0]
-            else:
-                probs = sampling.probabilities(logits)
-                if draft_probs is None:
-                    draft_probs = probs[:, :0]
-                accepted, bonus = verify_sampled(drafted, draft_probs, probs, generator)
+        def drafted_now():
+            nonlocal drafted_at
+            drafted_at = now()
+
+        table = rounds(anchors, last, count, drafted_now)
         verified_at = now()
+        clock.draft += drafted_at - began
         clock.verify += verified_at - drafted_at
-
-        if drafter:
-            drafter.observe(context, target, block, features, positions)
-        table = torch.cat([accepted[:, None], bonus[:, None], drafted], 1).tolist()
+        table = table.tolist()
+        if pace:
+            pace.tell(count, [line[0] for line in table], time.perf_counter() - entered)
         going = []
         for row, (result, anchor, line) in enumerate(zip(rows, anchor_list, table, strict=True)):
             room = limits[active[row]] - len(result.token_ids)
@@ -202,10 +186,7 @@ def speculate(
             else:
                 going.append(row)
         if len(going) < len(rows):
-            keep = torch.tensor(going, dtype=torch.long, device=device)
-            cache.select(keep)
-            if drafter:
-                drafter.select(context, keep)
+            rounds.select(torch.tensor(going, dtype=torch.long, device=device))
             active = [active[i] for i in going]
         clock.rest += now() - verified_at
         if started is not None:
@@ -230,27 +211,31 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    draft_length: int | None = None,
+    draft_length: int | Literal["auto"] | None = None,
     tree: Sequence[int] | None = None,
     seed: int = 0,
     on_round: OnRound | None = None,
 ) -> Generation:
     """Decodes one prompt speculatively; see `speculate`. The text is the target's own.
 
+    draft_length: None, as trained; "auto", what is fastest here (`Pace`): then rounds depend on
+    timings, and with them, at a temperature above 0, what is drawn from the same distribution.
+
     >>> import draft_opd as d
     >>> target = d.Target.from_pretrained("embedded", device="cpu")
     >>> d.generate(target, None, [1, 2, 3], max_new_tokens=2).finish_reason
     'length'
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    auto = draft_length == "auto"
     return speculate(
         target,
         drafter,
         [list(prompt_ids)],
         max_new_tokens=max_new_tokens,
-        draft_length=draft_length,
+        draft_length=None if auto else draft_length,
         tree=tree,
-        sampling=sampling,
+        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
         seed=seed,
+        pace=Pace(drafter.draft_length) if auto and drafter else None,
         on_round=on_round,
     )[0]

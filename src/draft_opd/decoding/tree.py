@@ -84,14 +84,16 @@ def verify_tree(
     tokens: Tensor,
     parents: Tensor,
     depths: Tensor,
+    deepest: int,
     anchors: Tensor,
     sampling: Sampling,
     generator: torch.Generator,
 ):
     """Runs the target over a tree, whose node 0 is the anchor's token, and keeps the best path.
 
-    tokens, parents, depths [batch, N]; anchors [batch]. Returns the path's tokens [batch, D + 1]
-    (anchor first), their positions and features, the accepted lengths and bonus tokens [batch].
+    tokens, parents, depths [batch, N] (`deepest` at most); anchors [batch]. Returns the path's
+    tokens [batch, D + 1] (anchor first), their positions and features, the accepted lengths and
+    bonus tokens [batch].
     """
     positions = anchors[:, None] + depths
     prefix = anchors[:, None].expand_as(tokens)
@@ -102,7 +104,6 @@ def verify_tree(
     else:
         probs = sampling.probabilities(logits).flatten(0, 1)
         chosen = torch.multinomial(probs, 1, generator=generator).view(tokens.shape)
-    deepest = int(depths.max())
     path, accepted = follow_path(tokens, parents, chosen, deepest)
     where = anchors[:, None] + torch.arange(deepest + 1, device=tokens.device)
     cache.keep(path, where)

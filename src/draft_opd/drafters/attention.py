@@ -29,7 +29,8 @@ class Rotary(LlamaRotaryEmbedding):
 class Visibility:
     """Who sees what: block i, at anchors[:, i], sees context slots before its anchor.
 
-    anchors [batch, A]; `size` tokens a block; `context` slots stand before the blocks' own keys.
+    anchors [batch, A]; `size` tokens a block; `context` slots stand before the blocks' own keys,
+    or, `in_place`, hold those of one block a row at its positions.
     A causal block sees itself from left to right only (None: in layers of kind sliding_attention,
     as engines serve them); `window` bounds the distance to a key in those layers.
     """
@@ -39,7 +40,12 @@ class Visibility:
     context: int
     causal: bool | None = None
     window: int | None = None
+    in_place: bool = False
     _made: dict = field(default_factory=dict)
+
+    @property
+    def keys(self) -> int:
+        return self.context + (0 if self.in_place else self.anchors.shape[1] * self.size)
 
     def rule(self, kind: str):
         """mask_mod(batch, head, query, key) for flex_attention; also builds the dense mask."""
@@ -51,8 +57,12 @@ class Visibility:
         def visible(b, h, q, k):
             block, offset = q // size, q % size
             anchor = anchors[b, block]
-            own = k - context
-            inside = (k >= context) & (own // size == block)
+            if self.in_place:
+                own = k - anchor
+                inside = (own >= 0) & (own < size)
+            else:
+                own = k - context
+                inside = (own >= 0) & (own // size == block)
             if causal:
                 inside = inside & (own % size <= offset)
             before = (k < context) & (k < anchor)
@@ -63,12 +73,12 @@ class Visibility:
         return visible
 
     def dense(self, kind: str) -> Tensor:
-        """Boolean mask [batch, 1, A * size, context + A * size]."""
+        """Boolean mask [batch, 1, A * size, context + A * size], in place without the latter."""
         if kind not in self._made:
             batch, count = self.anchors.shape
             device = self.anchors.device
             q = torch.arange(count * self.size, device=device)[None, :, None]
-            k = torch.arange(self.context + count * self.size, device=device)[None, None, :]
+            k = torch.arange(self.keys, device=device)[None, None, :]
             b = torch.arange(batch, device=device)[:, None, None]
             self._made[kind] = self.rule(kind)(b, None, q, k)[:, None]
         return self._made[kind]
@@ -79,9 +89,8 @@ class Visibility:
 
         if ("sparse", kind) not in self._made:
             batch, count = self.anchors.shape
-            queries = count * self.size
             self._made["sparse", kind] = create_block_mask(
-                self.rule(kind), batch, None, queries, self.context + queries,
+                self.rule(kind), batch, None, count * self.size, self.keys,
                 device=self.anchors.device,
             )  # fmt: skip
         return self._made["sparse", kind]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from pydantic import BaseModel
 from safetensors import SafetensorError
@@ -157,7 +156,7 @@ class Drafter(nn.Module):
         """Keeps only the given batch rows of a context."""
         raise NotImplementedError
 
-    def head_weight(self, target: Target) -> Tensor:
+    def head(self, target: Target) -> nn.Linear:
         """LM head [Vd, H] that turns `replay`'s hidden states into logits over `vocabulary`."""
         raise NotImplementedError
 
@@ -217,12 +216,16 @@ class Drafter(nn.Module):
                 )
         return made
 
+    def head_weight(self, target: Target) -> Tensor:
+        """The weight of `head` [Vd, H], in autocast's type where it is the target's."""
+        head = self.head(target)
+        return target.head_weight() if head is target.head else head.weight
+
     def logits(self, target: Target, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V], the target's vocabulary; -inf for what cannot be drafted."""
-        head = self.head_weight(target)
-        return over_target(
-            F.linear(hidden.to(head.dtype), head), self.vocabulary, target.vocab_size
-        )
+        head = self.head(target)
+        found = head(hidden.to(head.weight.dtype))
+        return over_target(found, self.vocabulary, target.vocab_size)
 
     def can_draft(self, ids: Tensor) -> Tensor:
         """Whether each of `ids` [...] is in the draft vocabulary."""

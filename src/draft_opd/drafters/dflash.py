@@ -8,6 +8,8 @@ itself; embeddings and LM head are the target's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,8 +35,11 @@ from draft_opd.drafters.shape import (
 )
 from draft_opd.drafters.speculators import flatten, is_speculators, wrap
 from draft_opd.errors import UserError
+from draft_opd.prepack import prepack
 from draft_opd.target import Target
 
+# A layer's keys and values of a block -> those that the block sees, its own among them.
+Join = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 PIECE = 2**19  # logits computed at once where a draft is followed only until it goes wrong
 
 
@@ -76,12 +81,10 @@ class DFlashAttention(nn.Module):
         v = self._split(self.v_proj(x)).transpose(1, 2)
         return apply_rotary_pos_emb(k, k, *rotary)[0], v
 
-    def forward(self, x: Tensor, context_k: Tensor, context_v: Tensor, rotary, visibility):
+    def forward(self, x: Tensor, join: Join, rotary, visibility):
         q = self.q_norm(self._split(self.q_proj(x))).transpose(1, 2)
         q = apply_rotary_pos_emb(q, q, *rotary)[0]
-        k, v = self.keys_values(x, rotary)
-        keys, values = torch.cat([context_k, k], 2), torch.cat([context_v, v], 2)
-        out = attend(q, keys, values, visibility, self.kind)
+        out = attend(q, *join(*self.keys_values(x, rotary)), visibility, self.kind)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -93,8 +96,8 @@ class DFlashLayer(nn.Module):
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, context_k: Tensor, context_v: Tensor, rotary, visibility):
-        x = x + self.self_attn(self.input_layernorm(x), context_k, context_v, rotary, visibility)
+    def forward(self, x: Tensor, join: Join, rotary, visibility):
+        x = x + self.self_attn(self.input_layernorm(x), join, rotary, visibility)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -140,6 +143,7 @@ class DFlashDrafter(Drafter):
         self.norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.rotary = Rotary(config=config)
         initialise(self)
+        prepack(self)
 
     # -- configuration ----------------------------------------------------------------------
 
@@ -271,15 +275,15 @@ class DFlashDrafter(Drafter):
         return PositionCache.of([k for k, _ in pairs], [v for _, v in pairs])
 
     def observe(self, context, target, ids, features, positions) -> None:
-        context.prepare(positions, int(positions.max()) + 1)
+        context.prepare(positions)
         for i, (k, v) in enumerate(self._project(features, positions)):
             context.update(k, v, i)
 
     def select(self, context: PositionCache, rows: Tensor) -> None:
         context.select(rows)
 
-    def head_weight(self, target: Target) -> Tensor:
-        return target.head_weight()
+    def head(self, target: Target) -> nn.Linear:
+        return target.head
 
     def _blocks(self, target: Target, context, anchors: Tensor, ids: Tensor, length: int) -> Tensor:
         """anchors, ids [batch, A] -> hidden states [batch, A, length, H] of the mask slots."""
@@ -290,17 +294,30 @@ class DFlashDrafter(Drafter):
         offsets = torch.arange(size, device=ids.device)
         positions = (anchors[:, :, None] + offsets).flatten(1)  # [batch, A * size]
         x = target.embed(tokens.flatten(1)).to(self.fc.weight.dtype)
-        visible = min(int(anchors.max()), context.keys[0].shape[2]) if context.keys else 0
+        in_place = count == 1 and context.bound is not None
+        if in_place:  # decoding: the block stands in the slots that `observe` overwrites
+            context.prepare(positions)
+            visible = context.visible
+        else:
+            visible = min(context.reach(anchors - 1), context.capacity)
         visibility = Visibility(
             anchors=anchors,
             size=size,
             context=visible,
             causal=self.causal,
             window=getattr(self.config, "sliding_window", None),
+            in_place=in_place,
         )
         rotary = self._rotary(x, positions)
-        for layer, k, v in zip(self.layers, context.keys, context.values, strict=True):
-            x = layer(x, k[:, :, :visible], v[:, :, :visible], rotary, visibility)
+
+        def join(k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+            if in_place:
+                return context.update(k, v, layer)
+            pairs = ((context.keys, k), (context.values, v))
+            return tuple(torch.cat([c[layer][:, :, :visible], own], 2) for c, own in pairs)
+
+        for i, layer in enumerate(self.layers):
+            x = layer(x, partial(join, layer=i), rotary, visibility)
         return self.norm(x).view(batch, count, size, -1)[:, :, 1:]
 
     def replay(self, target, context, anchors, ids, drafted) -> Tensor:

@@ -32,6 +32,7 @@ from draft_opd.drafters.shape import (
 from draft_opd.drafters.speculators import flatten, is_speculators, wrap
 from draft_opd.drafters.vocabulary import as_buffers, checked_ids, most_frequent, target_ids
 from draft_opd.errors import UserError
+from draft_opd.prepack import prepack
 from draft_opd.target import Target
 
 # The training-time test of the published recipes unrolls 7 steps weighted 0.8^step.
@@ -187,6 +188,7 @@ class Eagle3Drafter(Drafter):
         self.register_buffer("t2d", t2d)
         self.rotary = Rotary(config=config)
         initialise(self)
+        prepack(self)
 
     # -- configuration ----------------------------------------------------------------------
 
@@ -356,8 +358,8 @@ class Eagle3Drafter(Drafter):
         sglang = not (self.qk_norm or self.flags["norm_before_residual"] or self.embed_tokens)
         return ("sglang", "vllm", "speculators") if sglang else ("vllm", "speculators")
 
-    def head_weight(self, target: Target) -> Tensor:
-        return self.lm_head.weight if self.lm_head else target.head_weight()
+    def head(self, target: Target) -> nn.Linear:
+        return self.lm_head or target.head
 
     def passes(self, length: int) -> list[int]:
         return [1] * length
@@ -407,7 +409,7 @@ class Eagle3Drafter(Drafter):
     def observe(self, context, target, ids, features, positions) -> None:
         fused = self._fuse(features)
         before = torch.cat([self._fused_before(context, positions[:, :1]), fused[:, :-1]], 1)
-        context.prepare(positions, int(positions.max()) + 1)
+        context.prepare(positions)
         context.update(*self._slots(target, ids, before, positions), 0)
         context.update(fused[:, None], fused[:, None, :, :0], 1)
 
@@ -431,7 +433,7 @@ class Eagle3Drafter(Drafter):
         and the blocks of this step that they continue (None: each its own).
         """
         layer, attention = self.midlayer, self.midlayer.self_attn
-        visible = min(int(anchors.max()), context.keys[0].shape[2])
+        visible = min(context.reach(anchors - 1), context.capacity)
         far = tuple(
             x[0][:, :, :visible].repeat_interleave(attention.groups, 1)
             for x in (context.keys, context.values)

@@ -51,8 +51,7 @@ def throughput(
                 began = time.perf_counter()
                 made = speculate(
                     target, side.drafter, batch, max_new_tokens=max_new_tokens if i else 8,
-                    draft_length=side.draft_length, tree=side.tree, sampling=sampling,
-                    seed=seed + i, on_round=note,
+                    sampling=sampling, seed=seed + i, on_round=note, **side.how(size),
                 )  # fmt: skip
                 if not i:
                     continue

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import TypeVar
+from typing import Literal, TypeVar
 
+from draft_opd.decoding.pace import Pace
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.speculative import Generation, Timing, speculate
 from draft_opd.drafters.base import Drafter
@@ -17,6 +18,7 @@ from draft_opd.rollout.prompts import Prompt
 from draft_opd.target import Target
 
 ALONE = "target alone"
+Length = int | Literal["auto"] | None  # tokens drafted a round; None: as trained
 Progress = Callable[[str, int, int], None]  # task, prompts done, prompts
 
 
@@ -27,17 +29,26 @@ class Side:
 
     name: str
     drafter: Drafter | None
-    draft_length: int | None = None
+    draft_length: Length = None
     tree: Sequence[int] | None = None
     source: str = ""
     against: str | None = None
+    paces: dict[int, Pace] = field(default_factory=dict)
 
     @property
-    def length(self) -> int:
-        """Tokens drafted a round (a tree: its depth)."""
+    def length(self) -> int | str:
+        """Tokens drafted a round (a tree: its depth), or "auto"."""
         if self.drafter is None:
             return 0
         return len(self.tree) if self.tree else self.draft_length or self.drafter.draft_length
+
+    def how(self, rows: int = 1) -> dict:
+        """What `speculate` is told for a batch of so many rows."""
+        length, pace = self.draft_length, None
+        if length == "auto":
+            pace = self.paces.setdefault(rows, Pace(self.drafter.draft_length))
+            length = None
+        return {"draft_length": length, "tree": self.tree, "pace": pace}
 
 
 T = TypeVar("T")
@@ -54,7 +65,7 @@ Answers = dict[str, list[Answer]]  # side -> its answers, every side's in the sa
 
 def sides_of(
     drafters: dict[str, tuple[str, Drafter]],
-    lengths: Sequence[int | None] = (None,),
+    lengths: Sequence[Length] = (None,),
     tree: Sequence[int] | None = None,
     baseline: str | None = None,
 ) -> list[Side]:
@@ -65,13 +76,13 @@ def sides_of(
     not trained for.
     """
 
-    def label(name: str, length: int | None) -> str:
+    def label(name: str, length: Length) -> str:
         return f"{name} K={length}" if len(lengths) > 1 else name
 
     made, first = [], baseline or next(iter(drafters))
     for name, (source, drafter) in drafters.items():
         for i, length in enumerate(lengths):
-            if length is not None:
+            if length not in (None, "auto"):
                 drafter.checked_length(length)
             against = label(first, length if name != first else lengths[0])
             made.append(
@@ -166,8 +177,7 @@ def measure(
 def _decode(target: Target, side: Side, ids: list[int], **options) -> tuple[Generation, Timing]:
     clock = Timing()
     made = speculate(
-        target, side.drafter, [ids], draft_length=side.draft_length, tree=side.tree, timing=clock,
-        **options,
+        target, side.drafter, [ids], timing=clock, **side.how(), **options,
     )[0]  # fmt: skip
     return made, clock
 

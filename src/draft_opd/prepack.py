@@ -1,0 +1,88 @@
+"""Matrices in oneDNN's own layout, for products without gradient on a CPU.
+
+torch hands float32 products to MKL, which takes slower code on processors that are not Intel's and
+pays its packing anew at every call; a verification is a product of few rows, where that is most of
+the time. oneDNN packs a matrix once (`benchmarks/prepack.py` measures what it brings). These are
+the operators that torch.compile's inductor uses for frozen weights.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# A smaller matrix stays in the cache, and a call costs as much as a product of few rows.
+LARGE = 1 << 18
+LEAST = 1 << 21  # multiplications by a smaller one
+
+
+@cache
+def available() -> bool:
+    """Whether this torch has the operators, and they compute what they should."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        x, weight = torch.eye(16), torch.arange(256.0).view(16, 16)
+        return torch.equal(_product(x, _pack(weight)), weight.t())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+
+
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+class PrepackedLinear(nn.Linear):
+    """Computes as nn.Linear; keeps a packed copy of its weight for each type that it was used in.
+
+    The copy is made when it is first needed, and again when the weight has changed in place.
+    """
+
+    _kept: dict[torch.dtype, tuple[int, int, Tensor]]
+    _least: int  # numbers in an input that is worth it
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, dtype = self.weight, x.dtype
+        if (
+            x.numel() < self._least
+            or not x.is_cpu
+            or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        ):
+            return F.linear(x, weight, self.bias)
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+        if dtype not in (torch.float32, torch.bfloat16):
+            return F.linear(x, weight, self.bias)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return _product(x.to(dtype), self._packed(dtype), bias)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_kept": {}}  # packed tensors cannot be copied
+
+    def _packed(self, dtype: torch.dtype) -> Tensor:
+        weight = self.weight
+        state = (weight.data_ptr(), weight._version)
+        kept = self._kept.get(dtype)
+        if kept is None or kept[:2] != state:
+            kept = self._kept[dtype] = (*state, _pack(weight.to(dtype)))
+        return kept[2]
+
+
+def prepack(module: nn.Module) -> None:
+    """Lets every plain nn.Linear of a module on a CPU multiply with packed weights, from its next
+    use on. This takes as much memory again as the matrices do."""
+    if not available():
+        return
+    for part in module.modules():
+        if type(part) is nn.Linear and part.weight.is_cpu:
+            part.__class__ = PrepackedLinear
+            part._kept = {}
+            large = part.weight.numel() >= LARGE
+            part._least = 1 if large else LEAST // part.out_features
