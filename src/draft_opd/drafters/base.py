@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from draft_opd.errors import UserError
 from draft_opd.files import replace_folder
@@ -42,6 +43,7 @@ class Drafter(nn.Module):
     options: ClassVar[type[BaseModel]]  # of `create`: what a recipe's model.options may hold
     formats: ClassVar[tuple[str, ...]]  # what `export` can write: engines and layouts
     vllm_method: ClassVar[str]  # in vLLM's --speculative-config
+    gradient_checkpointing: bool = False  # compute layers again in the backward pass
     layout: str = ""  # the layout of the files it was read from
     has_trees: ClassVar[bool] = False
     sees_drafts: ClassVar[bool] = False  # an offset is conditioned on the tokens before it
@@ -215,6 +217,13 @@ class Drafter(nn.Module):
                     lambda _, tensors, name=name: tensors[name].zero_()
                 )
         return made
+
+    def run(self, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """`part(*inputs)`; with `gradient_checkpointing` only the inputs are kept for the backward
+        pass."""
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return part(*inputs)
+        return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def head_weight(self, target: Target) -> Tensor:
         """The weight of `head` [Vd, H], in autocast's type where it is the target's."""

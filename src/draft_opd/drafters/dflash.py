@@ -317,7 +317,7 @@ class DFlashDrafter(Drafter):
             return tuple(torch.cat([c[layer][:, :, :visible], own], 2) for c, own in pairs)
 
         for i, layer in enumerate(self.layers):
-            x = layer(x, partial(join, layer=i), rotary, visibility)
+            x = self.run(layer, x, partial(join, layer=i), rotary, visibility)
         return self.norm(x).view(batch, count, size, -1)[:, :, 1:]
 
     def replay(self, target, context, anchors, ids, drafted) -> Tensor:

@@ -110,6 +110,11 @@ class Eagle3Layer(nn.Module):
         for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
             setattr(self, name, LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps))
 
+    def forward(self, hidden: Tensor, x: Tensor, *attended) -> Tensor:
+        """Attention over `attended` and MLP, added to the residual [batch, A, H]."""
+        hidden = hidden + self.self_attn(x, *attended)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
     def join(self, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Token embeddings and hidden states, normed and side by side [..., 2H]; the residual."""
         normed = self.hidden_norm(hidden)
@@ -449,8 +454,7 @@ class Eagle3Drafter(Drafter):
             rotary = self.rotary(x, positions - 1)
             new = [t[:, :, :, None] for t in attention.keys_values(x, rotary)]
             own = [torch.cat(pair, 3) for pair in zip(own, new, strict=True)] if own else new
-            hidden = hidden + attention(x, rotary, far, seen, *own)
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            hidden = self.run(layer, hidden, x, rotary, far, seen, *own)
             normed = self.norm(hidden)
             tokens, parents = yield normed
             hidden = normed if self.flags["norm_output"] else hidden

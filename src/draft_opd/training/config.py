@@ -27,8 +27,11 @@ class Data(_Section):
     limit: int | None = Field(None, ge=1, description="use only the first N trajectories")
     heldout_limit: int | None = Field(64, ge=1, description="of them, only the first N")
     max_length: int | None = Field(None, ge=8, description="cut trajectories to N tokens")
-    cache_features: Literal["none", "memory"] = Field(
+    cache_features: Literal["none", "memory", "disk"] = Field(
         "none", description="keep the target's features after the first forward"
+    )
+    features: str | None = Field(
+        None, description="folder of the features on disk; default: features/ in the run folder"
     )
     cache_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="type of the features that are kept"
@@ -194,6 +197,9 @@ class Recipe(_Section):
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
         "none", description="where metrics go beside metrics.jsonl; may change on --resume"
     )
+    gradient_checkpointing: bool = Field(
+        False, description="compute the drafter's layers again in the backward pass: less memory"
+    )
     trust_remote_code: bool = Field(False, description="run code that ships with the target")
 
     @model_validator(mode="after")
@@ -210,6 +216,8 @@ class Recipe(_Section):
                 f"opd.objective.estimator '{objective.estimator}' estimates a KL divergence, not "
                 f"{objective.kind}: use exact or top_k"
             )
+        if self.data.features and self.data.cache_features != "disk":
+            raise ValueError("data.features goes with data.cache_features: disk")
         if objective.accepted_weight + objective.rejected_weight == 0:
             raise ValueError("accepted_weight and rejected_weight cannot both be 0")
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from draft_opd.cache import PositionCache
 from draft_opd.rollout.hindsight import pad_rows
 from draft_opd.rollout.trajectory import Trajectory
 from draft_opd.target import Target
+from draft_opd.training.features import Key, Said
 
 
 @dataclass
@@ -50,18 +51,17 @@ class BatchSource:
         self,
         target: Target,
         layers: Sequence[int],
-        remember: bool = False,
+        known: MutableMapping[Key, Said] | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ):
-        self.target, self.layers = target, tuple(layers)
-        self.remember, self.dtype = remember, dtype
-        self._known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        """known: where what the target said is kept, as `dtype` (a dict or a `FeatureFolder`)."""
+        self.target, self.layers, self.known, self.dtype = target, tuple(layers), known, dtype
 
     def adopt(self, other: BatchSource) -> None:
-        """Shares what `other` remembers, when it is of the same target, layers and type."""
-        mine, theirs = ((s.target, s.layers, s.remember, s.dtype) for s in (self, other))
-        if mine == theirs:
-            self._known = other._known
+        """Shares what `other` keeps in memory, when it is of the same target, layers and type."""
+        mine, theirs = ((s.target, s.layers, type(s.known), s.dtype) for s in (self, other))
+        if mine == theirs and isinstance(self.known, dict):
+            self.known = other.known
 
     def batch(
         self, trajectories: list[Trajectory], with_cache: bool = False, remember: bool = True
@@ -70,8 +70,8 @@ class BatchSource:
         not be remembered."""
         ids = pad_rows([t.ids for t in trajectories], self.target.device)
         keys = [tuple(t.ids) for t in trajectories]
-        if self.remember and not with_cache and all(k in self._known for k in keys):
-            pairs = [self._known[k] for k in keys]
+        if self.known is not None and not with_cache and all(k in self.known for k in keys):
+            pairs = [self.known[k] for k in keys]
             features, hidden = (
                 torch.nn.utils.rnn.pad_sequence([p[i] for p in pairs], batch_first=True)
                 .to(self.target.device)
@@ -82,10 +82,10 @@ class BatchSource:
         cache = self.target.cache(ids.shape[1]) if with_cache else None
         out = self.target.trajectories(ids, self.layers, cache)
         features, hidden = out.features, out.hidden
-        if self.remember and remember:
+        if self.known is not None and remember:
             stored = [x.to(self.dtype) for x in (features, hidden)]
             for row, key in enumerate(keys):
-                self._known[key] = tuple(x[row, : len(key)].clone().cpu() for x in stored)
+                self.known[key] = tuple(x[row, : len(key)].clone().cpu() for x in stored)
             # The first time is as good as any later one.
             features, hidden = (x.to(self.target.dtype) for x in stored)
         return Batch(trajectories, ids, features, hidden, cache)

@@ -21,6 +21,7 @@ from draft_opd.target import Target
 from draft_opd.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from draft_opd.training.config import Model, Recipe
 from draft_opd.training.data import Batch, BatchSource, batch_at, cut
+from draft_opd.training.features import FeatureFolder, about_features
 from draft_opd.training.objectives import needs_branches
 from draft_opd.training.opd import hindsight_rollout, live_rollout, opd_loss
 from draft_opd.training.optimizer import Optimizer
@@ -131,17 +132,22 @@ class Run:
             self.drafter.check_target(self.target)
         else:
             self.drafter = self._create()
+        self.drafter.gradient_checkpointing = recipe.gradient_checkpointing
         self.length = self.drafter.checked_length(recipe.draft_length)
         self.optimizer = Optimizer(self.drafter, recipe.optim)
         self.progress = Progress()
         if resuming:
             self.progress = load_checkpoint(self.out / "last", self.optimizer)
-        remember = recipe.data.cache_features == "memory"
-        dtype = getattr(torch, recipe.data.cache_dtype)
-        layers = self.drafter.target_layers
-        self.source = BatchSource(self.target, layers, remember, dtype)
+        dtype, layers = getattr(torch, recipe.data.cache_dtype), self.drafter.target_layers
+        self.features: FeatureFolder | None = None
+        if recipe.data.cache_features == "disk":
+            folder = Path(recipe.data.features or self.out / "features")
+            self.features = FeatureFolder(folder, about_features(self.target, layers, dtype))
+        keep = recipe.data.cache_features != "none"
+        known = self.features if self.features is not None else {} if keep else None
+        self.source = BatchSource(self.target, layers, known, dtype)
         # The yardstick is never rounded: its features stay in the target's own type.
-        self.yardstick = BatchSource(self.target, layers, remember, self.target.dtype)
+        self.yardstick = BatchSource(self.target, layers, {} if keep else None, self.target.dtype)
         if after is not None:
             self.source.adopt(after.source)
             self.yardstick.adopt(after.yardstick)
@@ -218,6 +224,8 @@ class Run:
             if done or (step + 1) % r.evaluation.every == 0:
                 last_tau = self._evaluate(step + 1)
             if done or (step + 1) % r.save_interval == 0:
+                if self.features is not None:
+                    self.features.flush()
                 save_checkpoint(self.out / "last", self.drafter, self.optimizer, self.progress)
         p = self.progress
         return RunResult(
