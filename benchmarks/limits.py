@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import nn
 
-ROWS = COLUMNS = 2048
+from draft_opd.prepack import prepack
+
+SIZE = 1024
 
 
 def seconds(work: Callable[[], object], repeats: int = 7) -> float:
@@ -30,23 +32,29 @@ def seconds(work: Callable[[], object], repeats: int = 7) -> float:
     return min(found[1:])
 
 
+def products(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> list[nn.Linear]:
+    """The ways there are to multiply with a matrix: torch's, and packed on a CPU."""
+    made = [nn.Linear(columns, rows, bias=False, dtype=dtype, device=device) for _ in range(2)]
+    prepack(made[1])
+    return [m.requires_grad_(False) for m in made]
+
+
 def bandwidth(dtype: torch.dtype, device: torch.device, megabytes: int = 512) -> float:
-    """Bytes per second that matrix-vector products read, over more than any cache holds."""
-    count = max(1, megabytes * 2**20 // (ROWS * COLUMNS * dtype.itemsize))
-    matrices = [torch.randn(ROWS, COLUMNS, device=device).to(dtype) for _ in range(count)]
-    vector = torch.randn(1, COLUMNS, device=device).to(dtype)
-
-    def read() -> Tensor:
-        return [torch.nn.functional.linear(vector, m) for m in matrices][-1]
-
-    return count * ROWS * COLUMNS * dtype.itemsize / seconds(read)
+    """Bytes per second that matrix-vector products read, of so much memory again and again."""
+    count = max(1, megabytes * 2**20 // (SIZE * SIZE * dtype.itemsize))
+    matrices = [products(SIZE, SIZE, dtype, device) for _ in range(count)]
+    vector = torch.randn(1, SIZE, device=device).to(dtype)
+    ways = zip(*matrices, strict=True)
+    best = min(seconds(lambda way=way: [m(vector) for m in way]) for way in ways)
+    return count * SIZE * SIZE * dtype.itemsize / best
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Floating-point operations per second of a large square product."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / seconds(lambda: a @ b)
+    size = 8192 if device.type == "cuda" else SIZE
+    x = torch.randn(size, size, device=device).to(dtype)
+    ways = products(size, size, dtype, device)
+    return 2 * size**3 / min(seconds(lambda way=way: way(x)) for way in ways)
 
 
 def limits(dtype: torch.dtype, device: torch.device) -> dict:

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import draft_opd as d
+from draft_opd.drafters.base import over_target
+from draft_opd.training.gradients import CLOSED
 from draft_opd.training.head import chunked_score
 from draft_opd.training.losses import (
     cross_entropy,
@@ -19,6 +21,7 @@ from draft_opd.training.losses import (
     forward_kl,
     overlap,
     reverse_kl,
+    total_variation,
 )
 
 
@@ -205,3 +208,73 @@ def test_chunking_needs_at_most_a_quarter_of_the_memory():
     assert found["whole"]["mib"] > 1536  # at least p and q were there whole, or this proves nothing
     assert found["chunked"]["mib"] <= found["whole"]["mib"] / 4
     assert found["chunked"]["loss"] == pytest.approx(found["whole"]["loss"], rel=1e-4)
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=80)
+def test_closed_gradients_are_those_of_autograd(data):
+    """In float64, over draft vocabularies too, and where the target excludes tokens."""
+    score = data.draw(st.sampled_from(list(CLOSED)))
+    n, size = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 12))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    scale = data.draw(st.sampled_from([0.1, 1.0, 30.0]))
+    ids = None
+    if data.draw(st.booleans()):
+        ids = torch.randperm(size, generator=generator)[: data.draw(st.integers(1, size))]
+        ids = ids.sort().values
+    width = size if ids is None else len(ids)
+    draft = scale * torch.randn(n, width, generator=generator, dtype=torch.float64)
+    target = scale * torch.randn(n, size, generator=generator, dtype=torch.float64)
+    if score is forward_kl and width > 1 and data.draw(st.booleans()):
+        target[:, 0 if ids is None else ids[0]] = -torch.inf
+    labels = torch.randint(size, (n,), generator=generator)
+    if ids is not None:
+        labels = ids[labels % width]
+    draft.requires_grad_(True)
+    references = (labels,) if score is cross_entropy else (target,)
+    expected = score(over_target(draft, ids, size), *references)
+    (slope,) = torch.autograd.grad(expected.sum(), draft)
+    found, closed = CLOSED[score](draft.detach().clone(), target.clone(), labels, ids)
+    assert torch.allclose(found, expected, atol=1e-9)
+    assert torch.allclose(closed, slope, atol=1e-9)
+
+
+def test_a_token_that_cannot_be_drafted_has_no_probability():
+    ids = torch.tensor([1, 3])
+    draft = torch.tensor([[0.0, 0.0]], dtype=torch.float64)
+    scores, slope = CLOSED[cross_entropy](draft.clone(), None, torch.tensor([2]), ids)
+    assert scores.item() == float("inf") and slope.isfinite().all()
+
+
+@pytest.mark.parametrize("score", [*CLOSED, total_variation], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_trained_heads_gradients_are_those_of_autograd(score, whole):
+    """Through several chunks, with upstream weights, temperatures, on a draft vocabulary."""
+    torch.manual_seed(0)
+    size = 31
+    ids = None if whole else torch.arange(0, size, 2)
+    tensors = {
+        "hidden": torch.randn(23, 8, dtype=torch.float64),
+        "weight": torch.randn(size if whole else len(ids), 8, dtype=torch.float64),
+    }
+    states, head = torch.randn(23, 6).double(), torch.randn(size, 6).double()
+    labels = torch.randint(size, (23,)) // 2 * 2
+    upstream = torch.rand(23, dtype=torch.float64)
+    grads = []
+    for chunked in (True, False):
+        hidden, weight = (x.clone().requires_grad_(True) for x in tensors.values())
+        teacher = None if score is cross_entropy else states
+        if chunked:
+            scores = chunked_score(
+                score, hidden, weight, teacher_hidden=teacher, teacher_weight=head, labels=labels
+                if score is cross_entropy else None, temperature=0.7, draft_temperature=1.3,
+                vocabulary=ids, chunk=5,
+            )  # fmt: skip
+        else:
+            logits = over_target(hidden @ weight.t() / 1.3, ids, size)
+            told = labels if score is cross_entropy else states @ head.t() / 0.7
+            scores = score(logits, told)
+        (scores * upstream).sum().backward()
+        grads.append((scores, hidden.grad, weight.grad))
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-9)

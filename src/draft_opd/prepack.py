@@ -8,6 +8,7 @@ the operators that torch.compile's inductor uses for frozen weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 # A smaller matrix stays in the cache, and a call costs as much as a product of few rows.
 LARGE = 1 << 18
 LEAST = 1 << 21  # multiplications by a smaller one
+ROWS = 64  # that are worth packing for them alone
 
 
 @cache
@@ -37,6 +39,16 @@ def _pack(weight: Tensor) -> Tensor:
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def multiplier(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+    """x [..., in] -> x @ weight.T [..., out] without gradient, for so many rows in all: packs the
+    weight [out, in] for the time being where that pays."""
+    # Products of 16 bit are oneDNN's anyway.
+    if weight.is_cpu and weight.dtype == torch.float32 and rows >= ROWS and available():
+        packed = _pack(weight)
+        return lambda x: _product(x, packed)
+    return lambda x: F.linear(x, weight)
 
 
 class PrepackedLinear(nn.Linear):

@@ -2,77 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from draft_opd.drafters.base import over_target
+from draft_opd.prepack import multiplier
+from draft_opd.training.gradients import CLOSED
+from draft_opd.training.losses import Score
 
-# score(draft logits [..., V], *references) -> [...]; references as they are given: target logits
-# [..., V], then labels [...].
-Score = Callable[..., Tensor]
+LOGITS = {"cpu": 1 << 22, "cuda": 1 << 24}  # of a chunk: caches are small, launches are dear
 
 
 @dataclass(frozen=True)
 class _Scoring:
-    """What turns a chunk of hidden states into scores, apart from the tensors."""
+    """What turns hidden states into scores, apart from what has a gradient."""
 
     score: Score
     draft_scale: float
     target_scale: float
     vocabulary: Tensor | None
     size: int  # of the target's vocabulary
+    chunk: int
+    teacher_hidden: Tensor | None
+    teacher_weight: Tensor
+    labels: Tensor | None
 
-    def __call__(self, hidden, weight, teacher_hidden, teacher_weight, labels) -> Tensor:
+    def chunks(
+        self, hidden: Tensor, weight: Tensor, gradient: bool
+    ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Rows, their scores and (asked for) the scores' gradients to the LM head's output."""
+        logits = told = multiplier(weight, len(hidden))
+        if self.teacher_hidden is not None and self.teacher_weight.data_ptr() != weight.data_ptr():
+            told = multiplier(self.teacher_weight, len(hidden))
         wide = _wide(hidden.dtype)
-        logits = F.linear(hidden.to(weight.dtype), weight).to(wide) * self.draft_scale
-        references = []
-        if teacher_hidden is not None:
-            target = F.linear(teacher_hidden.to(teacher_weight.dtype), teacher_weight)
-            references.append(target.to(wide) * self.target_scale)
-        if labels is not None:
-            references.append(labels)
-        return self.score(over_target(logits, self.vocabulary, self.size), *references)
+        for start in range(0, len(hidden), self.chunk):
+            part = slice(start, start + self.chunk)
+            draft = logits(hidden[part].to(weight.dtype)).to(wide)
+            target = labels = None
+            if self.teacher_hidden is not None:
+                states = self.teacher_hidden[part].to(self.teacher_weight.dtype)
+                target = _scaled_(told(states).to(wide), self.target_scale)
+            if self.labels is not None:
+                labels = self.labels[part]
+            scores, slope = self._scores(
+                _scaled_(draft, self.draft_scale), target, labels, gradient
+            )
+            yield part, scores, None if slope is None else _scaled_(slope, self.draft_scale)
+
+    def _scores(self, draft, target, labels, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        if gradient and self.score in CLOSED:
+            return CLOSED[self.score](draft, target, labels, self.vocabulary)
+        references = [x for x in (target, labels) if x is not None]
+        draft.requires_grad_(gradient)
+        with torch.set_grad_enabled(gradient):
+            whole = over_target(draft, self.vocabulary, self.size)
+            scores = self.score(whole, *references)
+            slope = torch.autograd.grad(scores.sum(), draft)[0] if gradient else None
+        return scores.detach(), slope
 
 
 class _ChunkedScore(torch.autograd.Function):
-    """Per-token scores whose gradient to the hidden states is computed on the way.
-
-    A token's score depends on its own hidden state alone, so ∂s_i/∂h_i [tokens, H] is all that
-    has to be kept; logits exist for one chunk at a time.
-    """
+    """A token's score depends on its own hidden state alone. With a frozen head ∂s_i/∂h_i
+    [tokens, H] is computed on the way, and is all that has to be kept; the gradient of a trained
+    head waits for what its scores are worth, so its chunks are computed again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, scoring, chunk, teacher_hidden, teacher_weight, labels):
+    def forward(ctx, hidden, weight, scoring):
+        ctx.scoring, ctx.trained = scoring, ctx.needs_input_grad[1]
         scores = hidden.new_empty(len(hidden), dtype=_wide(hidden.dtype))
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for part in _parts(len(hidden), chunk):
-            h = hidden[part].detach().requires_grad_(gradient is not None)
-            references = (_cut(teacher_hidden, part), teacher_weight, _cut(labels, part))
-            with torch.enable_grad():
-                s = scoring(h, weight, *references)
-                if gradient is not None:
-                    gradient[part] = torch.autograd.grad(s.sum(), h)[0]
-            scores[part] = s.detach()
-        ctx.save_for_backward(gradient)
+        early = ctx.needs_input_grad[0] and not ctx.trained
+        gradient = torch.empty_like(hidden) if early else None
+        back = multiplier(weight.t(), len(hidden)) if early else None
+        for part, found, slope in scoring.chunks(hidden.detach(), weight.detach(), early):
+            scores[part] = found
+            if early:
+                gradient[part] = back(slope.to(weight.dtype)).to(gradient.dtype)
+        ctx.save_for_backward(*((hidden, weight) if ctx.trained else (gradient,)))
         return scores
 
     @staticmethod
     def backward(ctx, upstream):
-        (gradient,) = ctx.saved_tensors
-        return (gradient * upstream[:, None].to(gradient.dtype), *[None] * 6)
+        if not ctx.trained:
+            (gradient,) = ctx.saved_tensors
+            return gradient * upstream[:, None].to(gradient.dtype), None, None
+        hidden, weight = ctx.saved_tensors
+        to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        back = multiplier(weight.t(), len(hidden))
+        for part, _, slope in ctx.scoring.chunks(hidden, weight, True):
+            slope = slope.mul_(upstream[part, None]).to(weight.dtype)
+            to_hidden[part] = back(slope).to(hidden.dtype)
+            to_weight.addmm_(slope.t(), hidden[part].to(weight.dtype))
+        return to_hidden, to_weight, None
 
 
-def _parts(count: int, chunk: int):
-    return (slice(start, start + chunk) for start in range(0, count, chunk))
-
-
-def _cut(x: Tensor | None, part: slice) -> Tensor | None:
-    return None if x is None else x[part]
+def _scaled_(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1 else x.mul_(scale)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -104,25 +131,19 @@ def chunked_score(
             `teacher_weight` is always needed, for V.
         labels: [tokens], when the score looks at one token.
         draft_temperature: divides the drafter's logits.
-        vocabulary: [Vd] the target's ids of the draft vocabulary; other tokens have q = 0.
-        chunk: tokens at a time; by default about 16M logits.
+        vocabulary: [Vd] the target's ids of the draft vocabulary, ascending; other tokens have
+            q = 0.
+        chunk: tokens at a time; by default about 4M logits on a CPU, 16M on CUDA.
 
     Returns: [tokens] scores, float32 (float64 for float64 input), differentiable in `hidden` and,
     where it is trained, `weight`.
     """
     teacher_weight = weight if teacher_weight is None else teacher_weight
     size = len(teacher_weight)
-    chunk = chunk or max(16, (1 << 24) // size)
-    scoring = _Scoring(score, 1.0 / draft_temperature, 1.0 / temperature, vocabulary, size)
-    if not (weight.requires_grad and torch.is_grad_enabled()):
-        return _ChunkedScore.apply(
-            hidden, weight, scoring, chunk, teacher_hidden, teacher_weight, labels
-        )
-    scores = [
-        checkpoint(
-            scoring, hidden[part], weight, _cut(teacher_hidden, part), teacher_weight,
-            _cut(labels, part), use_reentrant=False, preserve_rng_state=False,
-        )
-        for part in _parts(len(hidden), chunk)
-    ]  # fmt: skip
-    return torch.cat(scores) if scores else hidden[:, 0].to(_wide(hidden.dtype))
+    chunk = chunk or max(16, LOGITS.get(hidden.device.type, LOGITS["cuda"]) // size)
+    states = None if teacher_hidden is None else teacher_hidden.detach()
+    scoring = _Scoring(
+        score, 1.0 / draft_temperature, 1.0 / temperature, vocabulary, size, chunk, states,
+        teacher_weight.detach(), labels,
+    )  # fmt: skip
+    return _ChunkedScore.apply(hidden, weight, scoring)

@@ -7,12 +7,15 @@ state, q the drafter's; both come as logits. `accepted` [N] is the accepted leng
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from draft_opd.training.head import Score
+# score(draft logits [..., V], *references) -> [...]; references as they are given: target logits
+# [..., V], then labels [...].
+Score = Callable[..., Tensor]
 
 # ---- per-token scores: draft logits [..., V], then target logits [..., V], then labels [...] -----
 

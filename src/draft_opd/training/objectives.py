@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from draft_opd.training.config import Objective
-from draft_opd.training.head import Score, chunked_score
+from draft_opd.training.head import chunked_score
 from draft_opd.training.losses import (
+    Score,
     combine_streams,
     cross_entropy,
     dpace_weights,

@@ -1,0 +1,174 @@
+r"""How fast is decoding, against others on the same weights, and what would be possible?
+
+    python benchmarks/decode.py --drafter runs/demo/draft_opd/last --prompts embedded:heldout
+
+One prompt at a time, greedily, all sides in one process and in alternation. A prompt's rate is
+tokens over seconds, prefill included (the others do not report it). z-lab's own loop takes part
+where its package is installed (`pip install "dflash[local]"`) and the drafter is a DFlash one.
+
+limit: what a single step of the target must read, over what products of one row read a second here,
+measured before the sides and after; `limit_over_measured` is for the target alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import limits
+import machine
+import torch
+from transformers import GenerationConfig
+
+from draft_opd.decoding.pace import Pace
+from draft_opd.decoding.speculative import Timing, speculate
+from draft_opd.drafters import Drafter
+from draft_opd.evaluation.lengths import weights_read
+from draft_opd.evaluation.measure import turned
+from draft_opd.rollout.prompts import read_prompts
+from draft_opd.target import Target
+
+
+def zlab_side(args, target: Target, drafter: Drafter, tokens: int):
+    """z-lab's `dflash_generate` on the same files, or None."""
+    if drafter.family != "dflash":
+        return None
+    try:
+        from dflash.model import DFlashDraftModel, dflash_generate
+    except ImportError:
+        return None
+    theirs = DFlashDraftModel.from_pretrained(args.drafter, dtype=target.dtype).eval()
+    theirs = theirs.to(target.device)
+    stops = sorted(target.stop_ids)
+
+    def run(ids: torch.Tensor) -> list[int]:
+        with torch.no_grad():
+            return dflash_generate(theirs, plain_model(target), ids, tokens, stops)[0].tolist()
+
+    return run
+
+
+def plain_model(target: Target):
+    """The model as transformers loads it, without our packed matrices."""
+    if not hasattr(target, "_plain"):
+        from transformers import AutoModelForCausalLM
+
+        from draft_opd.text import resolve_path
+
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_path(target.name), dtype=target.dtype, attn_implementation="sdpa"
+        )
+        target._plain = model.eval().to(target.device)
+    return target._plain
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", default="embedded")
+    parser.add_argument("--drafter", required=True)
+    parser.add_argument("--prompts", required=True)
+    parser.add_argument("--limit", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--dtype")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--name", default="decode")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    target = Target.from_pretrained(args.target, dtype=args.dtype)
+    drafter = Drafter.from_pretrained(args.drafter, device=target.device).to(target.dtype)
+    pace, clocks = Pace(drafter.draft_length), {}
+
+    def ours(name, which, **more):
+        def run(ids):
+            clock = Timing()
+            made = speculate(
+                target, which, ids.tolist(), max_new_tokens=args.tokens, timing=clock, **more
+            )[0]
+            clocks.setdefault(name, []).append((clock, made))
+            return [*made.prompt_ids, *made.token_ids]
+
+        return run
+
+    def theirs(**more):
+        config = GenerationConfig(
+            max_new_tokens=args.tokens, do_sample=False, eos_token_id=sorted(target.stop_ids),
+            pad_token_id=0, **more,
+        )  # fmt: skip
+
+        def run(ids):
+            made = plain_model(target).generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=config
+            )
+            return made[0].tolist()
+
+        return run
+
+    sides = {
+        "target alone": ours("target alone", None),
+        f"drafter, K = {drafter.draft_length}": ours("fixed", drafter),
+        "drafter, automatic K": ours("automatic", drafter, pace=pace),
+        "transformers": theirs(),
+        "transformers, prompt look-up": theirs(prompt_lookup_num_tokens=10),
+    }
+    if zlab := zlab_side(args, target, drafter, args.tokens):
+        sides["z-lab's dflash_generate"] = zlab
+    prompts = [
+        torch.tensor([p.ids(target)], device=target.device)
+        for p in read_prompts(args.prompts, args.limit)
+    ]
+    weights = weights_read(target.model, target.head.weight) * target.dtype.itemsize
+
+    def allowed() -> float:
+        rate = limits.bandwidth(target.dtype, target.device, max(1, round(weights / 2**20)))
+        return weights / rate
+
+    least = [allowed()]
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    same = dict.fromkeys(sides, 0)
+    for run in sides.values():
+        run(prompts[0])  # warms up
+    for found in clocks.values():
+        found.clear()
+    for i, ids in enumerate(prompts):
+        texts = {}
+        for name, run in turned(list(sides.items()), i):
+            began = time.perf_counter()
+            texts[name] = run(ids)[ids.shape[1] :]
+            if target.device.type == "cuda":
+                torch.cuda.synchronize()
+            rates[name].append(len(texts[name]) / (time.perf_counter() - began))
+        for name, text in texts.items():
+            same[name] += text == texts["target alone"]
+    least.append(allowed())
+    alone = [(c, m) for c, m in clocks["target alone"]]
+    step = sum(c.decode for c, _ in alone) / sum(len(m.rounds) for _, m in alone)
+    rows = []
+    for name in sides:
+        rows.append(
+            {
+                "side": name,
+                "tokens_per_second": statistics.median(rates[name]),
+                "over_target_alone": machine.ratio(rates[name], rates["target alone"]),
+                "same_text": f"{same[name]}/{len(prompts)}",
+            }
+        )
+        print(json.dumps(rows[-1]))
+    taus = {name: [m.tau for _, m in found] for name, found in clocks.items()}
+    best = min(least)
+    value = {
+        "arguments": vars(args),
+        "rows": rows,
+        "tau": {name: statistics.mean(found) for name, found in taus.items()},
+        "step_milliseconds": 1000 * step,
+        "limit_milliseconds": [1000 * x for x in least],
+        "limit_over_measured": best / step,
+        "weights_megabytes": weights / 1e6,
+    }
+    print(json.dumps({k: v for k, v in value.items() if k not in ("rows", "arguments")}))
+    machine.write(args.name, value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+r"""Tokens a second of SFT and Draft-OPD steps, against the matrix rate, and where the rest goes.
+
+    python benchmarks/train_step.py --drafter runs/demo/sft/last \
+        --trajectories runs/demo/data/train --heldout runs/demo/data/heldout
+
+Operations are those of the matrix products and attention of a step, counted as it runs;
+`fraction` is what they would take at the matrix rate of this machine (measured in this process, in
+the recipe's precision) over what the step took. The profile groups the time of torch's operators;
+`outside` is what no operator accounts for: Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import limits
+import machine
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from draft_opd.training.config import parse_recipe
+from draft_opd.training.loop import Run
+
+STAGES = {
+    "sft": ("sft", {}),
+    "sft, remembered": ("sft", {"data": {"cache_features": "memory"}}),
+    "sft, from disk": ("sft", {"data": {"cache_features": "disk"}}),
+    "opd, D-PACE": ("opd", {"opd": {"objective": {"kind": "dpace"}}}),
+    "opd, the paper's loss": ("opd", {}),
+    "opd, D-PACE, remembered": (
+        "opd", {"opd": {"objective": {"kind": "dpace"}}, "data": {"cache_features": "memory"}}
+    ),
+}  # fmt: skip
+GROUPS = {
+    "matrix products": ("mm", "bmm", "linear", "matmul", "baddbmm"),
+    "attention": ("attention",),
+    "softmax": ("softmax", "logsumexp"),
+    "copies": ("copy_", "cat", "index", "gather", "clone", "fill_", "masked", "scatter", "zero_"),
+}
+
+
+def packed_flops(x, _weight, *_args, out_shape=None, **_kwargs) -> int:
+    return 2 * math.prod(out_shape) * x[-1]
+
+
+def group(name: str) -> str:
+    short = name.removeprefix("aten::").removeprefix("mkldnn::")
+    for found, words in GROUPS.items():
+        if any(word in short for word in words):
+            return found
+    return "elementwise and others"
+
+
+def profiled(work) -> dict[str, float]:
+    """Shares of a step's time by kind of operator."""
+    began = time.perf_counter()
+    with torch.profiler.profile() as profile:
+        work()
+    whole = time.perf_counter() - began
+    sums = dict.fromkeys([*GROUPS, "elementwise and others"], 0.0)
+    for event in profile.key_averages():
+        if event.key.startswith(("aten::", "mkldnn::")):
+            sums[group(event.key)] += event.self_cpu_time_total / 1e6
+    return {k: v / whole for k, v in sums.items()} | {"outside": 1 - sum(sums.values()) / whole}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", default="embedded")
+    parser.add_argument("--drafter", required=True)
+    parser.add_argument("--trajectories", required=True)
+    parser.add_argument("--heldout", required=True)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=3, help="a measurement")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--name", default="train_step")
+    args = parser.parse_args()
+    runs: dict[str, Run] = {}
+    times: dict[str, list[float]] = {side: [] for side in STAGES}
+    parts: dict[str, list[dict]] = {side: [] for side in STAGES}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for side, (stage, more) in STAGES.items():
+            tree = {
+                "target": args.target, "drafter": args.drafter, "steps": 1_000_000,
+                "out": str(Path(folder) / side), "batch_size": args.batch,
+                "precision": args.precision, "optim": {"learning_rate": 1e-9}, **more,
+                "data": {"trajectories": args.trajectories, "heldout": args.heldout,
+                         "heldout_limit": 1, **more.get("data", {})},
+            }  # fmt: skip
+            first = next(iter(runs.values()), None)
+            recipe = parse_recipe(tree)
+            runs[side] = Run(stage, recipe, target=first and first.target)
+        device = runs["sft"].target.device
+        rate = limits.matrix_rate(getattr(torch, args.precision), device)
+        for repeat in range(args.repeats + 1):
+            first = repeat * args.steps
+            for run in runs.values():  # what an earlier epoch would have kept
+                if run.source.known is not None:
+                    for step in range(first, first + args.steps):
+                        with run._autocast():
+                            run.source.batch(run._trajectories(step))
+            for side in list(STAGES)[:: 1 if repeat % 2 else -1]:
+                runs[side].clock.take()
+                began = time.perf_counter()
+                for step in range(first, first + args.steps):
+                    runs[side]._step(step)
+                seconds = (time.perf_counter() - began) / args.steps
+                measured = runs[side].clock.take()
+                if repeat:
+                    times[side].append(seconds)
+                    parts[side].append({k: v / args.steps for k, v in measured.items()})
+        for side, run in runs.items():
+            custom = {torch.ops.mkldnn._linear_pointwise: packed_flops}
+            tokens, supervised = [], []
+            with FlopCounterMode(display=False, custom_mapping=custom) as counter:
+                for step in range(args.steps):
+                    tokens.append(sum(len(t.ids) for t in run._trajectories(step)))
+                    supervised.append(run._step(step)["supervised"])
+            flops = counter.get_total_flops() / args.steps
+            seconds = statistics.median(times[side])
+            rows.append(
+                {
+                    "side": side,
+                    "seconds": seconds,
+                    "over_sft": machine.ratio(times[side], times["sft"]),
+                    "tokens_per_second": statistics.mean(tokens) / seconds,
+                    "supervised_per_second": statistics.mean(supervised) / seconds,
+                    "gigaflop": flops / 1e9,
+                    "fraction": flops / rate / seconds,
+                    "parts": {
+                        p: statistics.median(x[p] for x in parts[side]) for p in parts[side][0]
+                    },
+                    "profile": profiled(lambda run=run: run._step(0)),
+                }
+            )
+            print(json.dumps(rows[-1]))
+    value = {"arguments": vars(args), "matrix_gigaflops": rate / 1e9, "rows": rows}
+    machine.write(args.name, value)
+
+
+if __name__ == "__main__":
+    main()
