@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import draft_opd as d
+from draft_opd.grouped import NAME, grouped
 from draft_opd.rollout.hindsight import hindsight_traces, pad_rows
+from draft_opd.text import resolve_path
 from draft_opd.training.blocks import pack
 from draft_opd.training.data import BatchSource
 from draft_opd.training.opd import teacher_states
@@ -167,3 +171,40 @@ def test_the_shipped_target_is_small_and_thinks(target):
     ids = target.chat_ids([{"role": "user", "content": "Mia has 3 apples and buys 4 more."}])
     text = target.tokenizer.decode(d.generate(target, None, ids, max_new_tokens=320).token_ids)
     assert text.startswith("<think>") and "</think>" in text
+
+
+@given(
+    heads=st.sampled_from([(6, 2), (4, 4), (8, 1)]), count=st.integers(1, 9),
+    keys=st.integers(1, 20), batch=st.integers(1, 3), seed=st.integers(0, 999),
+)  # fmt: skip
+@settings(deadline=None, max_examples=40)
+def test_grouped_attention_is_attention_over_repeated_heads(heads, count, keys, batch, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(batch, n, m, 8, generator=generator)
+        for n, m in ((heads[0], count), (heads[1], keys), (heads[1], keys))
+    )
+    mask = torch.rand(batch, 1, count, keys, generator=generator) < 0.5
+    mask[..., 0] = True
+    wide = (x.repeat_interleave(heads[0] // heads[1], 1) for x in (k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, *wide, attn_mask=mask)
+    assert torch.allclose(grouped(q, k, v, mask), expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_target_attends_as_transformers_does(target):
+    """Few queries (grouped) and many, with and without a cache."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(
+        resolve_path("embedded"), dtype=torch.float32, attn_implementation="sdpa"
+    )
+    assert target.config._attn_implementation == NAME
+    ids = torch.randint(3, 250, (2, 90), generator=torch.Generator().manual_seed(0))
+    expected = plain(ids).logits
+    assert torch.allclose(target.logits(target.trajectories(ids).hidden), expected, atol=1e-4)
+    cache = target.cache(90)
+    target.trajectories(ids[:, :80], cache=cache)
+    at = torch.arange(80, 90).expand(2, -1)
+    found = target.logits(target.extend(ids[:, 80:], at, cache).hidden)
+    assert torch.allclose(found, expected[:, 80:], atol=1e-4)

@@ -26,7 +26,7 @@ class PositionCache(Cache):
 
     bound: a caller who knows how far the next forwards reach says it here, in slots. Then no value
     of a tensor is looked at (on CUDA: nothing waits for the device), and the storage, `reserve`d
-    beforehand, stays where it is.
+    beforehand, stays where it is. `filled`: every row's tokens reach exactly that far.
     """
 
     def __init__(self, capacity: int = 0):
@@ -35,6 +35,7 @@ class PositionCache(Cache):
         self.values: list[Tensor] = []
         self.capacity = capacity
         self.bound: int | None = None
+        self.filled = False
         self.positions: Tensor | None = None
         self.visible = 0
         self.branch = False

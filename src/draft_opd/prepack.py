@@ -61,12 +61,10 @@ class PrepackedLinear(nn.Linear):
     _least: int  # numbers in an input that is worth it
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.numel() < self._least or not x.is_cpu:
+            return F.linear(x, self.weight, self.bias)
         weight, dtype = self.weight, x.dtype
-        if (
-            x.numel() < self._least
-            or not x.is_cpu
-            or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        ):
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return F.linear(x, weight, self.bias)
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from draft_opd.cache import PositionCache
 from draft_opd.errors import UserError
+from draft_opd.grouped import use_grouped
 from draft_opd.prepack import prepack
 from draft_opd.text import EMBEDDED, TargetText, resolve_path
 
@@ -45,6 +46,7 @@ class Target(TargetText):
         self.head = model.get_output_embeddings()
         self.vocab_size = self.head.weight.shape[0]
         self._narrow_head: Tensor | None = None
+        self._takes_booleans = use_grouped(model)
         prepack(model)
         self._check_supported()
 
@@ -161,9 +163,12 @@ class Target(TargetText):
                 handle.remove()
 
     def _mask(self, visible: Tensor, query: Tensor, key: Tensor):
-        """Additive mask [batch, 1, queries, keys] from a boolean one; per layer type if needed."""
+        """What attention takes, [batch, 1, queries, keys], for who sees whom [batch, queries,
+        keys]; per layer type if needed."""
 
         def additive(allowed: Tensor) -> Tensor:
+            if self._takes_booleans:
+                return allowed[:, None]
             zero = torch.zeros((), dtype=self.dtype, device=allowed.device)
             return torch.where(allowed, zero, torch.finfo(self.dtype).min)[:, None]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from draft_opd.cache import PositionCache
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.tree import verify_tree
-from draft_opd.decoding.verification import verify_greedy, verify_sampled
+from draft_opd.decoding.verification import accepted_prefix, verify_sampled
 from draft_opd.drafters.base import Drafter
 from draft_opd.target import Target
 
@@ -36,11 +36,11 @@ class Rounds:
         self.choose = self.sampling.chooser(self.generator)
         self.layers = self.drafter.target_layers if self.drafter else ()
 
-    def bound(self, slots: int) -> None:
-        """How many slots the next round may look at."""
-        self.cache.bound = slots
-        if self.context is not None:
-            self.context.bound = slots
+    def bound(self, slots: int, filled: bool = False) -> None:
+        """How many slots the next round may look at; `filled`: every row's block ends there."""
+        for cache in (self.cache, self.context):
+            if cache is not None:
+                cache.bound, cache.filled = slots, filled
 
     def select(self, rows: Tensor) -> None:
         """Keeps only the given batch rows."""
@@ -90,8 +90,9 @@ class Rounds:
         out = self.target.extend(block, positions, self.cache, self.layers)
         logits = self.target.logits(out.hidden)
         if self.sampling.greedy:
-            accepted = verify_greedy(drafted, logits)
-            bonus = logits.argmax(-1).gather(1, accepted[:, None])[:, 0]
+            chosen = logits.argmax(-1)
+            accepted = accepted_prefix(drafted == chosen[:, :-1])
+            bonus = chosen.gather(1, accepted[:, None])[:, 0]
         else:
             probs = self.sampling.probabilities(logits)
             draft_probs = probs[:, :0] if draft_probs is None else draft_probs

@@ -65,7 +65,7 @@ def _synchronize(device: torch.device) -> float:
     return time.perf_counter()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def speculate(
     target: Target,
     drafter: Drafter | None,
@@ -159,7 +159,7 @@ def speculate(
         count = min(length, target.max_positions - 1 - furthest)
         if pace:
             count = pace.choose(count)
-        rounds.bound(furthest + count + 1)
+        rounds.bound(furthest + count + 1, filled=len(active) == 1)
         drafted_at = began
 
         def drafted_now():

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from draft_opd.grouped import FEW, grouped
+
 # Below this many queries the dense mask is small and flex_attention's overhead does not pay.
 FLEX_MINIMUM = 1024
 
@@ -30,7 +32,7 @@ class Visibility:
     """Who sees what: block i, at anchors[:, i], sees context slots before its anchor.
 
     anchors [batch, A]; `size` tokens a block; `context` slots stand before the blocks' own keys,
-    or, `in_place`, hold those of one block a row at its positions.
+    or, `in_place`, hold those of one block a row at its positions (`filled`: up to the last slot).
     A causal block sees itself from left to right only (None: in layers of kind sliding_attention,
     as engines serve them); `window` bounds the distance to a key in those layers.
     """
@@ -41,6 +43,7 @@ class Visibility:
     causal: bool | None = None
     window: int | None = None
     in_place: bool = False
+    filled: bool = False
     _made: dict = field(default_factory=dict)
 
     @property
@@ -72,8 +75,12 @@ class Visibility:
 
         return visible
 
-    def dense(self, kind: str) -> Tensor:
-        """Boolean mask [batch, 1, A * size, context + A * size], in place without the latter."""
+    def dense(self, kind: str) -> Tensor | None:
+        """Boolean mask [batch, 1, A * size, context + A * size], in place without the latter; None
+        where all is visible."""
+        sliding = kind == "sliding_attention"
+        if self.filled and not sliding and not self.causal:
+            return None
         if kind not in self._made:
             batch, count = self.anchors.shape
             device = self.anchors.device
@@ -112,6 +119,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, kind: str) -
         # Norms leave q and k float32 under autocast, and the kernel wants one type.
         q, k = q.to(v.dtype), k.to(v.dtype)
         return _compiled_flex()(q, k, v, block_mask=visibility.sparse(kind), enable_gqa=True)
+    if q.shape[2] <= FEW:
+        return grouped(q, k, v, visibility.dense(kind))
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)

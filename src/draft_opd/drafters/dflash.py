@@ -307,6 +307,7 @@ class DFlashDrafter(Drafter):
             causal=self.causal,
             window=getattr(self.config, "sliding_window", None),
             in_place=in_place,
+            filled=in_place and context.filled,
         )
         rotary = self._rotary(x, positions)
 

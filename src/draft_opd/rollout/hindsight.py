@@ -107,7 +107,7 @@ def text_chooser(
     )
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def walk(
     target: Target,
     drafter: Drafter,
@@ -174,7 +174,7 @@ def walk(
     return traces
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def hindsight_traces(
     target: Target,
     drafter: Drafter,
@@ -191,7 +191,7 @@ def hindsight_traces(
     return traces_by_length(target, drafter, trajectories, [length], **options)[length]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def traces_by_length(
     target: Target,
     drafter: Drafter,

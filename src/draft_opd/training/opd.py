@@ -32,7 +32,7 @@ def hindsight_rollout(
     whole: bool = True,
 ) -> Traces:
     """Traces of the current drafter on stored text; see `walk`."""
-    with torch.no_grad():
+    with torch.inference_mode():
         context = drafter.context(target, batch.ids, batch.features)
         return walk(
             target, drafter, batch.trajectories, batch.ids, context, length, batch.hidden,
