@@ -3,9 +3,10 @@ r"""What does a busy machine do to torch's threads, and do they have to spin?
     python benchmarks/threads.py
 
 A step of training and a stretch of decoding on the shipped target, with 1 thread and with as many
-as there are cores, with libgomp's usual waiting (threads spin) and with OMP_WAIT_POLICY=PASSIVE
-(they sleep), while none or several other processes compute. Every combination is a process of its
-own, since the policy is read when torch is loaded; combinations take turns.
+as there are cores, with libgomp's usual waiting (threads spin), with short spinning (what the
+command line sets) and with OMP_WAIT_POLICY=PASSIVE (they sleep), while none or several other
+processes compute. Every combination is a process of its own, since the policy is read when torch
+is loaded; combinations take turns.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ import time
 
 import machine
 
-POLICIES = {"spinning": {}, "sleeping": {"OMP_WAIT_POLICY": "PASSIVE"}}
+POLICIES = {
+    "spinning": {},
+    "briefly": {"GOMP_SPINCOUNT": "1000"},
+    "sleeping": {"OMP_WAIT_POLICY": "PASSIVE"},
+}
 
 
 def work() -> None:
@@ -74,7 +79,7 @@ def compare(repeats: int) -> None:
         (threads, policy, others)
         for others in (0, 1, cores)
         for threads in (1, cores)
-        for policy in POLICIES
+        for policy in (POLICIES if threads > 1 else ["spinning"])
     ]
     found: dict[tuple, list[list[float]]] = {side: [] for side in sides}
     for repeat in range(repeats):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from functools import partial
@@ -9,6 +10,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+# torch's threads spin while they wait, and on a machine with other work to do they wait for each
+# other longer than they work. Short spinning costs nothing measurable where it is idle
+# (benchmarks/threads.py). It is read when torch is loaded: nothing above may load it.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from draft_opd.cli_evaluation import analyze, evaluate, report
 from draft_opd.cli_options import (
