@@ -1,5 +1,6 @@
 """Hindsight above temperature 0: the rounds that text may have had, in exact distribution."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -13,6 +14,8 @@ from draft_opd.decoding.verification import acceptance_probability, bonus_distri
 from draft_opd.rollout.collect import decode_trajectories
 from draft_opd.rollout.hindsight import Conditional, draft_given_text, hindsight_traces
 from draft_opd.rollout.occupancy import expected_rounds, expected_tau, occupancy
+from draft_opd.training.data import BatchSource
+from draft_opd.training.opd import hindsight_rollout
 
 V, K = 3, 2
 
@@ -200,3 +203,34 @@ def same_distribution(counts: torch.Tensor) -> float:
     statistic = ((counts - expected) ** 2 / expected).sum()
     freedom = torch.tensor((counts.shape[1] - 1) / 2, dtype=torch.float64)
     return float(torch.special.gammaincc(freedom, statistic / 2))
+
+
+@pytest.mark.parametrize("length", [1, 4, 15])
+def test_drafting_everywhere_finds_the_rounds_of_the_walk(target, trained, heldout, length):
+    """Whatever is drafted at once; and on rows that differ in length and have nothing to say."""
+    rows = [*heldout[:5], replace(heldout[5], response_ids=[])]
+    batch = BatchSource(target, trained.target_layers).batch(rows)
+    found = [
+        hindsight_rollout(target, trained, batch, length, whole=False, at_once=at_once)
+        for at_once in (False, True)
+    ]
+    assert found[0][-1] == [] and sum(map(len, found[0])) > 20
+    for one, other in zip(*found, strict=True):
+        assert [(r.anchor, r.accepted, len(r.drafted)) for r in one] == [
+            (r.anchor, r.accepted, len(r.drafted)) for r in other
+        ]
+        for a, b in zip(one, other, strict=True):
+            assert a.drafted[: a.accepted + 1] == b.drafted[: a.accepted + 1]
+
+
+def test_near_the_end_of_the_context_both_draft_less(target, untrained, heldout):
+    row = heldout[0]
+    longest = target.max_positions
+    text = replace(row, response_ids=(row.response_ids * longest)[: longest - len(row.prompt_ids)])
+    batch = BatchSource(target, untrained.target_layers).batch([text])
+    one, other = (
+        hindsight_rollout(target, untrained, batch, 7, whole=False, at_once=at_once)[0]
+        for at_once in (False, True)
+    )
+    assert [(r.anchor, r.accepted) for r in one] == [(r.anchor, r.accepted) for r in other]
+    assert len(one[-1].drafted) == len(other[-1].drafted) < 7

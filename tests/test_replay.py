@@ -17,7 +17,7 @@ from draft_opd.training.anchors import choose_blocks, choose_rounds, draw_by_wei
 from draft_opd.training.config import Opd, load_recipe
 from draft_opd.training.data import BatchSource
 from draft_opd.training.loop import Run
-from draft_opd.training.opd import opd_loss
+from draft_opd.training.opd import hindsight_rollout, opd_loss
 
 GREEDY = Sampling()
 
@@ -248,3 +248,14 @@ def test_a_wrong_plan_is_named(tmp_path, change, message):
     path.write_text(json.dumps(plan))
     with pytest.raises(d.UserError, match=message):
         load_plan(path)
+
+
+def test_drafts_that_were_not_followed_are_completed_where_they_count(target, trained, batch):
+    whole, partly = (
+        hindsight_rollout(target, trained, batch, 15, whole=w, at_once=not w) for w in (True, False)
+    )
+    assert any(-1 in r.drafted for trace in partly for r in trace)
+    expected, found = (chosen(target, trained, batch, t, max_anchors=5) for t in (whole, partly))
+    assert torch.equal(found.anchors, expected.anchors)
+    assert torch.equal(found.drafted[found.present], expected.drafted[found.present])
+    assert torch.equal(found.accepted, expected.accepted)

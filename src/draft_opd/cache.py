@@ -59,8 +59,12 @@ class PositionCache(Cache):
         self.positions, self.branch = positions, branch
         self.visible = self.reach(positions) if visible is None else visible
         self._start = None
+        if branch:
+            return
         # Rows that write the same slots are one copy; to find out, a device would have to be asked.
-        if not branch and positions.is_cpu and bool((positions == positions[:1]).all()):
+        if self.filled and self.bound:
+            self._start = self.bound - positions.shape[1]
+        elif positions.is_cpu and bool((positions == positions[:1]).all()):
             self._start = int(positions[0, 0])
 
     def reserve(self, capacity: int) -> None:
@@ -90,14 +94,13 @@ class PositionCache(Cache):
                 self.capacity = max(self.capacity, self.visible * 3 // 2)
                 store[layer_idx] = _grown(store[layer_idx], self.capacity)
             if self._start is not None:
-                end = self._start + new.shape[2]
-                store[layer_idx][:, :, self._start : end] = new
+                store[layer_idx].narrow(2, self._start, new.shape[2]).copy_(new)
             else:
                 rows = torch.arange(new.shape[0], device=new.device)[:, None]
                 store[layer_idx][rows, :, self.positions] = new.transpose(1, 2)
         return (
-            self.keys[layer_idx][:, :, : self.visible],
-            self.values[layer_idx][:, :, : self.visible],
+            self.keys[layer_idx].narrow(2, 0, self.visible),
+            self.values[layer_idx].narrow(2, 0, self.visible),
         )
 
     def keep(self, index: Tensor, positions: Tensor) -> None:

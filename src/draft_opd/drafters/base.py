@@ -147,10 +147,10 @@ class Drafter(nn.Module):
     def follow(
         self, target: Target, context: Any, anchors: Tensor, ids: Tensor, text: Tensor
     ) -> Tensor:
-        """Argmax drafts up to and including the first that is not `text` [batch, K].
+        """Argmax drafts at every anchor, up to and including the first that is not `text`.
 
-        anchors, ids [batch]. Returns ids [batch, K]; behind that offset they may be -1, for "not
-        looked at".
+        anchors, ids [batch, A], text [batch, A, K]. Returns ids [batch, A, K]; behind that offset
+        they may be -1, for "not looked at".
         """
         raise NotImplementedError
 

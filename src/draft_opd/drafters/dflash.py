@@ -332,7 +332,8 @@ class DFlashDrafter(Drafter):
         return drafted.unflatten(0, shape), None if probs is None else probs.unflatten(0, shape)
 
     def follow(self, target, context, anchors, ids, text) -> Tensor:
-        hidden = self._blocks(target, context, anchors[:, None], ids[:, None], text.shape[1])[:, 0]
+        hidden = self._blocks(target, context, anchors, ids, text.shape[2]).flatten(0, 1)
+        shape, text = text.shape, text.flatten(0, 1)
         drafted = torch.full_like(text, -1)
         rows = torch.arange(len(text), device=text.device)
         # A weak drafter is wrong early, and with a large vocabulary the head is most of its cost.
@@ -344,7 +345,7 @@ class DFlashDrafter(Drafter):
             rows = rows[(found == text[rows, part]).all(1)]
             if not len(rows):
                 break
-        return drafted
+        return drafted.view(shape)
 
     def position_decay(self, length: int) -> float:
         return default_decay(length + 1)

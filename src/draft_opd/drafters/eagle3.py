@@ -485,13 +485,15 @@ class Eagle3Drafter(Drafter):
 
     def follow(self, target, context, anchors, ids, text) -> Tensor:
         drafted = torch.full_like(text, -1)
-        steps = self._steps(target, context, anchors[:, None], ids[:, None])
+        right = torch.ones_like(anchors, dtype=torch.bool)
+        steps = self._steps(target, context, anchors, ids)
         hidden = next(steps)
-        for k in range(text.shape[1]):
-            drafted[:, k] = self.logits(target, hidden[:, 0]).argmax(-1)
-            if k + 1 == text.shape[1] or not (drafted[:, : k + 1] == text[:, : k + 1]).all(1).any():
+        for k in range(text.shape[2]):
+            drafted[:, :, k] = self.logits(target, hidden).argmax(-1)
+            right &= drafted[:, :, k] == text[:, :, k]
+            if k + 1 == text.shape[2] or not right.any():
                 break
-            hidden = steps.send((drafted[:, k, None], None))
+            hidden = steps.send((drafted[:, :, k], None))
         return drafted
 
     def propose_tree(self, target, context, anchors, ids, widths):

@@ -16,6 +16,7 @@ from draft_opd.target import Target
 from draft_opd.training.blocks import Blocks, pack, text_states
 from draft_opd.training.config import Opd
 from draft_opd.training.data import Batch
+from draft_opd.training.objectives import needs_branches
 
 
 def random_anchors(batch: Batch, count: int | list[int], seed: str) -> list[list[int]]:
@@ -57,7 +58,12 @@ def choose_blocks(
     """What is replayed: rounds of the trace, or other anchors with the same number of blocks."""
     rounds = choose_rounds(traces, options, length, seed)
     if options.anchors == "trace":
-        return pack(batch, [[r.anchor for r in row] for row in rounds], rounds, length)
+        anchors = [[r.anchor for r in row] for row in rounds]
+        partly = any(-1 in r.drafted for row in rounds for r in row)
+        if partly and needs_branches(options.objective):
+            # What was drafted behind the first mistake counts here; the trace had no use for it.
+            rounds = draft_at(target, drafter, batch, anchors, length, sampling, seed)
+        return pack(batch, anchors, rounds, length)
     every = [range(len(t.prompt_ids) - 1, len(t.ids) - 1) for t in batch.trajectories]
     weights = None
     if options.anchors == "random":

@@ -133,6 +133,11 @@ class Opd(_Section):
     max_tokens: int | None = Field(
         None, ge=1, description="supervised draft tokens a trajectory and step"
     )
+    trace: Literal["auto", "walk", "everywhere"] = Field(
+        "auto",
+        description="hindsight round by round, or by drafting at every position first, which is "
+        "faster while τ is small; auto goes by the held-out τ. The rounds are the same",
+    )
     trace_every: int = Field(1, ge=1, description="steps a hindsight trace is used for")
     objective: Objective = Field(Objective(), description="what is minimised")
 

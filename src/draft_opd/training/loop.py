@@ -31,6 +31,7 @@ from draft_opd.training.stopwatch import Stopwatch
 from draft_opd.training.tracking import check_tracker
 
 Stage = Literal["sft", "opd"]
+WEAK = 3.0  # held-out τ below which drafting at every position is faster (benchmarks/trace.py)
 ROWS = 32  # trajectories that one trace forward looks at: more would only take memory
 OnMetrics = Callable[[dict], None]
 
@@ -302,7 +303,7 @@ class Run:
             with self.clock("target"):
                 batch = self.source.batch(self._trajectories(index), with_cache)
             with self.clock("trace"), self._autocast():
-                return batch, self._hindsight(batch, seed, with_cache)
+                return batch, self._hindsight(batch, seed)
         if not self._rollouts:
             count = r.opd.trace_every * r.accumulate
             indices = range(index, min(index + count, r.steps * r.accumulate))
@@ -312,7 +313,7 @@ class Run:
                 with self.clock("target"):
                     batch = self.source.batch(joint[start : start + ROWS])
                 with self.clock("trace"), self._autocast():
-                    traces += self._hindsight(batch, seed + start, with_cache)
+                    traces += self._hindsight(batch, seed + start)
             for group in groups:
                 self._rollouts.append((group, traces[: len(group)]))
                 traces = traces[len(group) :]
@@ -320,10 +321,14 @@ class Run:
         with self.clock("target"):
             return self.source.batch(rows, with_cache), traces
 
-    def _hindsight(self, batch: Batch, seed: int, whole: bool = True) -> Traces:
+    def _hindsight(self, batch: Batch, seed: int) -> Traces:
+        kind = self.recipe.opd.trace
+        if kind == "auto":
+            kind = "everywhere" if self.progress.extra.get("tau", 0.0) < WEAK else "walk"
         return hindsight_rollout(
-            self.target, self.drafter, batch, self.length, self.recipe.sampling, seed, whole
-        )
+            self.target, self.drafter, batch, self.length, self.recipe.sampling, seed,
+            whole=False, at_once=kind == "everywhere",
+        )  # fmt: skip
 
     # -- measuring --------------------------------------------------------------------------
 
@@ -334,7 +339,7 @@ class Run:
         traces: Traces = []
         for start in range(0, len(self.held_out), ROWS):
             batch = self.yardstick.batch(self.held_out[start : start + ROWS])
-            traces += self._hindsight(batch, start, whole=False)
+            traces += self._hindsight(batch, start)
         return traces
 
     def _evaluate(self, step: int) -> float:

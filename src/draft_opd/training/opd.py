@@ -10,7 +10,7 @@ from torch import Tensor
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.speculative import speculate
 from draft_opd.drafters.base import Drafter
-from draft_opd.rollout.hindsight import walk
+from draft_opd.rollout.hindsight import everywhere, walk
 from draft_opd.rollout.trace import Traces, by_accepted, tau
 from draft_opd.rollout.trajectory import Trajectory
 from draft_opd.target import Target
@@ -30,10 +30,15 @@ def hindsight_rollout(
     sampling: Sampling | None = None,
     seed: int = 0,
     whole: bool = True,
+    at_once: bool = False,
 ) -> Traces:
-    """Traces of the current drafter on stored text; see `walk`."""
+    """Traces of the current drafter on stored text; see `walk`. `at_once`: by `everywhere`, for
+    argmax drafts that are not wanted whole."""
+    sampling = sampling or Sampling()
     with torch.inference_mode():
         context = drafter.context(target, batch.ids, batch.features)
+        if at_once and not whole and (sampling.greedy or sampling.draft == "argmax"):
+            return everywhere(target, drafter, batch.trajectories, batch.ids, context, length)
         return walk(
             target, drafter, batch.trajectories, batch.ids, context, length, batch.hidden,
             sampling, seed, whole,
