@@ -11,6 +11,7 @@ resident pages; on CUDA: the allocator's count), features given. `whole_logits` 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import time
 from pathlib import Path
@@ -57,6 +58,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back first (glibc)
             Path("/proc/self/clear_refs").write_text("5")  # forgets the peak (Linux)
             self.before = self._status("VmRSS")
 
