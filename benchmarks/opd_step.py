@@ -64,6 +64,7 @@ def main() -> None:
                     "optim": {"learning_rate": 1e-9},  # all keep the drafter they began with
                 }  # fmt: skip
                 runs[side] = Run("opd", parse_recipe(tree), after=next(iter(runs.values()), None))
+                runs[side]._evaluate(0)  # how the trace is made goes by τ
             for repeat in range(args.repeats + 1):
                 first = repeat * args.steps
                 for side in ("remembered", every):  # what an earlier epoch would have remembered

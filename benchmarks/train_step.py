@@ -98,6 +98,7 @@ def main() -> None:
             first = next(iter(runs.values()), None)
             recipe = parse_recipe(tree)
             runs[side] = Run(stage, recipe, target=first and first.target)
+            runs[side]._evaluate(0)  # how the trace is made goes by τ
         device = runs["sft"].target.device
         rate = limits.matrix_rate(getattr(torch, args.precision), device)
         for repeat in range(args.repeats + 1):

@@ -22,8 +22,9 @@ from draft_opd.rollout.trace import Round
 from draft_opd.rollout.trajectory import Trajectory
 from draft_opd.target import Target
 
-# What `everywhere` runs at once.
-QUERIES, LOGITS = 1024, 1 << 24
+# What `everywhere` runs at once: queries of a row (at least) and in all, and logits. Blocks do not
+# see each other, but a dense mask computes as if they did.
+ROW, QUERIES, LOGITS = 64, 256, 1 << 24
 
 
 def pad_rows(rows: Sequence[Sequence[int]], device: torch.device, fill: int = 0) -> Tensor:
@@ -195,7 +196,8 @@ def everywhere(
     starts = torch.tensor([len(t.prompt_ids) - 1 for t in trajectories], device=ids.device)
     ends = torch.tensor([len(t.ids) - 1 for t in trajectories], device=ids.device)
     count = int((ends - starts).max())
-    size = max(1, min(QUERIES // draft_length, LOGITS // (len(ids) * target.vocab_size)))
+    queries = max(ROW, QUERIES // len(ids)) // (draft_length + 1)
+    size = max(1, min(queries, LOGITS // (len(ids) * target.vocab_size)))
     rows = torch.arange(len(ids), device=ids.device)[:, None, None]
     offset = torch.arange(1, draft_length + 1, device=ids.device)
     found, lengths = [], []

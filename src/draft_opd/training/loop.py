@@ -31,7 +31,7 @@ from draft_opd.training.stopwatch import Stopwatch
 from draft_opd.training.tracking import check_tracker
 
 Stage = Literal["sft", "opd"]
-WEAK = 3.0  # held-out τ below which drafting at every position is faster (benchmarks/trace.py)
+FEW = 3.0  # trajectories times τ below which drafting at every position is faster
 ROWS = 32  # trajectories that one trace forward looks at: more would only take memory
 OnMetrics = Callable[[dict], None]
 
@@ -324,7 +324,8 @@ class Run:
     def _hindsight(self, batch: Batch, seed: int) -> Traces:
         kind = self.recipe.opd.trace
         if kind == "auto":
-            kind = "everywhere" if self.progress.extra.get("tau", 0.0) < WEAK else "walk"
+            size = len(batch.trajectories) * self.progress.extra.get("tau", 1.0)
+            kind = "everywhere" if size < FEW else "walk"
         return hindsight_rollout(
             self.target, self.drafter, batch, self.length, self.recipe.sampling, seed,
             whole=False, at_once=kind == "everywhere",
