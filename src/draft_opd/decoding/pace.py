@@ -15,6 +15,7 @@ LENGTHS = (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 31)
 RECENT = 4  # timings of a length that count
 MEMORY = 64  # rounds in which what was accepted loses most of its weight
 PRIOR = 2.0  # rounds that a guess of an acceptance is worth
+GOOD = 4.0  # tokens a round at which nobody asks at once whether drafting pays
 LOOK = 16  # every so many rounds another length is timed: a neighbour of the best one, or 0
 
 
@@ -35,7 +36,8 @@ class Pace:
     def choose(self, at_most: int | None = None) -> int:
         """The length whose rounds bring most tokens a second, as far as is known."""
         allowed = [n for n in self.lengths if at_most is None or n <= at_most]
-        for length in (allowed[-1], allowed[0]):  # the ends first: all others lie between
+        # The ends first: all others lie between. What brings many tokens is not compared with none.
+        for length in allowed[-1:] + (allowed[:1] if self.tokens(allowed[-1]) < GOOD else []):
             if len(self._seconds.get(length, ())) < 2:  # one may have had bad luck
                 return length
         best = max(allowed, key=lambda n: self.tokens(n) / self.seconds(n))
