@@ -1,6 +1,7 @@
 """The automatic draft length finds what is fastest and leaves the text as it is."""
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -50,6 +51,22 @@ def test_it_is_nearly_as_fast_as_the_best_fixed_length(chance, slope, step, seed
     assert tokens / seconds > 0.85 * best
 
 
+@pytest.mark.parametrize(
+    ("chance", "step", "slope"),
+    [(0.82, 0.0, 0.3), (0.9, 0.0, 0.3), (0.95, 0.2, 0.05), (0.3, 0, 0.3)],
+)
+def test_it_pays_within_one_answer(chance, step, slope):
+    """In the first 60 rounds, learning included, on the mean of many answers."""
+
+    def cost(length):
+        return 1.0 + (length > 0) * step + slope * length
+
+    best = max(sum(chance**k for k in range(n + 1)) / cost(n) for n in Pace(15).lengths)
+    made = [simulate(Pace(15), chance, cost, 60, random.Random(s)) for s in range(40)]
+    tokens, seconds = (sum(column) for column in zip(*made, strict=True))
+    assert tokens / seconds > 0.8 * best
+
+
 def test_it_follows_a_change():
     pace, rng = Pace(15), random.Random(0)
     simulate(pace, 0.95, lambda n: 1 + 0.05 * n, 200, rng)
@@ -90,22 +107,33 @@ def test_rows_of_a_batch_share_it(target, trained):
     assert pace.rounds == max(len(g.rounds) for g in made)
 
 
+class Turning(Pace):
+    """Another length every round, whatever they bring."""
+
+    def choose(self, at_most=None):
+        return (0, 3, 1, 2)[self.rounds % 4]
+
+
 def test_sampled_text_keeps_its_distribution(target, trained):
     """Draft lengths that change by the round leave p of the first two tokens as it is."""
     ids = read_prompts("embedded:heldout", 1)[0].ids(target)
-    sampling, draws = Sampling(temperature=1.5), 1200
-    pace = Pace(trained.draft_length)
-    counts = torch.zeros(target.vocab_size)
+    sampling, draws = Sampling(temperature=1.5), 1500
+    pace = Turning(trained.draft_length)
+    pairs: Counter = Counter()
     for seed in range(draws // 300):
         made = speculate(target, trained, [ids] * 300, max_new_tokens=2, sampling=sampling,
                          seed=seed, pace=pace, stop_ids=())  # fmt: skip
-        for g in made:
-            counts[g.token_ids[0]] += 1
-    hidden = target.trajectories(torch.tensor([ids])).hidden[0, -1]
-    p = sampling.probabilities(target.logits(hidden))
-    large = p > 0.01
-    deviation = (p * (1 - p) / draws).sqrt()
-    assert ((counts / draws - p).abs() < 5 * deviation)[large].all()
+        pairs.update(tuple(g.token_ids) for g in made)
+    firsts = Counter(a for a, _ in pairs.elements())
+    common = firsts.most_common(1)[0][0]
+    seconds = Counter(b for a, b in pairs.elements() if a == common)
+    assert firsts[common] > 100
+    for begun, counts in ((ids, firsts), ([*ids, common], seconds)):
+        hidden = target.trajectories(torch.tensor([begun])).hidden[0, -1]
+        p, of = sampling.probabilities(target.logits(hidden)), counts.total()
+        found = torch.tensor([counts[i] / of for i in range(len(p))])
+        large = p > 0.01
+        assert ((found - p).abs() < 5 * (p * (1 - p) / of).sqrt())[large].all()
 
 
 def test_a_tree_has_no_pace(target, trained):

@@ -89,5 +89,29 @@ def test_the_target_and_drafters_use_them(target, trained):
     wide = target.decoder.layers[0].mlp.down_proj
     assert type(wide) is type(target.head) is PrepackedLinear
     assert any(type(m) is PrepackedLinear for m in trained.modules())
-    assert wide._least > 1 and wide(torch.randn(1, wide.in_features)).shape == (1, 192)
-    assert not wide._kept or torch.float32 in wide._kept
+    wide._kept.clear()
+    few, many = torch.randn(1, wide.in_features), torch.randn(512, wide.in_features)
+    with torch.no_grad():
+        wide(few)
+        assert not wide._kept  # a small matrix, and too few rows to be worth it
+        assert torch.allclose(wide(many), many @ wide.weight.t(), atol=1e-3)
+    assert torch.float32 in wide._kept
+
+
+def test_a_replaced_weight_is_packed_again_wherever_it_lies():
+    """The allocator likes to give a new weight the old one's address."""
+    _, packed = pair(256, 256)
+    x = torch.randn(3, 256)
+    for _ in range(10):
+        packed.weight = None
+        packed.weight = nn.Parameter(torch.randn(256, 256), requires_grad=False)
+        assert torch.allclose(packed(x), x @ packed.weight.t(), atol=1e-3)
+
+
+def test_weights_made_in_inference_mode_and_wrong_types():
+    with torch.inference_mode():
+        plain, packed = pair(64, 64)
+        x = torch.randn(3, 64)
+        assert torch.allclose(packed(x), plain(x), atol=1e-4)
+    with pytest.raises(RuntimeError):  # as nn.Linear, and as a GPU
+        packed(torch.randn(3, 64).bfloat16())

@@ -31,7 +31,8 @@ def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float |
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     one_mask = attention_mask is not None and attention_mask.shape[1] == 1
-    if query.shape[2] > FEW or not one_mask or dropout:
+    more = kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
+    if query.shape[2] > FEW or not one_mask or dropout or more:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )

@@ -2,8 +2,8 @@
 
 torch hands float32 products to MKL, which takes slower code on processors that are not Intel's and
 pays its packing anew at every call; a verification is a product of few rows, where that is most of
-the time. oneDNN packs a matrix once (`benchmarks/prepack.py` measures what it brings). These are
-the operators that torch.compile's inductor uses for frozen weights.
+the time. oneDNN packs a matrix once (`benchmarks/verification.py` measures what it brings). These
+are the operators that torch.compile's inductor uses for frozen weights.
 """
 
 from __future__ import annotations
@@ -33,6 +33,14 @@ def available() -> bool:
         return False
 
 
+@cache
+def _takes(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies packed matrices of that type."""
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
 def _pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 
@@ -44,8 +52,9 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
 def multiplier(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
     """x [..., in] -> x @ weight.T [..., out] without gradient, for so many rows in all: packs the
     weight [out, in] for the time being where that pays."""
-    # Products of 16 bit are oneDNN's anyway.
-    if weight.is_cpu and weight.dtype == torch.float32 and rows >= ROWS and available():
+    # Products of 16 bit, and so those under autocast, are oneDNN's anyway.
+    wide = weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if weight.is_cpu and wide and rows >= ROWS and available():
         packed = _pack(weight)
         return lambda x: _product(x, packed)
     return lambda x: F.linear(x, weight)
@@ -54,10 +63,11 @@ def multiplier(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
 class PrepackedLinear(nn.Linear):
     """Computes as nn.Linear; keeps a packed copy of its weight for each type that it was used in.
 
-    The copy is made when it is first needed, and again when the weight has changed in place.
+    The copy is made when it is first needed, and again when the weight was replaced or changed in
+    place (changes through `.data` are not seen, as autograd does not see them).
     """
 
-    _kept: dict[torch.dtype, tuple[int, int, Tensor]]
+    _kept: dict[torch.dtype, tuple[Tensor, int, Tensor]]
     _least: int  # numbers in an input that is worth it
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +78,9 @@ class PrepackedLinear(nn.Linear):
             return F.linear(x, weight, self.bias)
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
-        if dtype not in (torch.float32, torch.bfloat16):
+        elif dtype != weight.dtype:
+            return F.linear(x, weight, self.bias)  # which says what is wrong
+        if not _takes(dtype):
             return F.linear(x, weight, self.bias)
         bias = None if self.bias is None else self.bias.to(dtype)
         return _product(x.to(dtype), self._packed(dtype), bias)
@@ -78,10 +90,11 @@ class PrepackedLinear(nn.Linear):
 
     def _packed(self, dtype: torch.dtype) -> Tensor:
         weight = self.weight
-        state = (weight.data_ptr(), weight._version)
+        version = -1 if weight.is_inference() else weight._version
         kept = self._kept.get(dtype)
-        if kept is None or kept[:2] != state:
-            kept = self._kept[dtype] = (*state, _pack(weight.to(dtype)))
+        if kept is None or kept[0].data_ptr() != weight.data_ptr() or kept[1] != version:
+            # What was packed is held, so that no other weight can come to stand at its address.
+            kept = self._kept[dtype] = (weight.detach(), version, _pack(weight.to(dtype)))
         return kept[2]
 
 

@@ -39,7 +39,10 @@ class Target(TargetText):
     exactly the cached slots at or before its own position.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer=None, name: str = ""):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer=None, name: str = "", prepacked: bool = True
+    ):
+        """prepacked: on a CPU, keep the matrices in the layout that multiplies fastest as well."""
         super().__init__(model.config, model.generation_config, tokenizer, name)
         self.model = model.eval().requires_grad_(False)
         self.decoder = model.get_decoder()
@@ -47,7 +50,8 @@ class Target(TargetText):
         self.vocab_size = self.head.weight.shape[0]
         self._narrow_head: Tensor | None = None
         self._takes_booleans = use_grouped(model)
-        prepack(model)
+        if prepacked:
+            prepack(model)
         self._check_supported()
 
     @classmethod

@@ -10,7 +10,9 @@ import math
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
+Length = int | Literal["auto"] | None  # tokens drafted a round; None: as trained
 LENGTHS = (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 31)
 RECENT = 4  # timings of a length that count
 MEMORY = 64  # rounds in which what was accepted loses most of its weight
@@ -36,8 +38,10 @@ class Pace:
     def choose(self, at_most: int | None = None) -> int:
         """The length whose rounds bring most tokens a second, as far as is known."""
         allowed = [n for n in self.lengths if at_most is None or n <= at_most]
-        # The ends first: all others lie between. What brings many tokens is not compared with none.
-        for length in allowed[-1:] + (allowed[:1] if self.tokens(allowed[-1]) < GOOD else []):
+        # Two far apart first, the others' costs lie between; what brings many tokens need not be
+        # compared with drafting nothing.
+        short = allowed[-1] / 4 if self.tokens(allowed[-1]) >= GOOD else 0
+        for length in (allowed[-1], min(allowed, key=lambda n: abs(n - short))):
             if len(self._seconds.get(length, ())) < 2:  # one may have had bad luck
                 return length
         best = max(allowed, key=lambda n: self.tokens(n) / self.seconds(n))
@@ -82,6 +86,11 @@ class Pace:
         if not known:
             return math.inf
         return between(length, known, [min(self._seconds[n]) for n in known])
+
+
+def length_and_pace(asked: Length, longest: int) -> tuple[int | None, Pace | None]:
+    """What `speculate` is told for a draft length, or "auto"."""
+    return (None, Pace(longest)) if asked == "auto" else (asked, None)
 
 
 def between(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
 
 import torch
 
-from draft_opd.decoding.pace import Pace
+from draft_opd.decoding.pace import Length, Pace, length_and_pace
 from draft_opd.decoding.round import Rounds
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.tree import check_widths
@@ -211,7 +210,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    draft_length: int | Literal["auto"] | None = None,
+    draft_length: Length = None,
     tree: Sequence[int] | None = None,
     seed: int = 0,
     on_round: OnRound | None = None,
@@ -226,16 +225,16 @@ def generate(
     >>> d.generate(target, None, [1, 2, 3], max_new_tokens=2).finish_reason
     'length'
     """
-    auto = draft_length == "auto"
+    length, pace = length_and_pace(draft_length, drafter.draft_length if drafter else 0)
     return speculate(
         target,
         drafter,
         [list(prompt_ids)],
         max_new_tokens=max_new_tokens,
-        draft_length=None if auto else draft_length,
+        draft_length=length,
         tree=tree,
         sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
         seed=seed,
-        pace=Pace(drafter.draft_length) if auto and drafter else None,
+        pace=pace if drafter else None,
         on_round=on_round,
     )[0]

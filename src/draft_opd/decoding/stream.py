@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import Literal
 
 from rich.text import Text
 
 from draft_opd.console import Screen
-from draft_opd.decoding.pace import Pace
+from draft_opd.decoding.pace import Length, length_and_pace
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.speculative import Timing, speculate
 from draft_opd.drafters.base import Drafter
@@ -59,7 +58,7 @@ def stream(
     mark: str = "auto",
     thinking: bool | None = None,
     max_new_tokens: int = 512,
-    draft_length: int | Literal["auto"] | None = None,
+    draft_length: Length = None,
     tree: Sequence[int] | None = None,
     sampling: Sampling | None = None,
     seed: int = 0,
@@ -86,12 +85,12 @@ def stream(
         show(text.push(tokens[: made.accepted]), True)
         show(text.push(tokens[made.accepted :]), False)
 
-    auto = draft_length == "auto"
+    length, pace = length_and_pace(draft_length, drafter.draft_length)
     clock, began = Timing(), time.perf_counter()
     result = speculate(
         target, drafter, [ids], max_new_tokens=max_new_tokens,
-        draft_length=None if auto else draft_length, tree=tree, sampling=sampling, seed=seed,
-        pace=Pace(drafter.draft_length) if auto else None, timing=clock, on_round=on_round,
+        draft_length=length, tree=tree, sampling=sampling, seed=seed, pace=pace, timing=clock,
+        on_round=on_round,
     )[0]  # fmt: skip
     seconds = time.perf_counter() - began
     count, rounds = len(result.token_ids), len(result.rounds)

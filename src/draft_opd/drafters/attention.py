@@ -56,11 +56,12 @@ class Visibility:
         sliding = kind == "sliding_attention"
         causal = sliding if self.causal is None else self.causal
         window = self.window if sliding else None
+        in_place = self.in_place
 
         def visible(b, h, q, k):
             block, offset = q // size, q % size
             anchor = anchors[b, block]
-            if self.in_place:
+            if in_place:
                 own = k - anchor
                 inside = (own >= 0) & (own < size)
             else:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from draft_opd.decoding.pace import LENGTHS
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.speculative import Generation, Timing, speculate
 from draft_opd.drafters.base import Drafter
@@ -25,7 +26,6 @@ from draft_opd.rollout.trace import tau
 from draft_opd.rollout.trajectory import Trajectory
 from draft_opd.target import Target
 
-LENGTHS = (1, 2, 3, 4, 6, 8, 11, 15, 20, 31)
 STEPS, REPEATS = 32, 5  # tokens of a timing, the same for every side; timings
 TOKENS = 32_768  # that one forward over texts runs
 TEXTS = 32  # whose rounds are counted
@@ -94,7 +94,7 @@ def advise(
     """
     sampling = sampling or Sampling()
     longest = drafter.draft_length
-    lengths = sorted(set(lengths or [n for n in LENGTHS if n < longest] + [longest]))
+    lengths = sorted(set(lengths or [n for n in LENGTHS if 0 < n < longest] + [longest]))
     kind = sampling.filters
     texts = [
         Trajectory(g.prompt_ids, g.token_ids, str(i), g.finish_reason, *kind)

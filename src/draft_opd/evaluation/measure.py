@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from draft_opd.decoding.pace import Pace
+from draft_opd.decoding.pace import Length, Pace, length_and_pace
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.speculative import Generation, Timing, speculate
 from draft_opd.drafters.base import Drafter
@@ -18,7 +18,6 @@ from draft_opd.rollout.prompts import Prompt
 from draft_opd.target import Target
 
 ALONE = "target alone"
-Length = int | Literal["auto"] | None  # tokens drafted a round; None: as trained
 Progress = Callable[[str, int, int], None]  # task, prompts done, prompts
 
 
@@ -44,10 +43,11 @@ class Side:
 
     def how(self, rows: int = 1) -> dict:
         """What `speculate` is told for a batch of so many rows."""
-        length, pace = self.draft_length, None
-        if length == "auto":
-            pace = self.paces.setdefault(rows, Pace(self.drafter.draft_length))
-            length = None
+        length, pace = length_and_pace(
+            self.draft_length, self.drafter.draft_length if self.drafter else 0
+        )
+        if pace:
+            pace = self.paces.setdefault(rows, pace)
         return {"draft_length": length, "tree": self.tree, "pace": pace}
 
 

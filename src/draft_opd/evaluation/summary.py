@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +28,24 @@ class Answer:
 
 
 def acceptance_by_position(rounds: Sequence[Round]) -> list[float]:
-    """Share of rounds whose offset k was accepted, k = 1..K (behind the end: not)."""
+    """Share of the rounds that drafted offset k where it was accepted, k = 1..K."""
     length = max((len(r.drafted) for r in rounds), default=0)
-    return [sum(r.accepted >= k for r in rounds) / len(rounds) for k in range(1, length + 1)]
+    return [_share(r.accepted >= k for r in rounds if len(r.drafted) >= k)
+            for k in range(1, length + 1)]  # fmt: skip
+
+
+def acceptance_conditional(rounds: Sequence[Round]) -> list[float]:
+    """The same, of those where the offset before was accepted."""
+    length = max((len(r.drafted) for r in rounds), default=0)
+    return [
+        _share(r.accepted >= k for r in rounds if len(r.drafted) >= k and r.accepted >= k - 1)
+        for k in range(1, length + 1)
+    ]
+
+
+def _share(hits: Iterable[bool]) -> float:
+    found = list(hits)
+    return sum(found) / len(found) if found else 0.0
 
 
 CONTEXTS = (256, 1024, 4096, 16384)  # tokens before a round
@@ -60,7 +75,6 @@ def summarise(
     speeds = {side: decode_speed(rows) for side, rows in sides.items()}
     rate = {side: decode_rate(rows) for side, rows in sides.items()}
     clock = sum((a.clock for a in answers), Timing())
-    positions = acceptance_by_position(rounds)
     value = {
         "task": name,
         "prompts": sum(a.turn == 0 for a in answers),
@@ -70,10 +84,8 @@ def summarise(
         "tau": tau(rounds),
         "tau_interval": interval(rounds_by_prompt(answers), seed=seed),
         "tau_per_response": sum(g.tau for g in made) / len(made),
-        "acceptance_by_position": positions,
-        "acceptance_conditional": [
-            b / a if a else 0.0 for a, b in zip([1.0, *positions], positions, strict=False)
-        ],
+        "acceptance_by_position": acceptance_by_position(rounds),
+        "acceptance_conditional": acceptance_conditional(rounds),
         "accepted_histogram": by_accepted(rounds, length),
         "by_context": _grouped(rounds, lambda r: bisect_right(CONTEXTS, r.anchor), _context_name),
         "tokens_per_second": rate,

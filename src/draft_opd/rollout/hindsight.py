@@ -191,7 +191,8 @@ def everywhere(
     """What `walk` finds of argmax drafts that are not wanted whole, in fewer and larger forwards:
     every position is drafted at, then the rounds follow from how far each draft is right.
 
-    Does a draft's work τ times as often, and waits for none of it: faster while τ is small.
+    Does a draft's work τ times as often, and waits for none of it: faster while τ is small. Where
+    a block would reach beyond the context it is cut here, and drafted shorter there.
     """
     starts = torch.tensor([len(t.prompt_ids) - 1 for t in trajectories], device=ids.device)
     ends = torch.tensor([len(t.ids) - 1 for t in trajectories], device=ids.device)

@@ -136,7 +136,8 @@ class Opd(_Section):
     trace: Literal["auto", "walk", "everywhere"] = Field(
         "auto",
         description="hindsight round by round, or by drafting at every position first: faster "
-        "where τ and the batch are small, which auto goes by. The rounds are the same",
+        "where τ and the batch are small, which auto goes by. The same rounds, but where a block "
+        "reaches beyond the context",
     )
     trace_every: int = Field(1, ge=1, description="steps a hindsight trace is used for")
     objective: Objective = Field(Objective(), description="what is minimised")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from draft_opd.cache import PositionCache
 from draft_opd.rollout.hindsight import pad_rows
 from draft_opd.rollout.trajectory import Trajectory
 from draft_opd.target import Target
-from draft_opd.training.features import Key, Said
+from draft_opd.training.features import FeatureFolder, Key, Said
 
 
 @dataclass
@@ -51,10 +51,10 @@ class BatchSource:
         self,
         target: Target,
         layers: Sequence[int],
-        known: MutableMapping[Key, Said] | None = None,
+        known: dict[Key, Said] | FeatureFolder | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ):
-        """known: where what the target said is kept, as `dtype` (a dict or a `FeatureFolder`)."""
+        """known: where what the target said is kept, as `dtype`."""
         self.target, self.layers, self.known, self.dtype = target, tuple(layers), known, dtype
 
     def adopt(self, other: BatchSource) -> None:
@@ -85,7 +85,8 @@ class BatchSource:
         if self.known is not None and remember:
             stored = [x.to(self.dtype) for x in (features, hidden)]
             for row, key in enumerate(keys):
-                self.known[key] = tuple(x[row, : len(key)].clone().cpu() for x in stored)
+                if key not in self.known:
+                    self.known[key] = tuple(x[row, : len(key)].clone().cpu() for x in stored)
             # The first time is as good as any later one.
             features, hidden = (x.to(self.target.dtype) for x in stored)
         return Batch(trajectories, ids, features, hidden, cache)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ Key = tuple[int, ...]  # a trajectory's tokens
 Said = tuple[Tensor, Tensor]  # features [L, F] and hidden states [L, H]
 
 
-class FeatureFolder(MutableMapping[Key, Said]):
+class FeatureFolder:
     """{tokens: (features, hidden)} in safetensors files of a folder, read memory-mapped.
 
     Files appear whole, so a run that was killed finds what it had written. The folder says which
@@ -88,19 +87,11 @@ class FeatureFolder(MutableMapping[Key, Said]):
             for name, said in self._waiting.items()
             for what, x in zip(("features", "hidden"), said, strict=True)
         }
-        path = self.folder / f"{min(self._waiting)}-{os.getpid()}.safetensors"
+        contents = hashlib.sha256("".join(sorted(self._waiting)).encode()).hexdigest()[:32]
+        path = self.folder / f"{contents}.safetensors"
         write_bytes(path, save(tensors))
         self._where |= dict.fromkeys(self._waiting, path)
         self._waiting, self._size = {}, 0
-
-    def __delitem__(self, key: Key) -> None:
-        raise TypeError("features are only added")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter({**self._where, **self._waiting})
-
-    def __len__(self) -> int:
-        return len(self._where) + len(self._waiting)
 
 
 def _name(key: object) -> str:

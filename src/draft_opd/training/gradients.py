@@ -26,7 +26,9 @@ def _cross_entropy(draft, _target, labels, vocabulary) -> tuple[Tensor, Tensor]:
     if vocabulary is None:
         at, known = labels[:, None], None
     else:
-        at = torch.searchsorted(vocabulary, labels).clamp_max(len(vocabulary) - 1)[:, None]
+        order = vocabulary.argsort()
+        found = torch.searchsorted(vocabulary, labels, sorter=order)
+        at = order[found.clamp_max(len(vocabulary) - 1)][:, None]
         known = vocabulary[at[:, 0]] == labels
     scores = log_norm - draft.gather(-1, at)[:, 0]
     gradient = draft.sub_(log_norm[:, None]).exp_()

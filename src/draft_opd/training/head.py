@@ -72,6 +72,9 @@ class _ChunkedScore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, scoring):
         ctx.scoring, ctx.trained = scoring, ctx.needs_input_grad[1]
+        kind = hidden.device.type
+        enabled = torch.is_autocast_enabled(kind)
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind) if enabled else None, enabled)
         scores = hidden.new_empty(len(hidden), dtype=_wide(hidden.dtype))
         early = ctx.needs_input_grad[0] and not ctx.trained
         gradient = torch.empty_like(hidden) if early else None
@@ -90,11 +93,12 @@ class _ChunkedScore(torch.autograd.Function):
             return gradient * upstream[:, None].to(gradient.dtype), None, None
         hidden, weight = ctx.saved_tensors
         to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        back = multiplier(weight.t(), len(hidden))
-        for part, _, slope in ctx.scoring.chunks(hidden, weight, True):
-            slope = slope.mul_(upstream[part, None]).to(weight.dtype)
-            to_hidden[part] = back(slope).to(hidden.dtype)
-            to_weight.addmm_(slope.t(), hidden[part].to(weight.dtype))
+        with torch.autocast(*ctx.autocast):  # as it was: the same logits again
+            back = multiplier(weight.t(), len(hidden))
+            for part, _, slope in ctx.scoring.chunks(hidden, weight, True):
+                slope = slope.mul_(upstream[part, None]).to(weight.dtype)
+                to_hidden[part] = back(slope).to(hidden.dtype)
+                to_weight += slope.t() @ hidden[part].to(weight.dtype)
         return to_hidden, to_weight, None
 
 
@@ -131,8 +135,7 @@ def chunked_score(
             `teacher_weight` is always needed, for V.
         labels: [tokens], when the score looks at one token.
         draft_temperature: divides the drafter's logits.
-        vocabulary: [Vd] the target's ids of the draft vocabulary, ascending; other tokens have
-            q = 0.
+        vocabulary: [Vd] the target's ids of the draft vocabulary; other tokens have q = 0.
         chunk: tokens at a time; by default about 4M logits on a CPU, 16M on CUDA.
 
     Returns: [tokens] scores, float32 (float64 for float64 input), differentiable in `hidden` and,

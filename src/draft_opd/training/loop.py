@@ -313,7 +313,8 @@ class Run:
                 with self.clock("target"):
                     batch = self.source.batch(joint[start : start + ROWS])
                 with self.clock("trace"), self._autocast():
-                    traces += self._hindsight(batch, seed + start)
+                    # Used by later steps, when the drafter is another: what it drafted is kept.
+                    traces += self._hindsight(batch, seed + start, whole=with_cache)
             for group in groups:
                 self._rollouts.append((group, traces[: len(group)]))
                 traces = traces[len(group) :]
@@ -321,14 +322,14 @@ class Run:
         with self.clock("target"):
             return self.source.batch(rows, with_cache), traces
 
-    def _hindsight(self, batch: Batch, seed: int) -> Traces:
+    def _hindsight(self, batch: Batch, seed: int, whole: bool = False) -> Traces:
         kind = self.recipe.opd.trace
         if kind == "auto":
             size = len(batch.trajectories) * self.progress.extra.get("tau", 1.0)
             kind = "everywhere" if size < FEW else "walk"
         return hindsight_rollout(
             self.target, self.drafter, batch, self.length, self.recipe.sampling, seed,
-            whole=False, at_once=kind == "everywhere",
+            whole, at_once=kind == "everywhere",
         )  # fmt: skip
 
     # -- measuring --------------------------------------------------------------------------
