@@ -85,10 +85,11 @@ def to_lengths(text: str | None) -> list[int | str] | None:
     """2,4,auto as a list, ascending, "auto" last."""
     if text is None:
         return None
-    words = [w.strip() for w in text.split(",")]
-    numbers = ",".join(w for w in words if w != "auto")
-    found = to_numbers(numbers, "--draft-length") if numbers else []
-    return [*found, *(["auto"] if "auto" in words else [])]
+    words = {w.strip() for w in text.split(",")}
+    auto, numbers = words & {"auto"}, words - {"auto"}
+    if any(not w.isdecimal() or int(w) < 1 for w in numbers):
+        raise UserError(f"--draft-length {text}: give numbers from 1 on, as 2,4,8, or auto")
+    return [*sorted(map(int, numbers)), *auto]
 
 
 def one_length(text: str | None) -> int | str | None:
