@@ -161,6 +161,12 @@ def test_generate_reads_standard_input(trained_folder):
     ("arguments", "message"),
     [
         (["frobnicate"], "No such command"),
+        (["eval", "--target", "embedded", "--drafter", "RUN", "--tasks", "embedded"],
+         "it is a run folder, give"),
+        (["eval", "--target", "embedded", "--drafter", "DRAFTER", "--tasks", "embedded",
+          "--seed", "99999999999999999999999"], "seed"),
+        (["analyze", "--target", "embedded", "--drafter", "DRAFTER", "--trajectories", "/no.jsonl",
+          "--out", "DRAFTER/config.json"], "cannot create the folder"),
         (["inspect", "/nowhere"], "not a folder"),
         (["inspect", "."], "config.json"),
         (["eval", "--target", "embedded"], "drafter"),
@@ -209,8 +215,8 @@ def test_bad_input_gets_one_line(capsys, trained_folder, tmp_path, arguments, me
     other, good = tmp_path / "other.jsonl", tmp_path / "good.jsonl"
     other.write_text('{"prompt_ids": [1, 2], "response_ids": [5000]}\n')
     good.write_text('{"prompt_ids": [1, 2], "response_ids": [3, 4]}\n')
-    places = {"DRAFTER": trained_folder, "LONG": long, "OUT": tmp_path / "out",
-              "OTHER": other, "GOOD": good}  # fmt: skip
+    places = {"DRAFTER": trained_folder, "RUN": trained_folder.parent, "LONG": long,
+              "OUT": tmp_path / "out", "OTHER": other, "GOOD": good}  # fmt: skip
     assert message in refused(capsys, *[_put(a, places) for a in arguments])
 
 

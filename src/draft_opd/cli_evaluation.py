@@ -293,13 +293,14 @@ def analyze(
     from draft_opd.training.history import lineage
 
     screen = Screen(json)
+    make_folder(out)  # what cannot be written should be known before the work
     rows = read_trajectories(trajectories, limit=limit)
     model = to_target(target, device, dtype, trust_remote_code)
     check_trajectories(rows, model, trajectories)
     helper = to_drafter(drafter, model)
     with screen.progress("analyze", len(rows)) as update:
         value = analyse(model, helper, rows, draft_length=draft_length, progress=update)
-    path = make_folder(out) / "analysis.json"
+    path = out / "analysis.json"
     write_json(path, value)
     lead = f"{drafter} along its own traces on {len(rows)} trajectories of {target}."
     runs = lineage(drafter)

@@ -42,7 +42,7 @@ TopP = Annotated[float, typer.Option(help="1 keeps all tokens.")]
 Thinking = Annotated[
     bool | None, typer.Option("--thinking/--no-thinking", help="For templates that know it.")
 ]
-Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn.", min=0, max=2**32 - 1)]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest response.")]
 Config = Annotated[Path, typer.Option("--config", help="Recipe, YAML.")]
 Overrides = Annotated[

@@ -378,7 +378,9 @@ def read_config(folder: Path, kind: str) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{kind} folder '{folder}' has no config.json") from None
+        inside = [folder / n for n in ("last", "best") if (folder / n / "config.json").exists()]
+        hint = f": it is a run folder, give {' or '.join(map(str, inside))}" if inside else ""
+        raise UserError(f"{kind} folder '{folder}' has no config.json{hint}") from None
     except (ValueError, OSError) as error:
         raise UserError(f"'{path}' is not valid JSON ({error})") from error
     if not isinstance(config, dict):

@@ -186,7 +186,7 @@ class Recipe(_Section):
     steps: int = Field(ge=1, description="optimiser steps")
     batch_size: int = Field(16, ge=1, description="trajectories a forward")
     accumulate: int = Field(1, ge=1, description="forwards an optimiser step")
-    seed: int = Field(0, description="of weights, data order, anchors and sampling")
+    seed: int = Field(0, ge=0, lt=2**32, description="of weights, data order, anchors and sampling")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of forward and backward (autocast); weights stay float32"
     )
