@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 # torch's threads spin while they wait, and on a machine with other work to do they wait for each
-# other longer than they work. Short spinning costs nothing measurable where it is idle
+# other longer than they work. Short spinning costs little where it is idle
 # (benchmarks/threads.py). It is read when torch is loaded: nothing above may load it.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -26,6 +26,11 @@ class Sampling(BaseModel):
         return self.temperature == 0
 
     @property
+    def takes_argmax(self) -> bool:
+        """Whether drafts are the drafter's argmax, and so follow from the text alone."""
+        return self.greedy or self.draft == "argmax"
+
+    @property
     def filters(self) -> tuple[float, int, float]:
         """(temperature, top_k, top_p): what the target's text depends on."""
         return self.temperature, self.top_k, self.top_p

@@ -104,7 +104,7 @@ def text_chooser(
 
     states [rows, K, H]: the target's hidden states that its distributions follow from.
     """
-    if sampling.greedy or sampling.draft == "argmax":
+    if sampling.takes_argmax:
         return Sampling().chooser()
     return Conditional(
         sampling, text, known, sampling.probabilities(target.logits(states)), generator
@@ -130,7 +130,7 @@ def walk(
     Without `whole` an argmax draft is only followed until it goes wrong; later offsets may be -1.
     """
     sampling = sampling or Sampling()
-    follow = not whole and (sampling.greedy or sampling.draft == "argmax")
+    follow = not whole and sampling.takes_argmax
     generator = torch.Generator(ids.device).manual_seed(seed)
     ends = [len(t.ids) - 1 for t in trajectories]  # index of the last token
     anchors = [len(t.prompt_ids) - 1 for t in trajectories]

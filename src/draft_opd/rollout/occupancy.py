@@ -53,7 +53,7 @@ def text_acceptance(
         at = anchors[:, part]
         states = drafter.replay(target, context, at, ids.gather(1, at), text[:, part])
         logits = drafter.logits(target, states)
-        if sampling.greedy or sampling.draft == "argmax":
+        if sampling.takes_argmax:
             alpha[:, part] = (logits.argmax(-1) == text[:, part]).float()
             continue
         q = sampling.probabilities(logits).flatten(0, 1)

@@ -37,7 +37,7 @@ def hindsight_rollout(
     sampling = sampling or Sampling()
     with torch.inference_mode():
         context = drafter.context(target, batch.ids, batch.features)
-        if at_once and not whole and (sampling.greedy or sampling.draft == "argmax"):
+        if at_once and not whole and sampling.takes_argmax:
             return everywhere(target, drafter, batch.trajectories, batch.ids, context, length)
         return walk(
             target, drafter, batch.trajectories, batch.ids, context, length, batch.hidden,
