@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 
 from draft_opd.drafters import FAMILIES, Drafter
 from draft_opd.rollout.collect import collect
@@ -46,6 +47,13 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def forked() -> Forked:
+    server = Forked()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

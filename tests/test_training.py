@@ -70,7 +70,7 @@ def test_a_draft_followed_until_it_goes_wrong_makes_the_same_rounds(
     [
         ("sft", []),
         ("sft", ["optim.name=adamw"]),
-        ("opd", ["opd.trace_every=2", "data.cache_features=none"]),
+        ("opd", ["opd.trace_every=3", "data.cache_features=none"]),  # saved between two traces
         ("opd", ["opd.objective.kind=acceptance_aware", "accumulate=2"]),
     ],
 )
@@ -103,7 +103,7 @@ def test_a_resumed_run_ends_with_the_same_weights(
 
 def test_training_state_is_safetensors_and_the_checkpoint_is_a_drafter(trained_folder):
     assert {p.name for p in (trained_folder / "training").iterdir()} == {
-        "optimizer.safetensors", "progress.json",
+        "optimizer.safetensors", "progress.json", "files.json",
     }  # fmt: skip
     assert not list(trained_folder.rglob("*.pt")) and not list(trained_folder.rglob("*.bin"))
 
@@ -114,7 +114,7 @@ def test_a_folder_with_a_run_is_not_overwritten(target, recipe_for, tmp_path):
     with pytest.raises(d.UserError, match="--resume"):
         Run("sft", recipe, target=target)
     changed = recipe_for("sft", tmp_path / "run", "steps=1", "evaluation.every=1", "batch_size=4")
-    with pytest.raises(d.UserError, match="batch_size"):
+    with pytest.raises(d.UserError, match="changed: batch_size: 8 -> 4"):
         Run("sft", changed, target=target, resume=True)
 
 
@@ -153,13 +153,6 @@ def test_offsets_that_were_not_drafted_carry_no_loss(target, trained, heldout):
     assert blocks.valid[0, 0].tolist() == [True] * 3 + [False] * 12
 
 
-def test_a_kill_between_two_renames_loses_nothing(target, recipe_for, tmp_path):
-    recipe = recipe_for("sft", tmp_path / "run", "steps=2", "evaluation.every=2")
-    Run("sft", recipe, target=target).train()
-    (tmp_path / "run" / "last").rename(tmp_path / "run" / ".last.old")
-    assert Run("sft", recipe, target=target, resume=True).progress.step == 2
-
-
 def test_trajectories_of_another_target_are_refused(target, recipe_for, tmp_path):
     (tmp_path / "t.jsonl").write_text('{"prompt_ids": [1], "response_ids": [5000]}\n')
     recipe = recipe_for("sft", tmp_path / "r", f"data.trajectories={tmp_path / 't.jsonl'}")
@@ -176,7 +169,6 @@ def test_trajectories_of_another_target_are_refused(target, recipe_for, tmp_path
         (["steps=many"], "'steps'.*got 'many'"),
         (["steps"], "is not KEY=VALUE"),
         (["opd.objective.kind=mse"], "'opd.objective.kind'"),
-        (["opd.trace_every=7"], "multiple of opd.trace_every"),
         (["opd.objective.kind=total_variation", "opd.objective.estimator=k3"], "KL divergence"),
         (["steps.x=1"], "is a value, not a section"),
         (["model=[}"], "not valid YAML"),

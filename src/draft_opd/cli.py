@@ -45,8 +45,8 @@ from draft_opd.cli_options import (
     to_widths,
 )
 from draft_opd.cli_serving import check_serving, online
-from draft_opd.console import Screen, facts
-from draft_opd.errors import UserError
+from draft_opd.console import Screen, ending, facts
+from draft_opd.errors import Failure, UserError
 
 app = typer.Typer(
     name="draft-opd",
@@ -158,21 +158,24 @@ def collect(
 def _train(stage: str, config: Path, overrides: list[str] | None, resume: bool, json: bool) -> None:
     from draft_opd.training.config import load_recipe
     from draft_opd.training.loop import Run
+    from draft_opd.training.parallel import joined
 
-    screen = Screen(json)
     recipe = load_recipe(config, overrides or [], stage)
-    run = Run(stage, recipe, resume=resume)
-    seen = {"loss": float("nan"), "tau": float("nan")}
-    with screen.progress(stage, recipe.steps) as update:
+    with joined(recipe.parallel) as group:
+        screen = Screen(json, silent=not group.first)
+        run = Run(stage, recipe, resume=resume, group=group)
+        seen: dict[str, str] = {}
+        with screen.progress(stage, recipe.steps) as update, ending(run.stop):
 
-        def show(line: dict) -> None:
-            seen.update({k: line[k] for k in seen if k in line})
-            update(line["step"], f"loss {seen['loss']:.3f}  held-out τ {seen['tau']:.3f}")
+            def show(line: dict) -> None:
+                names = {"loss": "loss", "tau": "held-out τ"}
+                seen.update({n: f"{n} {line[k]:.3f}" for k, n in names.items() if k in line})
+                update(line["step"], "  ".join(seen.values()))
 
-        run.on_metrics = show
-        result = run.train()
-    value = result.as_dict()
-    screen.result(value, facts(f"{stage}: {result.out}", value))
+            run.on_metrics = show
+            result = run.train()
+        value = result.as_dict()
+        screen.result(value, facts(f"{stage}: {result.out}", value))
 
 
 @app.command(
@@ -337,7 +340,8 @@ def inspect(
 
 
 def main() -> None:
-    """Entry point: 0 done, 2 the input is wrong (one line), 1 anything else."""
+    """Entry point: 0 done, 2 the input is wrong (one line), 75 stopped on request with everything
+    saved, 1 anything else."""
     sys.exit(run(sys.argv[1:]))
 
 
@@ -347,6 +351,8 @@ def run(arguments: list[str]) -> int:
         return app(arguments or ["--help"], standalone_mode=False) or 0
     except UserError as error:
         return _complain(str(error))
+    except Failure as error:
+        return _complain(str(error), error.status)
     except (KeyboardInterrupt, EOFError):
         sys.stderr.write("stopped\n")
         return 1
@@ -364,9 +370,10 @@ def run(arguments: list[str]) -> int:
         return 1
 
 
-def _complain(message: str) -> int:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
-    return 2
+def _complain(message: str, status: int = 2) -> int:
+    kind = "error: " if status < 3 else ""
+    sys.stderr.write(f"{kind}{' '.join(message.split())}\n")
+    return status
 
 
 if __name__ == "__main__":

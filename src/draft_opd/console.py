@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,19 +27,23 @@ def _console(stream) -> Console:
 
 
 class Screen:
-    """With `as_json` nothing but one JSON object reaches standard output."""
+    """With `as_json` nothing but one JSON object reaches standard output; a silent one says
+    nothing (the other processes of a group)."""
 
-    def __init__(self, as_json: bool = False):
-        self.as_json = as_json
+    def __init__(self, as_json: bool = False, silent: bool = False):
+        self.as_json, self.silent = as_json, silent
         self.log = _console(sys.stderr)
         self.out = self.log if as_json else _console(sys.stdout)
 
     def say(self, text: str) -> None:
         """A line about the work, on standard error."""
-        self.log.print(text, markup=False)
+        if not self.silent:
+            self.log.print(text, markup=False)
 
     def result(self, value: dict, *shown) -> None:
         """The command's result: `value` as JSON, or what was made to be read."""
+        if self.silent:
+            return
         if self.as_json:
             sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
             sys.stdout.flush()
@@ -48,7 +54,7 @@ class Screen:
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Update]:
         """A bar on a terminal; a line every few seconds anywhere else."""
-        if not self.log.is_terminal:
+        if self.silent or not self.log.is_terminal:
             yield self._lines(title, total)
             return
         columns = (
@@ -78,6 +84,29 @@ class Screen:
                 self.say(f"{title}: {done}/{total}  {shown['note']}".rstrip())
 
         return update
+
+
+@contextmanager
+def ending(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM, and Ctrl-C once, call `stop`; the next one acts as it always does."""
+    before = {}
+
+    def once(number: int, _frame) -> None:
+        signal.signal(number, before[number])
+        sys.stderr.write("stopping after this step; once more: at once\n")
+        stop()
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():  # others get no signals
+        yield
+        return
+    for number in numbers:
+        before[number] = signal.signal(number, once)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
 
 
 def table(title: str, columns: list[str], rows: list[list]) -> Table:

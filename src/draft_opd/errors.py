@@ -1,4 +1,4 @@
-"""The one exception that means "the user's input is wrong"."""
+"""Exceptions whose message is one line for the user; the command line shows no traceback."""
 
 
 class UserError(Exception):
@@ -6,3 +6,15 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class Failure(Exception):
+    """Work that could not go on, through no fault of the input: status 1, the same one line."""
+
+    status = 1
+
+
+class Stopped(Failure):
+    """Ended on request, everything saved: status 75 (sysexits' "try again later")."""
+
+    status = 75

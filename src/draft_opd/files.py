@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from draft_opd.errors import UserError
 
 
@@ -21,6 +23,18 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    try:
+        number = os.open(path, os.O_RDONLY)
+    except OSError:  # some systems do not open folders
+        return
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def write_parts(path: Path, parts: Iterable[bytes]) -> None:
     """Writes beside, syncs, renames. Raises `UserError` where the place cannot be written."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -31,7 +45,9 @@ def write_parts(path: Path, parts: Iterable[bytes]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync(path.parent)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write '{path}' ({error.strerror})") from error
 
 
@@ -63,26 +79,35 @@ def recover_folder(folder: Path) -> None:
 
 
 @contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder that takes the place of `folder` when the block ends well."""
+def replace_folder(folder: Path, keep: Path | None = None) -> Iterator[Path]:
+    """Yields an empty folder that takes the place of `folder` when the block ends well.
+
+    The old content goes to `keep`, or away. Raises `UserError` where nothing can be written.
+    """
     folder = folder.resolve()
     make_folder(folder.parent)
-    recover_folder(folder)
+    if keep is None:
+        recover_folder(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    old = keep or _old(folder)
     try:
+        temporary.mkdir()
         yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        old = _old(folder)
+        for path in (temporary, *temporary.rglob("*")):
+            sync(path)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
+            old.parent.mkdir(exist_ok=True)
             os.replace(folder, old)
         os.replace(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        sync(folder.parent)
+        if keep is None:
+            shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write '{folder}' ({reason})") from error
     finally:
-        recover_folder(folder)
+        if keep is None:
+            recover_folder(folder)
         shutil.rmtree(temporary, ignore_errors=True)

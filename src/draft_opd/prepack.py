@@ -98,6 +98,14 @@ class PrepackedLinear(nn.Linear):
         return kept[2]
 
 
+def unpack(module: nn.Module) -> None:
+    """Undoes `prepack`: where weights come and go (sharded ones), a kept copy would be stale."""
+    for part in module.modules():
+        if type(part) is PrepackedLinear:
+            part.__class__ = nn.Linear
+            del part._kept, part._least
+
+
 def prepack(module: nn.Module) -> None:
     """Lets every plain nn.Linear of a module on a CPU multiply with packed weights, from its next
     use on. This takes as much memory again as the matrices do."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from draft_opd.errors import UserError
 from draft_opd.grouped import use_grouped
 from draft_opd.prepack import prepack
 from draft_opd.text import EMBEDDED, TargetText, resolve_path
+
+if TYPE_CHECKING:
+    from draft_opd.training.parallel import Group
 
 
 @dataclass
@@ -49,6 +53,7 @@ class Target(TargetText):
         self.head = model.get_output_embeddings()
         self.vocab_size = self.head.weight.shape[0]
         self._narrow_head: Tensor | None = None
+        self.sharded = False
         self._takes_booleans = use_grouped(model)
         if prepacked:
             prepack(model)
@@ -117,6 +122,11 @@ class Target(TargetText):
                 f"target '{self.name}' transforms its logits after the LM head "
                 "(soft-capping or scaling), which is not supported yet"
             )
+
+    def split(self, group: Group) -> None:
+        """Leaves every process of a group its part; then all must call upon it equally often."""
+        group.split_target(self.model, self.decoder, self.config)
+        self.sharded = True
 
     @property
     def device(self) -> torch.device:

@@ -323,20 +323,25 @@ class Drafter(nn.Module):
 
         verifier: write speculators' layout instead of the family's own. card: README.md.
         """
+        config, tensors = self.config_dict(), self.tensors()
+        if verifier is not None:
+            config, tensors = self.speculators_files(verifier)
+        dtype = dtype or next(self.parameters()).dtype
         with replace_folder(Path(folder)) as temporary:
-            config, tensors = self.config_dict(), self.tensors()
-            if verifier is not None:
-                config, tensors = self.speculators_files(verifier)
             if card is not None:
                 (temporary / "README.md").write_text(card, encoding="utf-8")
-            dtype = dtype or next(self.parameters()).dtype
-            config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
-            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            tensors = {
-                k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous()
-                for k, v in tensors.items()
-            }
-            save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+            write_model(temporary, config, tensors, dtype)
+
+
+def write_model(folder: Path, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """config.json and model.safetensors in an existing folder."""
+    config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {
+        k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous()
+        for k, v in tensors.items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def over_target(logits: Tensor, vocabulary: Tensor | None, size: int) -> Tensor:

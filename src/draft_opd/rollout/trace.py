@@ -29,6 +29,16 @@ def tau(rounds: Iterable[Round]) -> float:
     return sum(lengths) / len(lengths) if lengths else 0.0
 
 
+def tau_of(counts: Sequence[int]) -> float:
+    """The same from `by_accepted`'s counts.
+
+    >>> tau_of([1, 0, 0, 1])
+    2.5
+    """
+    rounds = sum(counts)
+    return sum((n + 1) * c for n, c in enumerate(counts)) / rounds if rounds else 0.0
+
+
 def by_accepted(rounds: Iterable[Round], length: int) -> list[int]:
     """How many rounds accepted 0, 1, .. `length` tokens."""
     counts = [0] * (length + 1)

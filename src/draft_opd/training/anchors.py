@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,24 +22,26 @@ from draft_opd.training.objectives import needs_branches
 
 def random_anchors(batch: Batch, count: int | list[int], seed: str) -> list[list[int]]:
     """Distinct response anchors a row, uniform over positions that have a next token."""
-    rng = random.Random(seed)
     rows = []
     for i, t in enumerate(batch.trajectories):
+        rng = random.Random(f"{seed}/{batch.numbers[i]}")
         first, last = len(t.prompt_ids) - 1, len(t.ids) - 2
         wanted = count if isinstance(count, int) else count[i]
         rows.append(sorted(rng.sample(range(first, last + 1), min(wanted, last + 1 - first))))
     return rows
 
 
-def choose_rounds(traces: Traces, options: Opd, length: int, seed: str) -> Traces:
+def choose_rounds(
+    traces: Traces, options: Opd, length: int, seed: str, numbers: Sequence[int] = ()
+) -> Traces:
     """The rounds to replay: every `stride`-th, at most `max_anchors` (and `max_tokens` worth of
-    blocks) a trajectory, drawn without replacement, in order."""
-    rng = random.Random(seed)
+    blocks) a trajectory, drawn without replacement, in order. `numbers`: the rows', see `Batch`."""
     limit = options.max_anchors
     if options.max_tokens is not None:
         limit = max(1, min(limit, options.max_tokens // length))
     chosen = []
-    for trace in traces:
+    for number, trace in zip(numbers or range(len(traces)), traces, strict=True):
+        rng = random.Random(f"{seed}/{number}")
         kept = trace[rng.randrange(options.stride) :: options.stride] or trace[:1]
         drawn = rng.sample(range(len(kept)), min(limit, len(kept)))
         chosen.append([kept[i] for i in sorted(drawn)])
@@ -56,7 +59,7 @@ def choose_blocks(
     seed: str,
 ) -> Blocks:
     """What is replayed: rounds of the trace, or other anchors with the same number of blocks."""
-    rounds = choose_rounds(traces, options, length, seed)
+    rounds = choose_rounds(traces, options, length, seed, batch.numbers)
     if options.anchors == "trace":
         anchors = [[r.anchor for r in row] for row in rounds]
         partly = any(-1 in r.drafted for row in rounds for r in row)
@@ -100,9 +103,9 @@ def _by_occupancy(
             target, drafter, context, batch.ids, batch.hidden, blocks.anchors, length, sampling
         )
         begins = occupancy(alpha, blocks.valid)
-    rng = random.Random(seed)
     found = [
-        draw_by_weight(row.tolist(), options.max_anchors, rng.random()) for row in begins.cpu()
+        draw_by_weight(row, options.max_anchors, random.Random(f"{seed}/{number}").random())
+        for number, row in zip(batch.numbers, begins.tolist(), strict=True)
     ]
     anchors = [[every[i][j] for j, _ in row] for i, row in enumerate(found)]
     weights = torch.zeros(len(found), max(map(len, found)), device=batch.device)

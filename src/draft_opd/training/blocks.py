@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,8 +86,10 @@ def replay(
     blocks: Blocks,
     states: Tensor | None = None,
     objective: Objective | None = None,
+    total: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> Replay:
-    """Replays the blocks, with gradient; `states` [batch, A, K, Ht] are the target's."""
+    """Replays the blocks, with gradient; `states` [batch, A, K, Ht] are the target's; `total` as
+    in `Replay`."""
     temperatures = (
         {}
         if objective is None
@@ -110,5 +112,6 @@ def replay(
         vocabulary=drafter.vocabulary,
         sees_drafts=drafter.sees_drafts,
         draftable=drafter.can_draft(blocks.labels).flatten(0, 1),
+        total=total,
         **temperatures,
     )

@@ -1,49 +1,175 @@
-"""Checkpoints: a standard drafter folder with the training state in a folder of its own."""
+"""Checkpoints: standard drafter folders with the training state in a folder of its own.
+
+A run folder holds the newest as `last` and those before it as `checkpoints/step-…`. Each lists the
+hashes of its files, so that a torn or altered one is known and the one before it is used.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import os
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from draft_opd.drafters.base import Drafter
+from draft_opd.drafters.base import write_model
 from draft_opd.errors import UserError
 from draft_opd.files import replace_folder
 from draft_opd.training.optimizer import Optimizer
 
 STATE = "training"
+HASHES = f"{STATE}/files.json"
+PROGRESS = f"{STATE}/progress.json"
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class Progress:
-    """Where a run stands. Data order, anchors and traces follow from the step alone."""
+    """Where a run stands. Data order, anchors and random states follow from the step alone.
+
+    evaluated: the last step whose held-out τ is known. made_of: what the run trains on, by hash.
+    traces: those that later steps will replay, by forward; see `rollouts.Rollouts`.
+    """
 
     step: int = 0
+    evaluated: int = -1
+    start_tau: float | None = None
+    tau: float = 0.0
     best_tau: float = -1.0
     best_step: int = 0
     supervised: int = 0
     seconds: float = 0.0
-    extra: dict = field(default_factory=dict)
+    skipped: int = 0  # steps in a row that were not finite
+    made_of: dict[str, str] = field(default_factory=dict)
+    traces: list = field(default_factory=list)
 
 
-def save_checkpoint(
-    folder: Path, drafter: Drafter, optimizer: Optimizer, progress: Progress
-) -> None:
-    """Replaces `folder` at once; the drafter in it can be used as it is."""
-    with replace_folder(folder) as temporary:
-        drafter.save_pretrained(temporary)
-        (temporary / STATE).mkdir()
-        save_file(optimizer.state(), temporary / STATE / "optimizer.safetensors")
-        (temporary / STATE / "progress.json").write_text(json.dumps(asdict(progress), indent=2))
+@dataclass
+class State:
+    """What a checkpoint holds: config.json, the drafter's tensors, the optimiser's, progress."""
+
+    config: dict
+    drafter: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    progress: Progress
+
+    def write(self, folder: Path) -> None:
+        """Into an existing, empty folder, which can then be used as a drafter."""
+        dtype = next(t.dtype for t in self.drafter.values() if t.is_floating_point())
+        write_model(folder, self.config, self.drafter, dtype)
+        (folder / STATE).mkdir()
+        save_file(self.optimizer, folder / STATE / "optimizer.safetensors")
+        (folder / PROGRESS).write_text(json.dumps(asdict(self.progress)))
+        _write_hashes(folder)
+
+
+def _files(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): _hash(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder) != Path(HASHES)
+    }
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_hashes(folder: Path) -> None:
+    (folder / HASHES).write_text(json.dumps(_files(folder), indent=2))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None when its files are what was written."""
+    try:
+        recorded = json.loads((folder / HASHES).read_text(encoding="utf-8"))
+        found = _files(folder)
+    except (OSError, ValueError) as error:
+        return f"{HASHES} cannot be read ({type(error).__name__})"
+    if not isinstance(recorded, dict):
+        return f"{HASHES} is no list of files"
+    for name in sorted(recorded.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        # What somebody laid beside is none of ours, and changes nothing.
+        if name in recorded and recorded[name] != found[name]:
+            return f"{name} is not what was written"
+    return None
+
+
+class Checkpoints:
+    """Those of a run folder. keep: how many before the newest stay."""
+
+    def __init__(self, out: Path, keep: int = 1):
+        self.out, self.keep = out, keep
+        self.last, self.older = out / "last", out / "checkpoints"
+        self._step: int | None = None  # of `last`, where that is sound
+
+    def save(self, state: State) -> None:
+        """Makes it the newest: written beside, synced, renamed; then old ones are removed."""
+        before = None if self._step is None else self.older / f"step-{self._step:08d}"
+        if before is None and self.last.exists():
+            before = self.older / "unknown"
+        with replace_folder(self.last, keep=before) as folder:
+            state.write(folder)
+        self._step = state.progress.step
+        for folder in self._older()[self.keep :]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _older(self) -> list[Path]:
+        return sorted(self.older.glob("step-*"), reverse=True)
+
+    def newest(self) -> Path | None:
+        """The newest sound one; None where there is none at all.
+
+        Warns of damaged ones that are newer. Raises `UserError` when all are damaged.
+        """
+        found = [p for p in (self.last, *self._older()) if (p / STATE).is_dir()]
+        damaged = []
+        for folder in found:
+            problem = damage(folder)
+            if problem is None:
+                break
+            damaged.append(f"'{folder}' ({problem})")
+        else:
+            if damaged:
+                raise UserError(
+                    f"no checkpoint can be resumed from: {', '.join(damaged)} damaged; start again "
+                    "in another `out`, from a drafter folder if one still loads"
+                )
+            return None
+        if damaged:
+            log.warning("damaged: %s; going on from '%s'", ", ".join(damaged), folder)
+        if folder != self.last and self.last.exists():
+            aside = self.out / "last.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(self.last, aside)
+        if folder == self.last:
+            self._step = read_progress(folder).step
+        return folder
+
+
+def read_progress(folder: Path) -> Progress:
+    """Raises `UserError` when there is none."""
+    try:
+        return Progress(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"'{folder}' is not a checkpoint to resume from ({error})") from error
 
 
 def load_checkpoint(folder: Path, optimizer: Optimizer) -> Progress:
     """Fills the optimiser's state; the drafter's own weights are loaded with the folder."""
     try:
-        progress = Progress(**json.loads((folder / STATE / "progress.json").read_text()))
         optimizer.load_state(load_file(folder / STATE / "optimizer.safetensors"))
     except Exception as error:
         raise UserError(f"'{folder}' is not a checkpoint to resume from ({error})") from error
-    return progress
+    return read_progress(folder)

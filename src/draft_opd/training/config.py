@@ -59,6 +59,11 @@ class Optim(_Section):
     weight_decay: float = Field(0.0, ge=0, description="decoupled")
     betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
     clip: float = Field(1.0, gt=0, description="gradient norm")
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="at a loss or gradient that is not finite; either way the step is saved in "
+        "nonfinite/ for replay. Ten skipped steps in a row stop as well",
+    )
 
 
 class Sft(_Section):
@@ -175,6 +180,23 @@ class Evaluation(_Section):
     every: int = Field(50, ge=1, description="steps between measurements of held-out τ")
 
 
+class Parallel(_Section):
+    """Several processes (torchrun, accelerate launch); the run they make does not depend on it."""
+
+    drafter: Literal["replicate", "shard"] = Field(
+        "replicate", description="whole in every process (DDP), or in parts (FSDP2)"
+    )
+    target: Literal["replicate", "shard"] = Field(
+        "replicate", description="the same, for the frozen target"
+    )
+    tensor: int = Field(
+        1, ge=1, description="processes that share one target by tensor parallelism (its tp_plan)"
+    )
+    timeout: float = Field(
+        600.0, gt=0, description="seconds after which a process gives up waiting for the others"
+    )
+
+
 class Recipe(_Section):
     """A run of one stage."""
 
@@ -200,6 +222,10 @@ class Recipe(_Section):
     evaluation: Evaluation = Field(Evaluation(), description="held-out τ")
     online: Online | None = Field(None, description="for `draft-opd online`")
     save_every: int | None = Field(None, ge=1, description="steps; default: as evaluation.every")
+    keep_checkpoints: int = Field(
+        1, ge=1, description="checkpoints before the last that stay, in case that is damaged"
+    )
+    parallel: Parallel = Field(Parallel(), description="several processes; may change on --resume")
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = Field(
         "none", description="where metrics go beside metrics.jsonl; may change on --resume"
     )
@@ -210,11 +236,6 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.save_interval % self.opd.trace_every:
-            raise ValueError(
-                f"save_every ({self.save_interval}) must be a multiple of opd.trace_every "
-                f"({self.opd.trace_every}), so that a resumed run has the same traces"
-            )
         objective = self.opd.objective
         single = objective.estimator in ("k1", "k2", "k3", "bernoulli")
         if single and objective.kind in ("total_variation", "log_overlap"):
@@ -226,6 +247,14 @@ class Recipe(_Section):
             raise ValueError("data.features goes with data.cache_features: disk")
         if objective.accepted_weight + objective.rejected_weight == 0:
             raise ValueError("accepted_weight and rejected_weight cannot both be 0")
+        if self.parallel.target == "shard":
+            for key, value, needed in (
+                ("parallel.tensor", self.parallel.tensor, 1),
+                ("data.cache_features", self.data.cache_features, "none"),
+                ("opd.rollout", self.opd.rollout, "hindsight"),
+            ):
+                if value != needed:
+                    raise ValueError(f"parallel.target: shard needs {key}: {needed}, not {value}")
         return self
 
     @property

@@ -20,7 +20,8 @@ from draft_opd.training.features import FeatureFolder, Key, Said
 class Batch:
     """ids [batch, L] right-padded; features [batch, L, F]; hidden [batch, L, H] before the LM head.
 
-    `cache` holds the target's keys and values of the trajectories, when asked for.
+    `cache` holds the target's keys and values of the trajectories, when asked for. `numbers`: the
+    rows' places in the batch that processes share; what is drawn depends on them alone.
     """
 
     trajectories: list[Trajectory]
@@ -28,6 +29,10 @@ class Batch:
     features: Tensor
     hidden: Tensor
     cache: PositionCache | None = None
+    numbers: Sequence[int] = ()
+
+    def __post_init__(self):
+        self.numbers = self.numbers or range(len(self.trajectories))
 
     @property
     def starts(self) -> Tensor:
@@ -64,32 +69,38 @@ class BatchSource:
             self.known = other.known
 
     def batch(
-        self, trajectories: list[Trajectory], with_cache: bool = False, remember: bool = True
+        self,
+        trajectories: list[Trajectory],
+        with_cache: bool = False,
+        remember: bool = True,
+        numbers: Sequence[int] = (),
     ) -> Batch:
         """`with_cache`: the target's keys and values too. Texts that will not come again should
-        not be remembered."""
+        not be remembered. `numbers`: see `Batch`."""
         ids = pad_rows([t.ids for t in trajectories], self.target.device)
-        keys = [tuple(t.ids) for t in trajectories]
-        if self.known is not None and not with_cache and all(k in self.known for k in keys):
-            pairs = [self.known[k] for k in keys]
-            features, hidden = (
-                torch.nn.utils.rnn.pad_sequence([p[i] for p in pairs], batch_first=True)
-                .to(self.target.device)
-                .to(self.target.dtype)
-                for i in (0, 1)
-            )
-            return Batch(trajectories, ids, features, hidden)
         cache = self.target.cache(ids.shape[1]) if with_cache else None
-        out = self.target.trajectories(ids, self.layers, cache)
-        features, hidden = out.features, out.hidden
-        if self.known is not None and remember:
-            stored = [x.to(self.dtype) for x in (features, hidden)]
-            for row, key in enumerate(keys):
-                if key not in self.known:
-                    self.known[key] = tuple(x[row, : len(key)].clone().cpu() for x in stored)
-            # The first time is as good as any later one.
-            features, hidden = (x.to(self.target.dtype) for x in stored)
-        return Batch(trajectories, ids, features, hidden, cache)
+        if self.known is None or not remember:
+            out = self.target.trajectories(ids, self.layers, cache)
+            return Batch(trajectories, ids, out.features, out.hidden, cache, numbers)
+        if cache is not None:
+            self.target.trajectories(ids, (), cache)
+        features, hidden = (
+            torch.nn.utils.rnn.pad_sequence(list(said), batch_first=True)
+            .to(self.target.device)
+            .to(self.target.dtype)
+            for said in zip(*map(self._said, trajectories), strict=True)
+        )
+        return Batch(trajectories, ids, features, hidden, cache, numbers)
+
+    def _said(self, trajectory: Trajectory) -> Said:
+        """What the target says of it; asked the first time, by itself: in a batch it would depend,
+        in its last bits, on the others there, which are others when a run is resumed."""
+        key = tuple(trajectory.ids)
+        if key not in self.known:
+            ids = torch.tensor([key], device=self.target.device)
+            out = self.target.trajectories(ids, self.layers)
+            self.known[key] = tuple(x[0].to(self.dtype).cpu() for x in (out.features, out.hidden))
+        return self.known[key]
 
 
 def batch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -98,13 +98,18 @@ def _name(key: object) -> str:
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
 
-def about_features(target: Target, layers: Sequence[int], dtype: torch.dtype) -> dict:
-    """What features depend on. The target is known by some of its weights: its name could lie."""
+def fingerprint(target: Target) -> str:
+    """Knows a target by some of its weights: its name could lie."""
     digest = hashlib.sha256()
     for weight in (target.head.weight, *list(target.decoder.parameters())[-4:]):
         digest.update(weight.detach()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def about_features(target: Target, layers: Sequence[int], dtype: torch.dtype) -> dict:
+    """What features depend on."""
     return {
-        "weights": digest.hexdigest()[:16],
+        "weights": fingerprint(target),
         "layers": list(layers),
         "dtype": str(dtype).removeprefix("torch."),
     }

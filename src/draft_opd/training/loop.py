@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+import shutil
 import time
+from array import array
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -13,27 +19,28 @@ import torch
 from pydantic import ValidationError
 
 from draft_opd.drafters.base import FAMILIES, Drafter
-from draft_opd.errors import UserError
-from draft_opd.files import recover_folder
-from draft_opd.rollout.trace import Traces, tau
+from draft_opd.errors import Failure, Stopped, UserError
+from draft_opd.files import recover_folder, replace_folder, write_json
+from draft_opd.rollout.trace import by_accepted, tau_of
 from draft_opd.rollout.trajectory import Trajectory, check_trajectories, read_trajectories
 from draft_opd.target import Target
-from draft_opd.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from draft_opd.training import nonfinite
+from draft_opd.training.checkpoint import Checkpoints, Progress, State, load_checkpoint
 from draft_opd.training.config import Model, Recipe
-from draft_opd.training.data import Batch, BatchSource, batch_at, cut
-from draft_opd.training.features import FeatureFolder, about_features
-from draft_opd.training.objectives import needs_branches
-from draft_opd.training.opd import hindsight_rollout, live_rollout, opd_loss
+from draft_opd.training.data import BatchSource, batch_at, cut
+from draft_opd.training.features import FeatureFolder, about_features, fingerprint
+from draft_opd.training.opd import opd_loss
 from draft_opd.training.optimizer import Optimizer
+from draft_opd.training.parallel import Group, lost_peers, whole
 from draft_opd.training.record import Record, check_folder
+from draft_opd.training.rollouts import ROWS, Rollouts
 from draft_opd.training.sft import sft_loss
 from draft_opd.training.stopwatch import Stopwatch
 from draft_opd.training.tracking import check_tracker
 
 Stage = Literal["sft", "opd"]
-FEW = 3.0  # trajectories times τ below which drafting at every position is faster
-ROWS = 32  # trajectories that one trace forward looks at: more would only take memory
 OnMetrics = Callable[[dict], None]
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -106,9 +113,12 @@ class Run:
         after: Run | None = None,
         resume: bool = False,
         on_metrics: OnMetrics | None = None,
+        group: Group | None = None,
     ):
-        """`after`: an earlier run, whose target and remembered features serve again."""
+        """`after`: an earlier run, whose target and remembered features serve again. `group`: the
+        processes that train together (`parallel.joined`)."""
         self.stage, self.recipe, self.on_metrics = stage, recipe, on_metrics
+        self.group = group or Group()
         self.out = Path(recipe.out)
         check_folder(recipe, resume)
         check_tracker(recipe.tracker)
@@ -117,17 +127,18 @@ class Run:
         # Trajectories before the target: a bad file should not cost a model's loading time.
         self.train_set = self._read(recipe.data.trajectories, recipe.data.limit)
         self.held_out = self._read(recipe.data.heldout, recipe.data.heldout_limit)
-        self.target = (
-            target
-            or (after and after.target)
-            or Target.from_pretrained(recipe.target, trust_remote_code=recipe.trust_remote_code)
-        )
+        self._check_sizes()
+        self._before_split = ""  # the target's fingerprint, which its parts would change
+        self.target = target or (after and after.target) or self._load_target()
         self._check_ids()
-        for folder in ("last", "best"):
-            recover_folder(self.out / folder)
-        resuming = resume and (self.out / "last" / "training").is_dir()
-        source = str(self.out / "last") if resuming else recipe.drafter
+        recover_folder(self.out / "best")
+        self.checkpoints = Checkpoints(self.out, recipe.keep_checkpoints)
+        self.group.wait()  # all have seen the folder as it was
+        begun = self.group.in_turn(lambda: self.checkpoints.newest() if resume else None)
+        if resume and not begun:
+            log.warning("nothing to resume in '%s': beginning at step 0", self.out)
         torch.manual_seed(recipe.seed)
+        source = str(begun) if begun else recipe.drafter
         if source:
             self.drafter = Drafter.from_pretrained(source, device=self.target.device)
             self.drafter.check_target(self.target)
@@ -135,31 +146,31 @@ class Run:
             self.drafter = self._create()
         self.drafter.gradient_checkpointing = recipe.gradient_checkpointing
         self.length = self.drafter.checked_length(recipe.draft_length)
+        self.called = self.group.wrap(self.drafter)
         self.optimizer = Optimizer(self.drafter, recipe.optim)
-        self.progress = Progress()
-        if resuming:
-            self.progress = load_checkpoint(self.out / "last", self.optimizer)
-        dtype, layers = getattr(torch, recipe.data.cache_dtype), self.drafter.target_layers
-        self.features: FeatureFolder | None = None
-        if recipe.data.cache_features == "disk":
-            folder = Path(recipe.data.features or self.out / "features")
-            self.features = FeatureFolder(folder, about_features(self.target, layers, dtype))
-        keep = recipe.data.cache_features != "none"
-        known = self.features if self.features is not None else {} if keep else None
-        self.source = BatchSource(self.target, layers, known, dtype)
-        # The yardstick is never rounded: its features stay in the target's own type.
-        self.yardstick = BatchSource(self.target, layers, {} if keep else None, self.target.dtype)
-        if after is not None:
-            self.source.adopt(after.source)
-            self.yardstick.adopt(after.yardstick)
+        self.progress = load_checkpoint(begun, self.optimizer) if begun else Progress()
+        if len(set(self.group.collect(self.progress.step))) > 1:
+            raise UserError(f"not all processes see the same run folder '{self.out}': share it")
+        self._check_made_of()
+        self._sources(after)
         self.clock = Stopwatch(self.target.device)
-        self._rollouts: list[tuple[list[Trajectory], Traces]] = []
+        self.rollouts = Rollouts(
+            recipe, self.target, self.drafter, self.source, self._rows, self.length, self.group,
+            self._quietly, self.clock,
+        )  # fmt: skip
+        self.rollouts.load(self.progress.traces)
+        self._asked_to_stop = self.stopping = False
         about = {
             "stage": stage,
             "device": str(self.target.device),
+            "processes": self.group.world,
             "drafter_parameters": sum(p.numel() for p in self.drafter.parameters()),
         }
-        self.record = Record(recipe, about, self.progress.step)
+        self.record: Record | None = None
+        if self.group.first:
+            self.record = Record(recipe, about, self.progress.step, self.progress.evaluated)
+            self._mend_best(begun)
+        self._saved = (self.progress.step, self.progress.evaluated) if begun else None
 
     # -- setting up -------------------------------------------------------------------------
 
@@ -190,52 +201,125 @@ class Run:
         if any(tuple(t.prompt_ids) in seen for t in self.held_out):
             raise UserError("data.heldout shares prompts with data.trajectories: τ would flatter")
 
+    def _made_of(self) -> dict[str, str]:
+        """What a checkpoint belongs to."""
+        found = {"target": self._before_split or fingerprint(self.target)}
+        for name, rows in (("data.trajectories", self.train_set), ("data.heldout", self.held_out)):
+            digest = sha256()
+            for t in rows:
+                digest.update(array("q", [len(t.prompt_ids), len(t.ids), *t.ids]).tobytes())
+            found[name] = f"{len(rows)} trajectories, {digest.hexdigest()[:16]}"
+        return found
+
+    def _check_made_of(self) -> None:
+        now = self._made_of()
+        for name, before in self.progress.made_of.items():
+            if now[name] != before:
+                raise UserError(
+                    f"cannot resume '{self.out}': {name} is not what the run began with "
+                    f"({before} then, {now[name]} now): restore it, or set another `out`"
+                )
+        self.progress.made_of = now
+
     def _create(self) -> Drafter:
         said = [i for t in self.train_set for i in t.response_ids]
         counts = torch.bincount(torch.tensor(said), minlength=self.target.vocab_size)
         return new_drafter(self.recipe.model, self.target, counts)
 
+    def _sources(self, after: Run | None) -> None:
+        """Where batches come from, for training and for held-out τ."""
+        data, layers = self.recipe.data, self.drafter.target_layers
+        dtype = getattr(torch, data.cache_dtype)
+        self.features: FeatureFolder | None = None
+        if data.cache_features == "disk":
+            folder = Path(data.features or self.out / "features")
+            about = about_features(self.target, layers, dtype)
+            self.features = self.group.in_turn(lambda: FeatureFolder(folder, about))
+        keep = data.cache_features != "none"
+        known = self.features if self.features is not None else {} if keep else None
+        self.source = BatchSource(self.target, layers, known, dtype)
+        # The yardstick is never rounded: its features stay in the target's own type.
+        self.yardstick = BatchSource(self.target, layers, {} if keep else None, self.target.dtype)
+        if after is not None:
+            self.source.adopt(after.source)
+            self.yardstick.adopt(after.yardstick)
+
+    def _load_target(self) -> Target:
+        options = {"trust_remote_code": self.recipe.trust_remote_code}
+        if not self.group.split():
+            return Target.from_pretrained(self.recipe.target, **options)
+        # Whole it may fit the host's memory only.
+        dtype = "auto" if self.group.device.type == "cuda" else None
+        target = Target.from_pretrained(self.recipe.target, dtype=dtype, device="cpu", **options)
+        self._before_split = fingerprint(target)
+        target.split(self.group)
+        return target
+
+    def _check_sizes(self) -> None:
+        for name, count in (
+            ("batch_size", min(self.recipe.batch_size, len(self.train_set))),
+            ("data.heldout", len(self.held_out)),
+        ):
+            if count < self.group.size:
+                raise UserError(
+                    f"{name}: {count} trajectories cannot be shared by {self.group.size} "
+                    "processes: start fewer, or raise it"
+                )
+
     # -- training ---------------------------------------------------------------------------
 
+    def stop(self) -> None:
+        """Asks for an end after the step that is running, with everything saved (from a signal
+        handler, say): `train` then raises `Stopped`."""
+        self._asked_to_stop = True
+
     def train(self) -> RunResult:
-        """Runs to the last step; on a fresh run step 0 is evaluated first."""
+        """Runs to the last step; on a fresh run step 0 is evaluated first.
+
+        Raises `Stopped` when `stop` was called and `Failure` where it cannot go on.
+        """
         try:
-            result = self._train()
+            with lost_peers():
+                result = self._train()
         except BaseException:
-            self.record.close(failed=True)
+            if self.record:
+                self.record.close(failed=True)
             raise
-        self.record.close(failed=False)
+        if self.record:
+            self.record.close(failed=False)
         return result
 
     def _train(self) -> RunResult:
-        r = self.recipe
-        if self.progress.step == 0:
-            self.progress.extra["start"] = self._evaluate(0)
-        last_tau = self.progress.extra.get("tau", 0.0)
-        while self.progress.step < r.steps:
-            step = self.progress.step
-            began = time.perf_counter()
-            figures = self._step(step)
-            self.progress.step = step + 1
-            self.progress.supervised += figures["supervised"]
-            self.progress.seconds += time.perf_counter() - began
-            seconds = {"all": time.perf_counter() - began, **self.clock.take()}
-            self._record({"step": step + 1, **figures, "seconds": seconds})
-            done = step + 1 == r.steps
-            if done or (step + 1) % r.evaluation.every == 0:
-                last_tau = self._evaluate(step + 1)
-            if done or (step + 1) % r.save_interval == 0:
-                if self.features is not None:
-                    self.features.flush()
-                save_checkpoint(self.out / "last", self.drafter, self.optimizer, self.progress)
-        p = self.progress
+        p, r = self.progress, self.recipe
+        while True:
+            last = p.step == r.steps
+            better = False
+            due = last or p.step % r.evaluation.every == 0
+            if due and p.evaluated < p.step and not self._stop_now():
+                better = self._evaluate()
+            if last or better or p.step % r.save_interval == 0 or self._stop_now():
+                self._save()
+            if better and self.group.first:
+                self._save_best(self.out / "last")  # behind the checkpoint that names it
+            if self._stop_now():
+                raise Stopped(
+                    f"stopped at step {p.step} of {r.steps}, saved in '{self.out / 'last'}': go "
+                    "on with --resume"
+                )
+            if last:
+                break
+            self._step()
         return RunResult(
-            self.out, p.extra.get("start"), last_tau, p.best_tau, p.best_step, p.step, p.supervised,
-            p.seconds,
-        )  # fmt: skip
+            self.out, p.start_tau, p.tau, p.best_tau, p.best_step, p.step, p.supervised, p.seconds
+        )
+
+    def _stop_now(self) -> bool:
+        """In several processes: what they agreed upon with the last step's figures."""
+        return self.stopping if self.group.world > 1 else self._asked_to_stop
 
     def _record(self, line: dict) -> None:
-        self.record.line(line)
+        if self.record:
+            self.record.line(line)
         if self.on_metrics:
             self.on_metrics(line)
 
@@ -243,115 +327,180 @@ class Run:
         enabled = self.recipe.precision == "bfloat16"
         return torch.autocast(self.target.device.type, torch.bfloat16, enabled=enabled)
 
-    def _trajectories(self, index: int) -> list[Trajectory]:
+    def _rows(self, index: int) -> list[Trajectory]:
+        """The whole batch of the index-th forward."""
         lengths = [len(t.ids) for t in self.train_set]
         chosen = batch_at(lengths, self.recipe.batch_size, self.recipe.seed, index)
         return [self.train_set[i] for i in chosen]
 
-    def _step(self, step: int) -> dict:
-        r = self.recipe
+    def _quietly(self, part: Callable, *inputs):
+        """Without gradient; through the wrapper only where that gathers weights."""
+        with torch.no_grad():
+            sharded = self.group.world > 1 and self.recipe.parallel.drafter == "shard"
+            return self.called(part, *inputs) if sharded else part(*inputs)
+
+    def _forward(self, index: int) -> tuple[torch.Tensor, dict]:
+        """This process's part of the index-th forward's loss, and of its figures."""
+        r, seed = self.recipe, f"{self.recipe.seed}/{index}"
+        common = {"length": self.length, "seed": seed, "total": self.group.total}
+        self.drafter.eval()
+        if self.stage == "opd":
+            batch, traces = self.rollouts.batch(index)
+
+            def part():
+                return opd_loss(
+                    self.target, self.drafter, batch, traces, r.opd, sampling=r.sampling,
+                    clock=self.clock, **common,
+                )  # fmt: skip
+        else:
+            rows = self._rows(index)
+            with self.clock("target"), self._autocast():
+                batch = self.source.batch(
+                    self.group.share(rows), numbers=self.group.share(range(len(rows)))
+                )
+
+            def part():
+                with self.clock("forward"):
+                    return sft_loss(
+                        self.target, self.drafter, batch, anchors=r.sft.anchors,
+                        decay=r.sft.decay, **common,
+                    )  # fmt: skip
+
+        self.drafter.train()
+        with self._autocast():
+            return self.called(part)
+
+    def _step(self) -> None:
+        r, p = self.recipe, self.progress
+        step, began = p.step, time.perf_counter()
         rate = learning_rate(step, r.steps, r)
         self.optimizer.set_rate(rate)
+        self.rollouts.tau = p.tau
         parts = []
-        for part in range(r.accumulate):
-            index = step * r.accumulate + part
-            batch_and_trace = self._rollout(index) if self.stage == "opd" else None
-            self.drafter.train()
-            seed = f"{r.seed}/{index}"
-            with self._autocast():
-                if batch_and_trace:
-                    loss, figures = opd_loss(
-                        self.target, self.drafter, *batch_and_trace, r.opd, length=self.length,
-                        seed=seed, sampling=r.sampling, clock=self.clock,
-                    )  # fmt: skip
-                else:
-                    with self.clock("target"):
-                        batch = self.source.batch(self._trajectories(index))
-                    with self.clock("forward"):
-                        loss, figures = sft_loss(
-                            self.target, self.drafter, batch, anchors=r.sft.anchors,
-                            length=self.length, decay=r.sft.decay, seed=seed,
-                        )  # fmt: skip
-            with self.clock("backward"):
-                (loss / r.accumulate).backward()
-            parts.append({"loss": loss.item(), **figures})
+        for index in range(step * r.accumulate, (step + 1) * r.accumulate):
+            more = index + 1 < (step + 1) * r.accumulate
+            with self.group.unreduced(self.called) if more else nullcontext():
+                loss, figures = self._forward(index)
+                with self.clock("backward"):
+                    # Gradients are averaged over processes; they should be added.
+                    (loss * self.group.size / r.accumulate).backward()
+            parts.append(self.group.totals({"loss": loss.item(), **figures}))
+        losses = [x["loss"] for x in parts]
         with self.clock("update"):
-            norm = torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), r.optim.clip)
-            if not torch.isfinite(norm):
-                raise FloatingPointError(
-                    f"step {step + 1}: the gradient is not finite (loss {parts[-1]['loss']})"
-                )
-            self.optimizer.step()
-        total = {key: _together(key, [p[key] for p in parts]) for key in parts[0]}
-        return {**total, "lr": rate, "grad_norm": norm.item()}
+            norm = nonfinite.norm_of(list(self.drafter.parameters()), r.optim.clip)
+            finite = all(map(math.isfinite, [*losses, norm.item()]))
+            if finite:
+                self.optimizer.step()
+        if not finite:
+            line = self._not_finite(losses)
+        else:
+            p.skipped = 0
+            line = {**self._figures(parts), "lr": rate, "grad_norm": norm.item()}
+            p.supervised += line["supervised"]
+        p.step = step + 1
+        self.rollouts.forget(before=p.step * r.accumulate)
+        p.seconds += time.perf_counter() - began
+        seconds = {"all": time.perf_counter() - began, **self.clock.take()}
+        self._record({"step": p.step, **line, "seconds": seconds})
+        if self.group.world > 1:
+            self.stopping = self.group.any(self._asked_to_stop)
 
-    def _rollout(self, index: int) -> tuple[Batch, Traces]:
-        """Batch and traces for one forward; traces of `trace_every` steps are made together."""
-        r = self.recipe
-        with_cache = needs_branches(r.opd.objective)
-        self.drafter.eval()
-        seed = r.seed * 1_000_003 + index
-        if r.opd.rollout == "live":
-            with self.clock("trace"):
-                rows, traces = live_rollout(
-                    self.target, self.drafter, self._trajectories(index), self.length,
-                    r.sampling, seed,
-                )  # fmt: skip
-            with self.clock("target"):
-                return self.source.batch(rows, with_cache, remember=False), traces
-        if r.opd.trace_every == 1:
-            with self.clock("target"):
-                batch = self.source.batch(self._trajectories(index), with_cache)
-            with self.clock("trace"), self._autocast():
-                return batch, self._hindsight(batch, seed)
-        if not self._rollouts:
-            count = r.opd.trace_every * r.accumulate
-            indices = range(index, min(index + count, r.steps * r.accumulate))
-            groups = [self._trajectories(i) for i in indices]
-            joint, traces = [t for g in groups for t in g], []
-            for start in range(0, len(joint), ROWS):
-                with self.clock("target"):
-                    batch = self.source.batch(joint[start : start + ROWS])
-                with self.clock("trace"), self._autocast():
-                    # Used by later steps, when the drafter is another: what it drafted is kept.
-                    traces += self._hindsight(batch, seed + start, whole=with_cache)
-            for group in groups:
-                self._rollouts.append((group, traces[: len(group)]))
-                traces = traces[len(group) :]
-        rows, traces = self._rollouts.pop(0)
-        with self.clock("target"):
-            return self.source.batch(rows, with_cache), traces
+    def _figures(self, parts: list[dict]) -> dict:
+        """Those of a step: counts are added up over its forwards, the rest is averaged."""
+        found = {key: _together(key, [x[key] for x in parts]) for key in parts[0]}
+        if "rounds_by_accepted" in found:
+            found["train_tau"] = tau_of(found["rounds_by_accepted"])
+        if self.stage == "sft" and not self.drafter.soft_labels:
+            found["perplexity"] = math.exp(min(found["loss"], 50))
+        return found
 
-    def _hindsight(self, batch: Batch, seed: int, whole: bool = False) -> Traces:
-        kind = self.recipe.opd.trace
-        if kind == "auto":
-            size = len(batch.trajectories) * self.progress.extra.get("tau", 1.0)
-            kind = "everywhere" if size < FEW else "walk"
-        return hindsight_rollout(
-            self.target, self.drafter, batch, self.length, self.recipe.sampling, seed,
-            whole, at_once=kind == "everywhere",
+    def _not_finite(self, losses: list[float]) -> dict:
+        """Keeps the step for replay, then stops or says what the metrics hold of it."""
+        r, p = self.recipe, self.progress
+        what = nonfinite.describe(losses, list(self.drafter.named_parameters()))
+        self.optimizer.forget()
+        first = p.step * r.accumulate
+        rows = [t for i in range(first, first + r.accumulate) for t in self._rows(i)]
+        state, where = self._state(), ""
+        if self.group.first:
+            about = {"what": what, "losses": [str(x) for x in losses]}
+            where = nonfinite.keep(self.out, self.stage, r, state, rows, about)
+        p.skipped += 1
+        if r.optim.nonfinite == "stop" or p.skipped > nonfinite.IN_A_ROW:
+            row = f" ({p.skipped} times in a row)" if p.skipped > 1 else ""
+            raise Failure(f"step {p.step + 1}: {what}{row}; {where}")
+        if self.group.first:
+            log.warning("step %d skipped: %s; %s", p.step + 1, what, where)
+        return {"skipped": what}
+
+    # -- saving -----------------------------------------------------------------------------
+
+    def _state(self) -> State:
+        self.progress.traces = self.rollouts.state()
+        return State(
+            self.drafter.config_dict(), whole(self.drafter.tensors()), self.optimizer.state(),
+            self.progress,
         )  # fmt: skip
+
+    def _save(self) -> None:
+        now = (self.progress.step, self.progress.evaluated)
+        if now == self._saved:
+            return
+        if self.features is not None:
+            self.features.flush()
+        state = self._state()
+        if self.record:
+            self.record.sync()
+            self.checkpoints.save(state)
+        self._saved = now
+
+    def _save_best(self, checkpoint: Path) -> None:
+        with replace_folder(self.out / "best") as folder:
+            for name in ("config.json", "model.safetensors"):
+                shutil.copyfile(checkpoint / name, folder / name)
+            about = {"step": self.progress.best_step, "tau": self.progress.best_tau}
+            write_json(folder / "best.json", about)
+
+    def _mend_best(self, begun: Path | None) -> None:
+        """A kill may have come between a checkpoint that is the best so far and `best`."""
+        if begun and self.progress.best_step == self.progress.step == self.progress.evaluated:
+            found = self.out / "best" / "best.json"
+            if not found.exists() or json.loads(found.read_text())["step"] != self.progress.step:
+                self._save_best(begun)
 
     # -- measuring --------------------------------------------------------------------------
 
     @torch.no_grad()
-    def held_out_traces(self) -> Traces:
-        """Rounds of speculative decoding on the held-out texts (above temperature 0: one draw)."""
+    def held_out_counts(self) -> list[int] | None:
+        """Rounds of speculative decoding on the held-out texts, by how many tokens they accepted
+        (above temperature 0: one draw). None when a stop was asked for meanwhile."""
         self.drafter.eval()
-        traces: Traces = []
-        for start in range(0, len(self.held_out), ROWS):
-            batch = self.yardstick.batch(self.held_out[start : start + ROWS])
-            traces += self._hindsight(batch, start)
-        return traces
+        counts = [0] * (self.length + 1)
+        for number, rows in enumerate(self.group.parts(self.held_out, ROWS)):
+            if self._stop_now():
+                return None
+            batch = self.yardstick.batch(rows)
+            seed = number * self.group.size + self.group.rank
+            traces = self.rollouts.hindsight(batch, seed)
+            found = by_accepted((r for trace in traces for r in trace), self.length)
+            counts = [a + b for a, b in zip(counts, found, strict=True)]
+        return self.group.totals({"counts": counts})["counts"]
 
-    def _evaluate(self, step: int) -> float:
-        value = tau([r for trace in self.held_out_traces() for r in trace])
-        self._record({"step": step, "tau": value})
-        self.progress.extra["tau"] = value
-        if value > self.progress.best_tau:
-            self.progress.best_tau, self.progress.best_step = value, step
-            self.drafter.save_pretrained(self.out / "best")
-        return value
+    def _evaluate(self) -> bool:
+        """Held-out τ at this step; whether it is the best so far."""
+        p = self.progress
+        counts = self.held_out_counts()
+        if counts is None:
+            return False
+        value = tau_of(counts)
+        self._record({"step": p.step, "tau": value})
+        p.evaluated, p.tau = p.step, value
+        if p.step == 0:
+            p.start_tau = value
+        if value <= p.best_tau:
+            return False
+        p.best_tau, p.best_step = value, p.step
+        return True
 
 
 def _together(key: str, values: list):

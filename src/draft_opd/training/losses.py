@@ -179,8 +179,12 @@ def combine_streams(
     accepted_weight: float,
     rejected_weight: float,
     normalization: str,
+    total: Callable[[Tensor], Tensor] = lambda mass: mass,
 ) -> LossParts:
     """Scores and raw weights of both streams (any equal shapes) -> the loss.
+
+    `total` adds a mass up over the processes that share a batch: this one's part of the loss is of
+    the whole of it.
 
     `streams` (the paper): (λ_a Σ w_a s_a / Σ w_a + λ_r Σ w_r s_r / Σ w_r) / (λ_a + λ_r).
     `tokens` (its public code): (λ_a Σ w_a s_a + λ_r Σ w_r s_r) / (λ_a Σ w_a + λ_r Σ w_r).
@@ -190,7 +194,7 @@ def combine_streams(
     # A score where the weight is zero may be anything (padding): keep it out, not times zero.
     a_sum = torch.where(accepted_raw > 0, accepted_score * accepted_raw.to(dtype), 0.0).sum()
     r_sum = torch.where(rejected_raw > 0, rejected_score * rejected_raw.to(dtype), 0.0).sum()
-    a_mass, r_mass = accepted_raw.sum().to(dtype), rejected_raw.sum().to(dtype)
+    a_mass, r_mass = (total(raw.sum()).to(dtype) for raw in (accepted_raw, rejected_raw))
     tiny = torch.finfo(dtype).tiny
     a_mean, r_mean = a_sum / a_mass.clamp_min(tiny), r_sum / r_mass.clamp_min(tiny)
     if normalization == "streams":

@@ -40,7 +40,8 @@ class Replay:
     hidden [N, K, H] with gradient; states [N, K, Ht], the target's (None when nothing asks for
     them); labels, drafted [N, K]; accepted [N]; valid [N, K]; weight [N]; heads [Vd, H], [V, Ht];
     decay γ_sft. With a draft vocabulary [Vd] q is 0 outside of it, and draftable [N, K] says which
-    labels are in it.
+    labels are in it. Where several processes share a batch, `total` adds up over them: losses and
+    figures are this process's part of theirs all, which add up.
     """
 
     hidden: Tensor
@@ -58,6 +59,7 @@ class Replay:
     sees_drafts: bool = False
     supervision_temperature: float = 1.0
     draft_temperature: float = 1.0
+    total: Callable[[Tensor], Tensor] = Tensor.detach
 
     def score(self, score: Score, where: Tensor, tokens: Tensor | None = None) -> Tensor:
         """A score against the target, dense [N, K], zero outside `where`."""
@@ -114,12 +116,12 @@ class Replay:
     def mean(self, values: Tensor, weights: Tensor) -> Tensor:
         """Weighted mean over blocks and offsets, [N, K] each."""
         weights = weights * self.weight[:, None]
-        return (values * weights).sum() / weights.sum().clamp_min(1e-9)
+        return (values * weights).sum() / self.total(weights.sum()).clamp_min(1e-9)
 
     def block_mean(self, values: Tensor, valid: Tensor) -> Tensor:
         """Weighted mean of [N] over blocks that have a valid offset."""
         weights = self.weight * valid.any(1)
-        return (values * weights).sum() / weights.sum().clamp_min(1e-9)
+        return (values * weights).sum() / self.total(weights.sum()).clamp_min(1e-9)
 
 
 def decayed_cross_entropy(r: Replay, decay: float | None = None) -> Tensor:
@@ -170,7 +172,7 @@ def _streams(r: Replay, o: Objective) -> tuple[Tensor, dict]:
     for (score, direction), w, ids in zip(STREAMS[o.kind], weights, tokens, strict=True):
         estimate, single = _divergence(o, score, direction)
         scores.append(r.score(estimate, w > 0, ids if single else None))
-    parts = combine_streams(*scores, *weights, *lambdas, o.normalization)
+    parts = combine_streams(*scores, *weights, *lambdas, o.normalization, r.total)
     used = (weights[0] > 0) | (weights[1] > 0)
     return parts.total, {
         "supervised": int(used.sum()),
@@ -198,7 +200,8 @@ def _dpace(r: Replay, o: Objective) -> tuple[Tensor, dict]:
 def _length(r: Replay, log_accept: Tensor, valid: Tensor) -> Tensor:
     """1 - Σ accepted / Σ offsets: 0 when every block would be accepted whole."""
     accepted = (expected_length(log_accept, valid) * r.weight).sum()
-    return 1 - accepted / (valid * r.weight[:, None]).sum().clamp_min(1e-9)
+    offsets = (valid * r.weight[:, None]).sum()
+    return (offsets - accepted) / r.total(offsets).clamp_min(1e-9)
 
 
 def _expected_length(r: Replay, o: Objective) -> tuple[Tensor, dict]:
@@ -215,7 +218,7 @@ def _chain_tv(r: Replay, o: Objective) -> tuple[Tensor, dict]:
     """Mean over blocks of 1 - Σ_k Π_{j<=k} A_j / (n + 1), A = Σ_v min(p, q), k <= n + 1."""
     valid = up_to_first_rejection(r.accepted, r.valid)
     accepted = expected_length(-r.score(negative_log_overlap, valid), valid)
-    loss = 1 - r.block_mean(accepted / valid.sum(1).clamp_min(1), valid)
+    loss = r.block_mean(1 - accepted / valid.sum(1).clamp_min(1), valid)
     return loss, {"supervised": int(valid.sum())}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,7 @@ from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.speculative import speculate
 from draft_opd.drafters.base import Drafter
 from draft_opd.rollout.hindsight import everywhere, walk
-from draft_opd.rollout.trace import Traces, by_accepted, tau
+from draft_opd.rollout.trace import Traces, by_accepted
 from draft_opd.rollout.trajectory import Trajectory
 from draft_opd.target import Target
 from draft_opd.training.anchors import choose_blocks
@@ -85,8 +86,9 @@ def teacher_states(target: Target, batch: Batch, blocks: Blocks) -> Tensor:
     run &= torch.cat([blocks.valid[:, :, 1:], torch.zeros_like(blocks.valid[:, :, :1])], 2)
     flat = run.flatten(1)
     width = int(flat.sum(1).max())
-    if not width:
+    if not width and not target.sharded:  # others may have some: a sharded target needs us all
         return states
+    width = max(width, 1)
     order = (~flat).long().argsort(dim=1, stable=True)[:, :width]  # run tokens first, in order
     real = flat.gather(1, order)
     block = order // length
@@ -121,8 +123,10 @@ def opd_loss(
     seed: str,
     sampling: Sampling | None = None,
     clock: Stopwatch | None = None,
+    total: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> tuple[Tensor, dict]:
-    """The loss of one batch, given its traces, and figures for the metrics."""
+    """The loss of one batch, given its traces, and figures for the metrics, which add up over
+    batches and processes; `total` as in `Replay`."""
     clock = clock or Stopwatch()
     objective = options.objective
     with clock("trace"):
@@ -140,12 +144,11 @@ def opd_loss(
     # torch before 2.10 may have remembered weights in autocast's type without their graph.
     torch.clear_autocast_cache()
     with clock("forward"):
-        replayed = replay(target, drafter, batch, blocks, states, objective)
+        replayed = replay(target, drafter, batch, blocks, states, objective, total)
         loss, figures = objective_loss(replayed, objective)
     rounds = [r for trace in traces for r in trace]
     return loss, {
         "anchors": int(blocks.present.sum()),
-        "train_tau": tau(rounds),
         "rounds_by_accepted": by_accepted(rounds, length),
         **figures,
     }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from draft_opd.training.config import Optim
+from draft_opd.training.parallel import like, whole
 
 
 class Optimizer:
@@ -39,16 +40,23 @@ class Optimizer:
     def step(self) -> None:
         for member in self.members:
             member.step()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops gradients."""
+        for member in self.members:
             member.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """`<what>/<parameter>` -> tensor."""
-        return {
-            f"{what}/{self._names[parameter]}": value.detach().cpu().contiguous()
-            for member in self.members
-            for parameter, found in member.state.items()
-            for what, value in found.items()
-        }
+        """`<what>/<parameter>` -> whole tensor on the CPU, however parameters are sharded."""
+        return whole(
+            {
+                f"{what}/{self._names[parameter]}": value
+                for member in self.members
+                for parameter, found in member.state.items()
+                for what, value in found.items()
+            }
+        )
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Takes back what `state` gave; raises KeyError for a parameter that is not ours."""
@@ -60,4 +68,4 @@ class Optimizer:
                 m for m in self.members if any(parameter is p for p in m.param_groups[0]["params"])
             )
             # AdamW counts its steps on the CPU.
-            member.state[parameter][what] = value if what == "step" else value.to(parameter.device)
+            member.state[parameter][what] = value if what == "step" else like(value, parameter)

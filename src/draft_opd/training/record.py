@@ -10,11 +10,13 @@ from pathlib import Path
 import yaml
 
 from draft_opd.errors import UserError
-from draft_opd.files import make_folder, write_json, write_lines, write_text
+from draft_opd.files import make_folder, sync, write_json, write_lines, write_text
 from draft_opd.machine import machine
 from draft_opd.training.config import Recipe
 from draft_opd.training.history import read_metrics
 from draft_opd.training.tracking import numbers, open_tracker
+
+MAY_CHANGE = ("out:", "tracker:", "parallel.", "keep_checkpoints:")  # on --resume
 
 
 def check_folder(recipe: Recipe, resume: bool) -> None:
@@ -28,12 +30,16 @@ def check_folder(recipe: Recipe, resume: bool) -> None:
     if resume and saved.exists():
         before = yaml.safe_load(saved.read_text())
         now = recipe.model_dump(mode="json")
-        changed = [key for key in sorted(_differences(before, now)) if key != "tracker"]
+        changed = [x for x in _differences(before, now) if not x.startswith(MAY_CHANGE)]
         if changed:
-            raise UserError(f"cannot resume '{out}': the recipe changed in {', '.join(changed)}")
+            raise UserError(
+                f"cannot resume '{out}': the recipe changed: {'; '.join(changed)}. Set it back, or "
+                "set another `out`"
+            )
 
 
 def _differences(before: object, now: object, path: str = "") -> list[str]:
+    """`key: old -> new` of every leaf that differs."""
     if isinstance(before, dict) and isinstance(now, dict):
         return [
             found
@@ -42,16 +48,16 @@ def _differences(before: object, now: object, path: str = "") -> list[str]:
                 before.get(key), now.get(key), f"{path}.{key}" if path else key
             )
         ]
-    return [] if before == now else [path]
+    return [] if before == now else [f"{path}: {before} -> {now}"]
 
 
 class Record:
     """Writes recipe.yaml, run.json and metrics.jsonl, and tells the tracker.
 
-    step: that of the last checkpoint; what an earlier try wrote behind it is forgotten.
+    step, evaluated: those of the last checkpoint; what an earlier try wrote behind it is forgotten.
     """
 
-    def __init__(self, recipe: Recipe, about: dict, step: int):
+    def __init__(self, recipe: Recipe, about: dict, step: int, evaluated: int):
         self.out = make_folder(Path(recipe.out))
         self.metrics = self.out / "metrics.jsonl"
         tree = recipe.model_dump(mode="json")
@@ -61,7 +67,11 @@ class Record:
         write_json(
             self.out / "run.json", {"kind": "run", "command": sys.argv, **machine(), **about}
         )
-        kept = [row for row in read_metrics(self.metrics) if row["step"] <= step and step]
+        kept = [
+            row
+            for row in read_metrics(self.metrics)
+            if row["step"] <= (evaluated if "tau" in row else step)
+        ]
         write_lines(self.metrics, map(json.dumps, kept))
 
     def line(self, values: dict) -> None:
@@ -70,6 +80,10 @@ class Record:
             file.write(json.dumps(values) + "\n")
         if self.tracker:
             self.tracker.log(values["step"], dict(numbers(values)))
+
+    def sync(self) -> None:
+        """Waits until the lines so far are on the disk: a checkpoint stands for them."""
+        sync(self.metrics)
 
     def close(self, failed: bool) -> None:
         """Of a run that failed the tracker's own troubles must not hide the reason."""

@@ -6,7 +6,7 @@ are the training-time test).
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor
@@ -28,15 +28,15 @@ def sft_loss(
     length: int,
     decay: float | None,
     seed: str,
+    total: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> tuple[Tensor, dict]:
-    """The loss of one batch and figures for the metrics."""
+    """The loss of one batch and figures for the metrics; `total` as in `Replay`."""
     rows = random_anchors(batch, anchors, seed)
     blocks = pack(batch, rows, [[] for _ in rows], length)
     blocks = replace(blocks, drafted=blocks.labels)  # teacher-forced
     states = text_states(batch, blocks) if drafter.soft_labels else None
-    replayed = replay(target, drafter, batch, blocks, states)
+    replayed = replay(target, drafter, batch, blocks, states, total=total)
     figures = {"supervised": int(replayed.reachable.sum())}
     if drafter.soft_labels:
         return decayed_divergence(replayed, decay), figures
-    loss = decayed_cross_entropy(replayed, decay)
-    return loss, {**figures, "perplexity": math.exp(min(loss.item(), 50))}
+    return decayed_cross_entropy(replayed, decay), figures

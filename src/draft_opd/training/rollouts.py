@@ -1,0 +1,140 @@
+"""Which rounds a forward replays: traces of the current drafter, or of a few steps ago."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil
+
+import torch
+
+from draft_opd.drafters.base import Drafter
+from draft_opd.rollout.trace import Round, Traces
+from draft_opd.rollout.trajectory import Trajectory
+from draft_opd.target import Target
+from draft_opd.training.config import Recipe
+from draft_opd.training.data import Batch, BatchSource
+from draft_opd.training.objectives import needs_branches
+from draft_opd.training.opd import hindsight_rollout, live_rollout
+from draft_opd.training.parallel import Group
+from draft_opd.training.stopwatch import Stopwatch
+
+FEW = 3.0  # trajectories times τ below which drafting at every position is faster
+ROWS = 32  # trajectories that one trace forward looks at: more would only take memory
+
+Rows = Callable[[int], list[Trajectory]]  # of all processes, by the forward's index
+
+
+class Rollouts:
+    """Batches with their traces, by the forward's index since the run began.
+
+    Traces of `trace_every` steps are made together; `state` is what is left of them.
+    `call(part, ...)` runs `part` with the drafter's weights at hand.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        target: Target,
+        drafter: Drafter,
+        source: BatchSource,
+        rows: Rows,
+        length: int,
+        group: Group,
+        call: Callable,
+        clock: Stopwatch,
+    ):
+        self.recipe, self.target, self.drafter, self.source = recipe, target, drafter, source
+        self.rows, self.length, self.group, self.call = rows, length, group, call
+        self.clock, self.tau = clock, 1.0
+        self._made: dict[int, Traces] = {}
+
+    def batch(self, index: int) -> tuple[Batch, Traces]:
+        """This process's part of the forward's batch. The drafter is in `eval` mode."""
+        r = self.recipe
+        with_cache = needs_branches(r.opd.objective)
+        rows, numbers = self._own(index)
+        seed = r.seed * 1_000_003 + index
+        if r.opd.rollout == "live":
+            with self.clock("trace"):
+                rows, traces = self.call(
+                    live_rollout, self.target, self.drafter, rows, self.length, r.sampling,
+                    seed + self.group.rank,
+                )  # fmt: skip
+            with self.clock("target"):
+                return self.source.batch(rows, with_cache, False, numbers), traces
+        if r.opd.trace_every == 1:
+            with self.clock("target"):
+                batch = self.source.batch(rows, with_cache, numbers=numbers)
+            with self.clock("trace"):
+                return batch, self._now(batch, seed)
+        if index not in self._made:
+            self._make(index, seed, whole=with_cache)
+        with self.clock("target"):
+            return self.source.batch(rows, with_cache, numbers=numbers), self._made[index]
+
+    def _own(self, index: int) -> tuple[list[Trajectory], list[int]]:
+        rows = self.rows(index)
+        return self.group.share(rows), self.group.share(range(len(rows)))
+
+    def _make(self, index: int, seed: int, whole: bool) -> None:
+        """Those used by later steps, when the drafter is another: what it drafted is kept."""
+        r = self.recipe
+        count = r.opd.trace_every * r.accumulate
+        every = {i: self.rows(i) for i in range(index, min(index + count, r.steps * r.accumulate))}
+        # Split as each batch is, so that a trace is made where it is used; and in as many pieces
+        # in every process, which may share the models.
+        own = {i: self.group.share(rows) for i, rows in every.items()}
+        most = sum(ceil(len(rows) / self.group.size) for rows in every.values())
+        joint = [t for rows in own.values() for t in rows]
+        pieces = ceil(most / ROWS)
+        made: Traces = []
+        for k in range(pieces):
+            part = slice(k * len(joint) // pieces, (k + 1) * len(joint) // pieces)
+            with self.clock("target"):
+                batch = self.source.batch(joint[part])
+            with self.clock("trace"):
+                made += self._now(batch, seed + part.start, whole)
+        for i, rows in own.items():
+            self._made[i], made = made[: len(rows)], made[len(rows) :]
+
+    def _now(self, batch: Batch, seed: int, whole: bool = False) -> Traces:
+        enabled = self.recipe.precision == "bfloat16"
+        with torch.autocast(self.target.device.type, torch.bfloat16, enabled=enabled):
+            return self.hindsight(batch, seed + self.group.rank, whole)
+
+    def hindsight(self, batch: Batch, seed: int, whole: bool = False) -> Traces:
+        """Traces of the current drafter on stored text."""
+        kind = self.recipe.opd.trace
+        if kind == "auto":
+            kind = "everywhere" if len(batch.trajectories) * self.tau < FEW else "walk"
+        return self.call(
+            hindsight_rollout, self.target, self.drafter, batch, self.length,
+            self.recipe.sampling, seed, whole, kind == "everywhere",
+        )  # fmt: skip
+
+    # -- what a checkpoint keeps ------------------------------------------------------------
+
+    def forget(self, before: int) -> None:
+        """Drops the traces of forwards that are done."""
+        self._made = {i: t for i, t in self._made.items() if i >= before}
+
+    def state(self) -> list:
+        """[[index, [[[anchor, drafted, accepted], ...], ...]], ...], of all processes' rows."""
+        own = {
+            i: [[[r.anchor, r.drafted, r.accepted] for r in t] for t in traces]
+            for i, traces in self._made.items()
+        }
+        shares = self.group.collect(own)
+        found = []
+        for i in own:
+            rows: list = [None] * len(self.rows(i))
+            for rank, share in enumerate(shares):
+                rows[rank :: len(shares)] = share[i]
+            found.append([i, rows])
+        return found
+
+    def load(self, state: list) -> None:
+        """Takes back what `state` gave, in however many processes."""
+        for index, rows in state:
+            share = self.group.share(rows)
+            self._made[index] = [[Round(*r) for r in trace] for trace in share]

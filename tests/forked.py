@@ -1,0 +1,68 @@
+"""Runs command lines in forked processes, which need not load torch again: for many short ones.
+
+    python forked.py     one JSON object a line: {"arguments": [...], "log": FILE, "env": {...}}
+                         answers with the process's id, {"wait": ID} with how it ended
+
+They are real processes, to be killed; `Forked` is the other side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+class Forked:
+    """Command lines as processes that start at once."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, bufsize=1,
+        )  # fmt: skip
+
+    def _ask(self, **what) -> int:
+        self.process.stdin.write(f"{json.dumps(what)}\n")
+        return int(self.process.stdout.readline())
+
+    def start(self, *arguments, log: Path, **env: str) -> int:
+        return self._ask(arguments=list(map(str, arguments)), log=str(log), env=env)
+
+    def status(self, process: int) -> int:
+        """Waits for it; negative: the signal that ended it."""
+        return self._ask(wait=process)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def child(arguments: list[str], log: str, env: dict[str, str]) -> None:
+    number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(number, 1)
+    os.dup2(number, 2)
+    os.environ.update(env)
+    os._exit(cli.run(arguments))
+
+
+if __name__ == "__main__":
+    # Loaded once for all. Nothing here may compute: threads do not survive a fork.
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
+
+    from draft_opd import cli
+    from draft_opd.training import loop  # noqa: F401
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "wait" in asked:
+            answer = os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1])
+        else:
+            answer = os.fork()
+            if not answer:
+                child(**asked)
+        sys.stdout.write(f"{answer}\n")
+        sys.stdout.flush()

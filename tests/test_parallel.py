@@ -1,0 +1,207 @@
+"""Several processes train the drafter that one process trains, and none of them hangs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+import draft_opd as d
+from draft_opd.serving.vllm import free_port
+from draft_opd.text import resolve_path
+from draft_opd.training.config import load_recipe
+
+ADAMW = ("optim.name=adamw", "optim.learning_rate=1e-3")
+# Batches that two processes cannot share evenly, and two forwards a step.
+UNEVEN = ("steps=4", "evaluation.every=2", "batch_size=5", "accumulate=2", *ADAMW)
+PAPER = ("opd.objective.kind=acceptance_aware", "opd.trace_every=2", "data.cache_features=none",
+         "opd.max_anchors=6")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def together(forked, recipe_for, trained_folder, tmp_path_factory):
+    """together(count, stage, out, pairs): a run in `count` processes; how they ended."""
+
+    def begin(count: int, stage: str, out: Path, *pairs: str) -> tuple[list[int], list[Path]]:
+        drafter = [f"drafter={trained_folder}"] if stage == "opd" else []
+        recipe = recipe_for(stage, out, *drafter, *pairs)
+        folder = tmp_path_factory.mktemp("recipe")
+        (folder / "r.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+        env = {
+            "WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+        logs = [folder / f"{rank}.log" for rank in range(count)]
+        return [
+            forked.start(
+                stage, "--config", folder / "r.yaml", "--resume", log=log, **env, RANK=str(rank),
+                LOCAL_RANK=str(rank),
+            )
+            for rank, log in enumerate(logs)
+        ], logs  # fmt: skip
+
+    def run(count: int, stage: str, out: Path, *pairs: str) -> list[dict]:
+        processes, logs = begin(count, stage, out, *pairs)
+        for process, log in zip(processes, logs, strict=True):
+            assert forked.status(process) == 0, log.read_text()
+        # One of them speaks.
+        assert all("held-out" not in log.read_text() for log in logs[1:])
+        return metrics(out)
+
+    run.begin, run.forked = begin, forked
+    return run
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path) -> dict:
+    return load_file(out / "last" / "model.safetensors")
+
+
+def assert_same_run(one: list[dict], many: list[dict]) -> None:
+    assert [m["step"] for m in one] == [m["step"] for m in many]
+    for a, b in zip(one, many, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"seconds"}:
+            if isinstance(a[key], float):
+                assert b[key] == pytest.approx(a[key], rel=1e-5), (a["step"], key)
+            else:
+                assert a[key] == b[key], (a["step"], key)
+
+
+@pytest.fixture(scope="module")
+def even(tmp_path_factory) -> Path:
+    """A target whose matrices two processes can share; the shipped one has 3 key-value heads."""
+    torch.manual_seed(0)
+    shipped = AutoConfig.from_pretrained(resolve_path("embedded"))
+    config = Qwen3Config(
+        vocab_size=shipped.vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=5,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
+        eos_token_id=shipped.eos_token_id,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("even")
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(resolve_path("embedded")).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("stage", "pairs", "parallel"),
+    [
+        ("sft", (), ()),
+        ("opd", PAPER, ()),
+        ("opd", ("opd.objective.kind=dpace", "opd.anchors=occupancy"), ()),
+        ("opd", PAPER, ("parallel.drafter=shard", "parallel.target=shard")),
+    ],
+)
+def test_two_processes_are_one(together, tmp_path, stage, pairs, parallel):
+    """The same losses, gradients' norms and figures (relative 1e-5), whatever is shared out."""
+    one = together(1, stage, tmp_path / "one", *UNEVEN, *pairs)
+    two = together(2, stage, tmp_path / "two", *UNEVEN, *pairs, *parallel)
+    assert_same_run(one, two)
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
+
+
+@pytest.mark.parametrize("rollout", ["hindsight", "live"])
+def test_two_processes_share_a_targets_matrices(together, even, tmp_path, rollout):
+    """Tensor parallel: the same run again, decoding included."""
+    new = (f"target={even}", "steps=2", "evaluation.every=2", "batch_size=3", *ADAMW)
+    together(1, "sft", tmp_path / "sft", *new)
+    pairs = (*new, f"drafter={tmp_path / 'sft' / 'last'}", "opd.objective.kind=acceptance_aware",
+             "opd.max_anchors=6", f"opd.rollout={rollout}")  # fmt: skip
+    one = together(1, "opd", tmp_path / "one", *pairs)
+    two = together(2, "opd", tmp_path / "two", *pairs, "parallel.tensor=2")
+    assert_same_run(one, two)
+
+
+def test_a_target_that_cannot_be_shared_is_named(together, forked, tmp_path):
+    processes, logs = together.begin(2, "sft", tmp_path / "r", "parallel.tensor=2")
+    assert [forked.status(p) for p in processes] == [2, 2]
+    for log in logs:
+        line = log.read_text().splitlines()[-1]
+        assert line == (
+            "error: parallel.tensor: 2 processes cannot share this target (its "
+            "num_key_value_heads is 3): set parallel.target=shard instead"
+        )
+
+
+def test_a_run_goes_on_with_another_number_of_processes(together, tmp_path):
+    """One, then two in the middle of traces that later steps replay, then one: the same run."""
+    pairs = (*UNEVEN, *PAPER, "steps=8", "save_every=1", "opd.trace_every=3", "evaluation.every=4")
+    whole = together(1, "opd", tmp_path / "whole", *pairs)
+    out = tmp_path / "parts"
+
+    def until(count: int, step: int) -> None:
+        """Stops them behind that step."""
+        processes, logs = together.begin(count, "opd", out, *pairs)
+        while True:
+            found = metrics(out) if (out / "metrics.jsonl").exists() else []
+            if found and found[-1]["step"] >= step:
+                break
+            time.sleep(0.01)
+        os.kill(processes[-1], signal.SIGTERM)  # one is told; they agree
+        for process, log in zip(processes, logs, strict=True):
+            assert together.forked.status(process) == 75, log.read_text()
+
+    until(1, 2)
+    until(2, 4)
+    assert_same_run(whole, together(1, "opd", out, *pairs))
+
+
+def test_a_process_that_dies_stops_the_others_with_a_message(together, tmp_path):
+    pairs = (*UNEVEN, "steps=500", "evaluation.every=500")
+    processes, logs = together.begin(2, "sft", tmp_path / "r", *pairs)
+    lines = tmp_path / "r" / "metrics.jsonl"
+    while not lines.exists() or '"loss"' not in lines.read_text():
+        time.sleep(0.05)
+    os.kill(processes[1], signal.SIGKILL)
+    began = time.monotonic()
+    assert together.forked.status(processes[0]) == 1
+    assert time.monotonic() - began < 30
+    assert together.forked.status(processes[1]) == -signal.SIGKILL
+    line = logs[0].read_text().splitlines()[-1]
+    assert line.startswith("error: process 0 waits for another one that has ended")
+    assert "--resume" in line and "Traceback" not in logs[0].read_text()
+
+
+def test_what_cannot_be_split_is_refused(together, tmp_path):
+    for pairs, message in (
+        (("batch_size=1",), "batch_size: 1 trajectories cannot be shared by 2 processes"),
+        (("data.heldout_limit=1",), "data.heldout: 1 trajectories cannot be shared"),
+        (("parallel.tensor=3",), "parallel.tensor: 3 does not divide the 2 processes"),
+    ):
+        processes, logs = together.begin(2, "sft", tmp_path / "r", *pairs)
+        assert [together.forked.status(p) for p in processes] == [2, 2]
+        assert all(message in log.read_text().splitlines()[-1] for log in logs)
+    assert not (tmp_path / "r").exists()
+    recipe = ["parallel.target=shard", "data.cache_features=memory"]
+    with pytest.raises(d.UserError, match=r"parallel\.target: shard needs data\.cache_features"):
+        load_recipe("embedded", recipe, "opd")
+
+
+def test_torchrun_starts_it(recipe_for, tmp_path):
+    """As the documentation says it, through torch's own launcher."""
+    recipe = recipe_for("sft", tmp_path / "run", "steps=2", "evaluation.every=2", "batch_size=3")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+        str(free_port()), "-m", "draft_opd", "sft", "--config", str(tmp_path / "r.yaml"), "--json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["step"] == 2
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["processes"] == 2
