@@ -25,6 +25,10 @@ torch.set_num_threads(1)
 MAX_NEW_TOKENS = 320
 
 
+def pytest_addoption(parser):
+    parser.addoption("--write-bad-input", action="store_true", help="write docs/bad-input.md")
+
+
 def _family(item) -> str | None:
     return item.callspec.params.get("family") if hasattr(item, "callspec") else None
 

@@ -115,6 +115,8 @@ def load_plan(path: Path) -> Plan:
         raise UserError(
             f"{path}: '{where}': {first['msg'].removeprefix('Value error, ')}"
         ) from None
+    except FileNotFoundError:
+        raise UserError(f"ablation '{path}' does not exist") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(f"ablation '{path}' is not readable YAML ({line})") from None

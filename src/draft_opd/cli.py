@@ -129,6 +129,8 @@ def collect(
         raise UserError(f"--skip {skip} leaves no prompts of '{prompts}'")
     common = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
     dropped: dict[str, int] = {}
+    if endpoint != "completions" and not server:
+        raise UserError(f"--endpoint {endpoint}: goes with --server")
     if server:
         from draft_opd.rollout.server import Server, gather_from
         from draft_opd.text import TargetText

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -33,6 +34,25 @@ def sync(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+def append(file: io.FileIO, content: bytes, path: Path, wait: bool = True) -> None:
+    """Adds to an unbuffered file that is open for appending: all of it, or none.
+
+    wait: until it is on the disk. Raises `UserError` where there is no room.
+    """
+    size, written = os.fstat(file.fileno()).st_size, 0
+    try:
+        while written < len(content):
+            written += os.write(file.fileno(), content[written:])
+        if wait:
+            os.fsync(file.fileno())
+    except OSError as error:
+        os.ftruncate(file.fileno(), size)
+        raise UserError(
+            f"cannot write '{path}' ({error.strerror}); what was written before is kept: make room "
+            "and go on with the same command"
+        ) from error
 
 
 def write_parts(path: Path, parts: Iterable[bytes]) -> None:

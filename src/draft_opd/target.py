@@ -17,7 +17,7 @@ from draft_opd.cache import PositionCache
 from draft_opd.errors import UserError
 from draft_opd.grouped import use_grouped
 from draft_opd.prepack import prepack
-from draft_opd.text import EMBEDDED, TargetText, resolve_path
+from draft_opd.text import EMBEDDED, TargetText, check_tokenizer, find_target
 
 if TYPE_CHECKING:
     from draft_opd.training.parallel import Group
@@ -73,7 +73,7 @@ class Target(TargetText):
         `dtype` defaults to float32 on a CPU and for the shipped target, to the stored type
         elsewhere. Raises `UserError` when there is no such model or it is not a plain causal LM.
         """
-        path = resolve_path(path_or_id)
+        path = find_target(path_or_id)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
             small = device.type == "cpu" or str(path_or_id) == EMBEDDED
@@ -97,12 +97,9 @@ class Target(TargetText):
                     path, attn_implementation="eager", **options
                 )
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            check_tokenizer(tokenizer)
         except Exception as error:
-            line = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
-            raise UserError(
-                f"target '{path_or_id}' cannot be loaded ({line}): give a model folder with "
-                f"config.json and safetensors, a hub id, or '{EMBEDDED}'"
-            ) from error
+            raise UserError(f"target '{path_or_id}' cannot be loaded: {_told(error)}") from error
         return cls(model.to(device), tokenizer, str(path_or_id))
 
     def _check_supported(self) -> None:
@@ -287,6 +284,21 @@ class Target(TargetText):
             "context": self.max_positions,
             "stop_ids": sorted(self.stop_ids),
         }
+
+
+def _told(error: Exception) -> str:
+    """What transformers says of a model that does not load, in a line that helps."""
+    text = str(error).strip() or repr(error)
+    if "trust_remote_code" in text:
+        return "it needs code that ships with it: read that, then pass --trust-remote-code"
+    if "ignore_mismatched_sizes" in text:
+        return "its weights have other shapes than its config.json asks for"
+    if "Unrecognized configuration class" in text:
+        return "its config.json is of no causal language model"
+    return (
+        f"{text.splitlines()[0][:200]}; give a model folder with config.json and safetensors, a "
+        f"hub id, or '{EMBEDDED}'"
+    )
 
 
 def is_target_folder(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -16,6 +17,46 @@ def resolve_path(path_or_id: str) -> str:
     if str(path_or_id) == EMBEDDED:
         return str(Path(__file__).parent / "embedded" / "model")
     return str(path_or_id)
+
+
+def find_target(path_or_id: str, weights: bool = True) -> str:
+    """What transformers loads a target from. Raises `UserError` for what cannot be one: no folder
+    and no hub id, a drafter, weights that are pickles only."""
+    path = resolve_path(path_or_id)
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise UserError(
+                f"target '{path}' is not a folder: give a model folder, a hub id, or '{EMBEDDED}'"
+            )
+        return path
+    from draft_opd.drafters import FAMILIES  # drafters need targets
+    from draft_opd.drafters.base import read_config
+
+    config = read_config(folder, "target")
+    if any(f.matches(config) for f in FAMILIES.values()):
+        raise UserError(f"'{path}' is a drafter, not a target: it goes to --drafter")
+    if weights and not any(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for e in ("bin", "pt", "pth") for p in folder.glob(f"*.{e}"))
+        hint = f"; {pickles[0]} is a pickle, which is never read: convert it" if pickles else ""
+        raise UserError(f"target '{path}' has no safetensors{hint}")
+    return path
+
+
+def check_tokenizer(tokenizer) -> None:
+    """Raises ValueError for one that knows no words: transformers makes it where there are no
+    files."""
+    if len(tokenizer) < 2:
+        raise ValueError("it has no tokenizer files")
+
+
+def check_prompt(ids: Sequence[int], target: TargetText, name: str) -> None:
+    """Raises `UserError` for token ids that the target does not have."""
+    if ids and max(ids) >= target.vocab_size:
+        raise UserError(
+            f"prompt {name} has token id {max(ids)}, the target's vocabulary ends at "
+            f"{target.vocab_size - 1}: its tokenizer belongs to another model"
+        )
 
 
 class TargetText:
@@ -35,11 +76,12 @@ class TargetText:
     @classmethod
     def from_pretrained(cls, path_or_id: str, *, trust_remote_code: bool = False) -> TargetText:
         """Reads configuration and tokenizer only. Raises `UserError` when there are none."""
-        path = resolve_path(path_or_id)
+        path = find_target(path_or_id, weights=False)
         trust = {"trust_remote_code": trust_remote_code}
         try:
             config = AutoConfig.from_pretrained(path, **trust)
             tokenizer = AutoTokenizer.from_pretrained(path, **trust)
+            check_tokenizer(tokenizer)
         except Exception as error:
             line = " ".join(str(error).split())[:200]
             raise UserError(

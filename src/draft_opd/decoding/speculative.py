@@ -20,6 +20,7 @@ from draft_opd.drafters.base import Drafter
 from draft_opd.errors import UserError
 from draft_opd.rollout.trace import Round, committed, tau
 from draft_opd.target import Target
+from draft_opd.text import check_prompt
 
 # Called after every round with the row's index, the tokens committed and the round.
 OnRound = Callable[[int, list[int], Round], None]
@@ -111,6 +112,7 @@ def speculate(
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {i} is empty: at least one token is needed")
+        check_prompt(prompt, target, str(i))
         if len(prompt) >= target.max_positions:
             raise UserError(
                 f"prompt {i} has {len(prompt)} tokens, the target's context holds "

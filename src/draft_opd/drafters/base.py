@@ -281,7 +281,8 @@ class Drafter(nn.Module):
         weights = folder / "model.safetensors"
         if not weights.exists():
             raise UserError(
-                f"drafter '{folder}' has no model.safetensors (no other format is read)"
+                f"drafter '{folder}' has no model.safetensors, and no other format is read: "
+                "convert what it has"
             )
         try:
             tensors = load_file(weights)
@@ -386,8 +387,11 @@ def read_config(folder: Path, kind: str) -> dict:
         inside = [folder / n for n in ("last", "best") if (folder / n / "config.json").exists()]
         hint = f": it is a run folder, give {' or '.join(map(str, inside))}" if inside else ""
         raise UserError(f"{kind} folder '{folder}' has no config.json{hint}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"'{path}' is not valid JSON ({error})") from error
     if not isinstance(config, dict):
         raise UserError(f"'{path}' must hold a JSON object")
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise UserError(f"'{path}': architectures must be a list of names")
     return config

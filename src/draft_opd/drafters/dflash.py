@@ -126,6 +126,8 @@ class DFlashDrafter(Drafter):
         options = getattr(config, "dflash_config", None) or {}
         self.config = config
         self.block_size: int = getattr(config, "block_size", None) or options.get("block_size", 16)
+        if type(self.block_size) is not int or self.block_size < 2:
+            raise UserError(f"the block size is {self.block_size}: it must be 2 or more")
         self.draft_length = self.block_size - 1
         self.mask_token_id: int = options["mask_token_id"]
         layers = options.get("target_layer_ids") or default_target_layers(
@@ -253,8 +255,6 @@ class DFlashDrafter(Drafter):
             refuse(target, "tapped layers", layers, f"usable layers 0..{target.num_layers - 2}")
         if not 0 <= self.mask_token_id < target.vocab_size:
             refuse(target, "mask token", self.mask_token_id, f"vocabulary of {target.vocab_size}")
-        if self.block_size < 2:
-            raise UserError(f"block size {self.block_size} is too small: it must be at least 2")
         if not getattr(self.config, "num_target_layers", None):  # not in speculators' layout
             self.config.num_target_layers = target.num_layers
 

@@ -17,7 +17,7 @@ from draft_opd.files import make_folder, write_json
 from draft_opd.rollout.prompts import Prompt
 from draft_opd.rollout.trajectory import Trajectory, TrajectoryWriter, read_trajectories
 from draft_opd.target import Target
-from draft_opd.text import TargetText
+from draft_opd.text import TargetText, check_prompt
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ def gather(
         todo, seen = [], set()
         for prompt in prompts:
             ids = prompt.ids(target, thinking)
+            check_prompt(ids, target, prompt.id)
             if len(ids) >= target.max_positions:
                 raise UserError(
                     f"prompt {prompt.id} has {len(ids)} tokens, the target's context holds "
@@ -103,7 +104,7 @@ def gather(
             for sample in range(samples):
                 name = prompt.id if samples == 1 else f"{prompt.id}-{sample}"
                 if name in seen:
-                    raise UserError(f"two prompts have the id '{name}': ids must be unique")
+                    raise UserError(f"two prompts have the id '{name}': make ids unique")
                 seen.add(name)
                 if name not in writer.done:
                     todo.append(Request(name, ids, prompt.messages))
@@ -176,6 +177,8 @@ def _remember(path: Path, about: dict, fresh: bool) -> None:
     if not fresh and path.exists():
         try:
             before = json.loads(path.read_text())
+            if not isinstance(before, dict):
+                raise ValueError
         except ValueError:
             raise UserError(f"'{path}' is damaged: remove it, or use another --out") from None
         changed = [k for k in about if k in before and before[k] != about[k]]

@@ -91,11 +91,13 @@ class Server:
                 answer.raise_for_status()
                 names = [m["id"] for m in answer.json()["data"]]
         except httpx.HTTPStatusError as error:
-            raise UserError(f"server {self.url}: {why(error.response)}") from error
+            raise UserError(f"server {self.url}/v1/models: {why(error.response)}") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise UserError(
-                f"server {self.url} does not answer ({type(error).__name__}): is it running there?"
-            ) from error
+            said = " ".join(str(error).split())[:120] or type(error).__name__
+            hint = "is it running there?"
+            if "SSL" in said or "certificate" in said:
+                hint = "does it speak TLS, with a certificate that this machine trusts?"
+            raise UserError(f"server {self.url} does not answer ({said}): {hint}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"server {self.url} is not an OpenAI-compatible API") from error
         if self.model is None and len(names) == 1:
@@ -179,7 +181,7 @@ class Server:
                 raise Dropped(problem)  # others are answered: it is this prompt
             if time.monotonic() - max(began, self._last_answer) > self.patience:
                 raise UserError(
-                    f"server {self.url} has not answered for {self.patience:.0f} s ({problem}); "
+                    f"server {self.url} has not answered for {self.patience:g} s ({problem}); "
                     "what was collected is kept: run the same command again to go on"
                 )
             await asyncio.sleep(pause)
@@ -247,8 +249,11 @@ def read_answer(
         told = choice.get("text")
         if told is None:
             told = choice["message"].get("content") or ""
-    except (KeyError, IndexError, TypeError) as error:
-        raise UserError("the server's answer is not a completion") from error
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(
+            "the server's answer is not a completion (no choices with text and finish_reason): is "
+            "it an OpenAI-compatible API?"
+        ) from error
     if finish not in ("stop", "length"):
         raise Dropped(f"ended by '{finish}'")
     seen = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from draft_opd.errors import UserError
+from draft_opd.files import append
 
 if TYPE_CHECKING:
     from draft_opd.target import Target
@@ -38,6 +38,9 @@ class Trajectory:
         return [*self.prompt_ids, *self.response_ids]
 
 
+LONGEST_LINE = 64 << 20  # bytes
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     """Yields (line number, object); `UserError` names the first line that is not one."""
     try:
@@ -49,15 +52,26 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     for number, line in enumerate(raw.split(b"\n"), 1):
         if not line.strip():
             continue
+        if len(line) > LONGEST_LINE:
+            raise UserError(
+                f"{path}:{number}: the line has {len(line) >> 20} MB: give a JSON object a line"
+            )
         try:
             row = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError:
             raise UserError(f"{path}:{number}: not UTF-8 text") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: must be a JSON object, one a line")
         yield number, row
+
+
+NUMBER = ((int, float), "a number")
+SAMPLED = {
+    "finish_reason": (str, "a text"), "temperature": NUMBER, "top_p": NUMBER,
+    "top_k": (int, "a whole number"), "seed": (int, "a whole number"),
+}  # fmt: skip
 
 
 def _ids(row: dict, key: str, where: str, vocab_size: int | None) -> list[int]:
@@ -74,6 +88,17 @@ def _ids(row: dict, key: str, where: str, vocab_size: int | None) -> list[int]:
     return ids
 
 
+def _how(row: dict, where: str) -> dict:
+    """What a row says of how it was sampled."""
+    found = {k: row[k] for k in SAMPLED if k in row}
+    for key, value in found.items():
+        kind, told = SAMPLED[key]
+        right = isinstance(value, kind) and not isinstance(value, bool)
+        if not right or value != value:  # NaN is a number to JSON
+            raise UserError(f"{where}: '{key}' must be {told} (got {json.dumps(value)[:40]})")
+    return found
+
+
 def read_trajectories(
     path: str | Path, vocab_size: int | None = None, limit: int | None = None
 ) -> list[Trajectory]:
@@ -84,8 +109,8 @@ def read_trajectories(
     path = Path(path)
     if path.is_dir():
         path = path / "trajectories.jsonl"
-    result = []
-    known = set(Trajectory.__dataclass_fields__) - {"prompt_ids", "response_ids", "id", "meta"}
+    result: list[Trajectory] = []
+    seen: dict[str, int] = {}
     for number, row in read_jsonl(path):
         where = f"{path}:{number}"
         result.append(
@@ -93,9 +118,14 @@ def read_trajectories(
                 _ids(row, "prompt_ids", where, vocab_size),
                 _ids(row, "response_ids", where, vocab_size),
                 str(row.get("id", number)),
-                **{k: row[k] for k in known if k in row},
+                **_how(row, where),
             )
         )
+        if "id" in row and seen.setdefault(result[-1].id, number) != number:
+            raise UserError(
+                f"{where}: line {seen[result[-1].id]} has the id '{result[-1].id}' already: make "
+                "ids unique"
+            )
         if limit is not None and len(result) == limit:
             break
     if not result:
@@ -133,7 +163,10 @@ class TrajectoryWriter:
             self._repair()
             for _, row in read_jsonl(path):
                 self.done[str(row.get("id"))] = row.get("prompt_ids")
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise UserError(f"cannot write '{path}' ({error.strerror})") from error
 
     def _repair(self) -> None:
         with open(self.path, "rb+") as file:
@@ -143,12 +176,11 @@ class TrajectoryWriter:
                 file.truncate(whole)
 
     def write(self, trajectories: Iterable[Trajectory]) -> None:
-        for trajectory in trajectories:
-            row = {"id": trajectory.id, **asdict(trajectory)}
-            self._file.write(json.dumps(row) + "\n")
-            self.done[trajectory.id] = trajectory.prompt_ids
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """All of them, on the disk, or none. Raises `UserError` where there is no room."""
+        rows = list(trajectories)
+        lines = (json.dumps({"id": t.id, **asdict(t)}) + "\n" for t in rows)
+        append(self._file, "".join(lines).encode(), self.path)
+        self.done |= {t.id: t.prompt_ids for t in rows}
 
     def close(self) -> None:
         self._file.close()

@@ -25,6 +25,8 @@ from draft_opd.training.optimizer import Optimizer
 STATE = "training"
 HASHES = f"{STATE}/files.json"
 PROGRESS = f"{STATE}/progress.json"
+OPTIMIZER = f"{STATE}/optimizer.safetensors"
+NEEDED = {"config.json", "model.safetensors", OPTIMIZER, PROGRESS}
 log = logging.getLogger(__name__)
 
 
@@ -63,7 +65,7 @@ class State:
         dtype = next(t.dtype for t in self.drafter.values() if t.is_floating_point())
         write_model(folder, self.config, self.drafter, dtype)
         (folder / STATE).mkdir()
-        save_file(self.optimizer, folder / STATE / "optimizer.safetensors")
+        save_file(self.optimizer, folder / OPTIMIZER)
         (folder / PROGRESS).write_text(json.dumps(asdict(self.progress)))
         _write_hashes(folder)
 
@@ -95,8 +97,8 @@ def damage(folder: Path) -> str | None:
         found = _files(folder)
     except (OSError, ValueError) as error:
         return f"{HASHES} cannot be read ({type(error).__name__})"
-    if not isinstance(recorded, dict):
-        return f"{HASHES} is no list of files"
+    if not isinstance(recorded, dict) or not recorded.keys() >= NEEDED:
+        return f"{HASHES} does not list its files"
     for name in sorted(recorded.keys() | found.keys()):
         if name not in found:
             return f"{name} is missing"
@@ -169,7 +171,7 @@ def read_progress(folder: Path) -> Progress:
 def load_checkpoint(folder: Path, optimizer: Optimizer) -> Progress:
     """Fills the optimiser's state; the drafter's own weights are loaded with the folder."""
     try:
-        optimizer.load_state(load_file(folder / STATE / "optimizer.safetensors"))
+        optimizer.load_state(load_file(folder / OPTIMIZER))
     except Exception as error:
         raise UserError(f"'{folder}' is not a checkpoint to resume from ({error})") from error
     return read_progress(folder)

@@ -16,7 +16,7 @@ EMBEDDED_RECIPES = Path(__file__).parent.parent / "embedded" / "recipes"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Data(_Section):
@@ -299,7 +299,8 @@ def load_recipe(path: str | Path, overrides: list[str] = (), stage: str | None =
             if not isinstance(node, dict):
                 raise UserError(f"'{key}': '{name}' is a value, not a section")
         node[last] = value
-    return parse_recipe(tree, str(path))
+    given = tuple(pair.partition("=")[0] for pair in overrides)
+    return parse_recipe(tree, str(path), given)
 
 
 def _for_stage(tree: dict, stage: str | None, path: Path) -> dict:
@@ -321,13 +322,16 @@ def _laid_over(below: dict, above: dict) -> dict:
     return merged
 
 
-def parse_recipe(tree: dict, where: str = "recipe") -> Recipe:
-    """Validates a tree; `UserError` names the first wrong key and the nearest right one."""
+def parse_recipe(tree: dict, where: str = "recipe", given: tuple[str, ...] = ()) -> Recipe:
+    """Validates a tree; `UserError` names the first wrong key and the nearest right one. `given`:
+    the keys that the command line set."""
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "recipe"
+        key = ".".join(map(str, first["loc"]))
+        if any(f"{key}.".startswith(f"{name}.") for name in given):
+            where = "command line"
         if first["type"] == "extra_forbidden":
             known = _keys_at(first["loc"][:-1])
             near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0.4)
@@ -335,9 +339,12 @@ def parse_recipe(tree: dict, where: str = "recipe") -> Recipe:
             raise UserError(f"{where}: unknown key '{key}'; {hint}") from None
         if first["type"] == "missing":
             raise UserError(f"{where}: the key '{key}' is missing") from None
-        message = first["msg"].removeprefix("Value error, ")
-        shown = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
-        raise UserError(f"{where}: '{key}': {message}{shown}") from None
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        if first["type"] == "model_type":
+            message = "must hold KEY: VALUE pairs"
+        shown = "" if isinstance(first["input"], dict) else f" (got {first['input']!r:.60})"
+        name = f"'{key}' " if key else ""
+        raise UserError(f"{where}: {name}{message}{shown}") from None
 
 
 def _keys_at(path: tuple) -> list[str]:

@@ -97,8 +97,10 @@ def new_drafter(model: Model, target: Target, counts: torch.Tensor) -> Drafter:
         return family.create(target, counts, **model.options)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"model.options.{key}: {first['msg'].lower()}") from None
+        key, said = ".".join(map(str, first["loc"])), first["msg"].lower()
+        if first["type"] == "extra_forbidden":
+            said = f"unknown option; {model.family} has {', '.join(family.options.model_fields)}"
+        raise UserError(f"model.options.{key}: {said}") from None
 
 
 class Run:
@@ -199,7 +201,10 @@ class Run:
                     )
         seen = {tuple(t.prompt_ids) for t in self.train_set}
         if any(tuple(t.prompt_ids) in seen for t in self.held_out):
-            raise UserError("data.heldout shares prompts with data.trajectories: τ would flatter")
+            raise UserError(
+                "data.heldout shares prompts with data.trajectories, so τ would flatter: collect "
+                "other prompts for one of them"
+            )
 
     def _made_of(self) -> dict[str, str]:
         """What a checkpoint belongs to."""

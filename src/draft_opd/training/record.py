@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from draft_opd.errors import UserError
-from draft_opd.files import make_folder, sync, write_json, write_lines, write_text
+from draft_opd.files import append, make_folder, sync, write_json, write_lines, write_text
 from draft_opd.machine import machine
 from draft_opd.training.config import Recipe
 from draft_opd.training.history import read_metrics
@@ -28,7 +28,15 @@ def check_folder(recipe: Recipe, resume: bool) -> None:
             f"'{out}' already holds a run: continue it with --resume or set another `out`"
         )
     if resume and saved.exists():
-        before = yaml.safe_load(saved.read_text())
+        try:
+            before = yaml.safe_load(saved.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            before = None
+        if not isinstance(before, dict):
+            raise UserError(
+                f"'{saved}' is damaged, so nothing says what run this is: put the recipe back to "
+                "resume it, or set another `out`"
+            )
         now = recipe.model_dump(mode="json")
         changed = [x for x in _differences(before, now) if not x.startswith(MAY_CHANGE)]
         if changed:
@@ -76,8 +84,8 @@ class Record:
 
     def line(self, values: dict) -> None:
         """`values` has `step`."""
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        with open(self.metrics, "ab", buffering=0) as file:
+            append(file, f"{json.dumps(values)}\n".encode(), self.metrics, wait=False)
         if self.tracker:
             self.tracker.log(values["step"], dict(numbers(values)))
 
