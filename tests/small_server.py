@@ -2,9 +2,10 @@
 
     python small_server.py PORT [PLANTED ...]
 
-PLANTED, what servers do to their clients: no-ids, busy, template-twice, other-tokenizer, one-fails,
-sglang (its names), breaks (off in the middle of a stream), error-event (in the middle of one),
-no-usage, thinks (as with a reasoning parser); drafter=FOLDER decodes with it and counts its rounds
+PLANTED, what servers do to their clients: no-ids, template-twice, other-tokenizer, one-fails,
+one-hangs; every third time: busy, rate-limit, garbage, no-choices, cut-off; sglang (its names),
+breaks (off in the middle of a stream), error-event (in the middle of one), no-usage, thinks (as
+with a reasoning parser); drafter=FOLDER decodes with it and counts its rounds
 under vLLM's names. `pytest -m slow` uses vLLM itself.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
@@ -40,9 +42,11 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def reply(self, value: dict, status: int = 200) -> None:
+    def reply(self, value: dict, status: int = 200, headers: dict | None = None) -> None:
         body = json.dumps(value).encode()
         self.send_response(status)
+        for name, text in (headers or {}).items():
+            self.send_header(name, text)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -97,11 +101,33 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.reply({"seen": SEEN})
 
+    def fail(self) -> bool:
+        """What is planted for this time; whether there is anything."""
+        if "busy" in PLANTED:
+            self.reply({"error": {"message": "queue is full"}}, 503)
+        elif "rate-limit" in PLANTED:
+            self.reply({"error": {"message": "slow down"}}, 429, {"Retry-After": "0.3"})
+        elif "garbage" in PLANTED:
+            self.send_response(200)
+            self.send_header("Content-Length", "6")
+            self.end_headers()
+            self.wfile.write(b"<html>")
+        elif "no-choices" in PLANTED:
+            self.reply({"choices": []})
+        elif "cut-off" in PLANTED:
+            self.send_response(200)
+            self.send_header("Content-Length", "500")
+            self.end_headers()
+            self.wfile.write(b'{"choices": [{')
+            self.close_connection = True
+        else:
+            return False
+        return True
+
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         SEEN.append(asked)
-        if "busy" in PLANTED and len(SEEN) % 3 == 1:
-            self.reply({"error": {"message": "queue is full"}}, 503)
+        if len(SEEN) % 3 == 1 and self.fail():
             return
         tokenizer = TARGET.tokenizer
         if "messages" in asked:
@@ -114,6 +140,8 @@ class Handler(BaseHTTPRequestHandler):
         if "one-fails" in PLANTED and "word word" in tokenizer.decode(prompt):
             self.reply({"error": {"message": "out of memory"}}, 500)
             return
+        if "one-hangs" in PLANTED and "word word" in tokenizer.decode(prompt):
+            time.sleep(3)
         if len(prompt) > 400:
             self.reply({"error": {"message": "the prompt is too long"}}, 400)
             return

@@ -11,9 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import draft_opd as d
+from draft_opd.rollout.asking import Dropped, Garbage, read_answer
 from draft_opd.rollout.prompts import read_prompts
 from draft_opd.rollout.trace import Round, by_accepted, committed, tau, tau_of
 from draft_opd.rollout.trajectory import TrajectoryWriter
+from draft_opd.text import TargetText
 from draft_opd.training.checkpoint import Checkpoints
 from draft_opd.training.config import Recipe, load_recipe, parse_recipe
 from draft_opd.training.history import read_history, read_metrics
@@ -33,7 +35,12 @@ VALUES = st.recursive(
 IDS = st.lists(st.integers(0, 900), max_size=6)
 
 
-def one_line(error: d.UserError) -> bool:
+@pytest.fixture(scope="module")
+def shipped_text() -> TargetText:
+    return TargetText.from_pretrained("embedded")
+
+
+def one_line(error: Exception) -> bool:
     return 0 < len(str(error)) < 1000
 
 
@@ -104,6 +111,28 @@ def test_a_file_cut_anywhere_is_the_lines_before_the_cut(tmp_path, written, data
     writer.close()
     assert path.read_bytes() == content
     assert not made or d.read_trajectories(path) == made
+
+
+@FUZZ
+@given(st.data())
+def test_a_servers_answers_may_be_anything(shipped_text, data):
+    choice = {"text": "The next", "finish_reason": "stop", "token_ids": [5, 6, 2]}
+    value: dict = {"choices": [choice], "usage": {"prompt_tokens": 2, "completion_tokens": 3}}
+    for part in (choice, value, value["usage"]):
+        for key in data.draw(st.lists(st.sampled_from(sorted(part)), max_size=1)):
+            part[key] = data.draw(VALUES)
+    for name in data.draw(
+        st.lists(st.sampled_from(["message", "prompt_token_ids", "stop_reason"]), max_size=1)
+    ):
+        choice[name] = data.draw(VALUES)
+    found = data.draw(st.just(value) | VALUES)
+    try:
+        ids, finish = read_answer(shipped_text, [1, 2], found)
+    except (Dropped, Garbage) as error:
+        assert one_line(error)
+    else:
+        assert ids and max(ids) < shipped_text.vocab_size and finish in ("stop", "length")
+        assert finish == "length" or ids[-1] in shipped_text.stop_ids
 
 
 # -- recipes ---------------------------------------------------------------------------------

@@ -12,8 +12,10 @@ from servers import fetch, served, start
 
 import draft_opd as d
 from draft_opd.decoding.sampling import Sampling
+from draft_opd.rollout.asking import Dropped, Garbage, gather_from, read_answer
+from draft_opd.rollout.collect import collect
 from draft_opd.rollout.prompts import read_prompts
-from draft_opd.rollout.server import Server, gather_from, read_answer
+from draft_opd.rollout.server import Server
 from draft_opd.serving.vllm import free_port
 from draft_opd.text import TargetText
 
@@ -32,13 +34,14 @@ def here(data):
     return {t.id: t.response_ids[:LONGEST] for t in d.read_trajectories(data / "train")}
 
 
-def gather(url, text, out, count=6, **options) -> tuple[Server, dict]:
+def gather(url, text, out, count=6, **options) -> tuple[dict, dict]:
+    """What was dropped, and trajectories by id."""
     options = {"in_flight": 4, "patience": 60.0, **options}
     server = Server(url, **options)
     server.check()
     prompts = read_prompts("embedded:train", count)
-    path = gather_from(server, text, prompts, out, max_new_tokens=LONGEST, sampling=Sampling())
-    return server, {t.id: t for t in d.read_trajectories(path)}
+    made = gather_from(server, text, prompts, out, max_new_tokens=LONGEST, sampling=Sampling())
+    return made.dropped, {t.id: t for t in d.read_trajectories(made.path)}
 
 
 def test_text_side_and_target_agree(target, text):
@@ -51,23 +54,91 @@ def test_text_side_and_target_agree(target, text):
 def test_a_server_gives_what_decoding_here_gives(text, here, tmp_path):
     with served("busy") as url:
         for endpoint in ("completions", "chat"):
-            server, found = gather(url, text, tmp_path / endpoint, endpoint=endpoint)
+            dropped, found = gather(url, text, tmp_path / endpoint, endpoint=endpoint)
             assert {k: t.response_ids for k, t in found.items()} == {
                 k: here[k] for k in map(str, range(1, 7))
             }
-            assert not server.dropped
+            assert not dropped
         asked = fetch(f"{url}/seen")["seen"][0]
     # Servers take what is not said from the model's generation_config.
     assert (asked["top_k"], asked["repetition_penalty"], asked["min_p"]) == (-1, 1.0, 0.0)
 
 
+@pytest.mark.parametrize("planted", ["busy", "rate-limit", "garbage", "no-choices", "cut-off"])
+def test_what_passes_is_tried_again(text, here, tmp_path, monkeypatch, planted):
+    """A third of the answers fail: every prompt has its trajectory in the end, and one only."""
+    monkeypatch.setattr("draft_opd.rollout.asking.BACKOFF", (0.02, 0.1))
+    with served(planted) as url:
+        dropped, found = gather(url, text, tmp_path, count=9)
+        asked = len(fetch(f"{url}/seen")["seen"])
+    expected = {str(i): here[str(i)] for i in range(1, 10)}
+    assert {k: t.response_ids for k, t in found.items()} == expected
+    assert not dropped and asked > 9
+    assert (tmp_path / "trajectories.jsonl").read_text().count("\n") == 9
+    ended = json.loads((tmp_path / "collect.json").read_text())["ended"]
+    assert ended == {"asked": 9, "answered": 9}
+
+
+def test_a_prompt_that_hangs_is_given_up(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("draft_opd.rollout.asking.BACKOFF", (0.02, 0.1))
+    monkeypatch.setattr("draft_opd.rollout.asking.FAILURES", 2)
+    prompts = tmp_path / "p.jsonl"
+    rows = [{"prompt": "word word"}, *({"prompt": f"Which is next? {i}"} for i in range(4))]
+    prompts.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with served("one-hangs") as url:
+        server = Server(url, in_flight=2, timeout=1.0)
+        server.check()
+        options = {"max_new_tokens": 4, "sampling": Sampling()}
+        made = gather_from(server, text, read_prompts(prompts), tmp_path / "out", **options)
+    assert {t.id for t in d.read_trajectories(made.path)} == {"2", "3", "4", "5"}
+    assert made.dropped == {"no answer in N s": 1}
+    ended = json.loads((tmp_path / "out" / "collect.json").read_text())["ended"]
+    assert ended == {"asked": 5, "answered": 4}
+
+
+def test_several_servers_share_the_work_and_one_may_die(text, here, tmp_path, monkeypatch):
+    monkeypatch.setattr("draft_opd.rollout.asking.BACKOFF", (0.02, 0.1))
+    ports = free_port(), free_port()
+    processes = [start(port) for port in ports]
+    servers = [Server(f"http://127.0.0.1:{p}", in_flight=2, patience=30) for p in ports]
+    for server in servers:
+        server.check()
+    seen: dict[int, int] = {}
+
+    def progress(done: int, _total: int, _tokens: int) -> None:
+        if done == 8:
+            seen.update({p: len(fetch(f"http://127.0.0.1:{p}/seen")["seen"]) for p in ports})
+            processes[0].kill()
+            processes[0].wait()
+
+    try:
+        made = gather_from(
+            servers, text, read_prompts("embedded:train", 24), tmp_path,
+            max_new_tokens=LONGEST, sampling=Sampling(), progress=progress,
+        )  # fmt: skip
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    rows = d.read_trajectories(made.path)
+    assert {t.id: t.response_ids for t in rows} == {str(i): here[str(i)] for i in range(1, 25)}
+    assert len(rows) == 24 and not made.dropped and min(seen.values()) > 0
+
+
+def test_two_collections_do_not_share_a_folder(target, tmp_path):
+    from draft_opd.files import held
+
+    with held(tmp_path), pytest.raises(d.UserError, match="another process is writing"):
+        collect(target, read_prompts("embedded:train", 1), tmp_path, max_new_tokens=2)
+
+
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
 def test_without_token_ids_text_is_tokenised_again(text, here, tmp_path, endpoint):
     with served("no-ids") as url:
-        server, found = gather(url, text, tmp_path, endpoint=endpoint)
+        dropped, found = gather(url, text, tmp_path, endpoint=endpoint)
     for name, t in found.items():
         assert t.response_ids == here[name]
-    assert len(found) + sum(server.dropped.values()) == 6 and len(found) >= 3
+    assert len(found) + dropped.total() == 6 and len(found) >= 3
 
 
 def test_sglangs_names_are_read(text, here, tmp_path):
@@ -98,14 +169,14 @@ def test_a_refused_prompt_does_not_stop_the_others(text, tmp_path):
         server = Server(url)
         server.check()
         options = {"max_new_tokens": 4, "sampling": Sampling()}
-        path = gather_from(server, text, read_prompts(prompts), tmp_path / "out", **options)
-    assert [t.id for t in d.read_trajectories(path)] == ["1"]
-    assert server.dropped == {"HTTP 400 the prompt is too long": 1}
+        made = gather_from(server, text, read_prompts(prompts), tmp_path / "out", **options)
+    assert [t.id for t in d.read_trajectories(made.path)] == ["1"]
+    assert made.dropped == {"HTTP 400 the prompt is too long": 1}
 
 
 def test_a_prompt_the_server_fails_on_is_given_up(text, tmp_path, monkeypatch):
     """While others are answered; it would stop every new attempt as well."""
-    monkeypatch.setattr("draft_opd.rollout.server.BACKOFF", (0.02, 0.1))
+    monkeypatch.setattr("draft_opd.rollout.asking.BACKOFF", (0.02, 0.1))
     prompts = tmp_path / "p.jsonl"
     rows = [{"prompt": "word word"}, *({"prompt": f"Which is next? {i}"} for i in range(12))]
     prompts.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -113,9 +184,9 @@ def test_a_prompt_the_server_fails_on_is_given_up(text, tmp_path, monkeypatch):
         server = Server(url, in_flight=2)
         server.check()
         options = {"max_new_tokens": 12, "sampling": Sampling()}
-        path = gather_from(server, text, read_prompts(prompts), tmp_path / "out", **options)
-    assert len(d.read_trajectories(path)) == 12
-    assert server.dropped == {"HTTP 500 out of memory": 1}
+        made = gather_from(server, text, read_prompts(prompts), tmp_path / "out", **options)
+    assert len(d.read_trajectories(made.path)) == 12
+    assert made.dropped == {"HTTP 500 out of memory": 1}
 
 
 def test_samples_differ_and_can_be_drawn_again(text, tmp_path):
@@ -211,15 +282,14 @@ def test_the_stop_token_is_put_back(text):
     ("value", "message"),
     [
         (answer("x", "content_filter"), "content_filter"),
-        (answer("x", token_ids=[9999]), "does not have"),
-        (answer("x", token_ids=[5], stop_reason="###"), "something else"),
+        (answer("x", count=1, token_ids=[9999]), "does not have"),
+        (answer("x", count=2, token_ids=[5], stop_reason="###"), "something else"),
+        (answer("x", count=7, token_ids=[5]), "not as many"),
         (answer("", "length"), "empty"),
     ],
 )
 def test_answers_that_are_no_trajectory(text, value, message):
-    from draft_opd.rollout.server import Dropped
-
     with pytest.raises(Dropped, match=message):
         read_answer(text, [1, 2, 3], value)
-    with pytest.raises(d.UserError, match="not a completion"):
+    with pytest.raises(Garbage, match="no completion"):
         read_answer(text, [1, 2, 3], {"error": "no"})

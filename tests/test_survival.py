@@ -72,7 +72,7 @@ def test_twenty_kills_change_nothing(forked, command, whole, tmp_path):
     expected = whole
     out, arguments = tmp_path / "run", command(tmp_path / "run")
     log, rng = tmp_path / "log", random.Random(8)
-    kills, steps, lines = 0, [], out / "metrics.jsonl"
+    kills, steps, lines, longest = 0, [], out / "metrics.jsonl", 0.6
     while kills < 20:
         began = time.time_ns()
         process = forked.start(*arguments, log=log)
@@ -80,7 +80,7 @@ def test_twenty_kills_change_nothing(forked, command, whole, tmp_path):
             while not lines.exists() or lines.stat().st_mtime_ns < began:
                 assert time.time_ns() < began + 120 * 10**9, log.read_text()
                 time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.9))
+        time.sleep(rng.uniform(0, longest))
         os.kill(process, signal.SIGKILL)
         if forked.status(process) == 0:  # it had ended: the next one begins again
             assert same_files(expected, out, *WEIGHTS)
@@ -89,13 +89,16 @@ def test_twenty_kills_change_nothing(forked, command, whole, tmp_path):
         kills += 1
         progress = out / "last" / "training" / "progress.json"
         steps.append(json.loads(progress.read_text())["step"] if progress.exists() else -1)
+        if len(set(steps[-3:])) == 1:  # on a busy machine everything takes longer
+            longest *= 1.3
     assert len(set(steps)) > 5, steps
     finish(forked, *arguments, log=log)
     assert same_files(expected, out, *WEIGHTS), steps
     assert metrics(out) == metrics(expected)
     left = {p.name for p in out.iterdir()}
-    assert left <= {"last", "best", "checkpoints", "metrics.jsonl", "recipe.yaml", "run.json",
-                    ".last.tmp", ".best.tmp"}, left  # fmt: skip
+    assert left - {".lock", ".last.tmp", ".best.tmp"} == {
+        "last", "best", "checkpoints", "metrics.jsonl", "recipe.yaml", "run.json",
+    }, left  # fmt: skip
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

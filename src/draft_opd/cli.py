@@ -86,13 +86,14 @@ def collect(
     prompts: Annotated[str, typer.Option(help="JSONL; or embedded:train, embedded:heldout.")],
     out: Annotated[Path, typer.Option(help="Folder for trajectories.jsonl.")],
     server: Annotated[
-        str | None, typer.Option(help="URL of a vLLM or SGLang server that answers instead.")
+        list[str] | None,
+        typer.Option(help="URL of a vLLM or SGLang server that answers instead; may be repeated."),
     ] = None,
     server_model: Annotated[str | None, typer.Option(help="Default: the one it serves.")] = None,
     endpoint: Annotated[str, typer.Option(help="'completions' (token ids) or 'chat'.")] = (
         "completions"
     ),
-    in_flight: Annotated[int, typer.Option(help="Requests to the server at a time.")] = 32,
+    in_flight: Annotated[int, typer.Option(help="Requests to each server at a time.")] = 32,
     patience: Annotated[
         float, typer.Option(help="Seconds to wait for a server that has gone away.")
     ] = 300.0,
@@ -128,32 +129,34 @@ def collect(
     if not asked:
         raise UserError(f"--skip {skip} leaves no prompts of '{prompts}'")
     common = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
-    dropped: dict[str, int] = {}
     if endpoint != "completions" and not server:
         raise UserError(f"--endpoint {endpoint}: goes with --server")
     if server:
-        from draft_opd.rollout.server import Server, gather_from
+        from draft_opd.rollout.asking import gather_from
+        from draft_opd.rollout.server import Server
         from draft_opd.text import TargetText
 
         if drafter:
             raise UserError("--drafter speeds up decoding here: a server has its own")
-        asker = Server(server, server_model, endpoint, in_flight, patience)
-        asker.check()
+        askers = [Server(url, server_model, endpoint, in_flight, patience) for url in server]
+        for asker in askers:
+            asker.check()
         text = TargetText.from_pretrained(target, trust_remote_code=trust_remote_code)
-        dropped = asker.dropped
-        start = partial(gather_from, asker, text)
+        start = partial(gather_from, askers, text)
     else:
         model = to_target(target, device, dtype, trust_remote_code)
         helper = to_drafter(drafter, model) if drafter else None
         start = partial(run, model, batch_size=batch_size, drafter=helper)
     with screen.progress("collect", len(asked) * samples) as update:
-        path = start(
+        found = start(
             asked, out, samples=samples, thinking=thinking, **common,
             progress=lambda done, _, tokens: update(done, f"{tokens} tokens"),
         )  # fmt: skip
-    for reason, count in dropped.items():
-        screen.say(f"{count} dropped: {reason}")
-    value = {**summary(path), **({"dropped": dict(dropped)} if server else {})}
+    value = summary(found.path if server else found)
+    if server:
+        value["dropped"] = dict(found.dropped)
+        for reason, count in found.dropped.items():
+            screen.say(f"{count} dropped: {reason}")
     screen.result(value, facts(value["path"], value))
 
 

@@ -12,6 +12,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None
+
 from draft_opd.errors import UserError
 
 
@@ -22,6 +27,25 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot create the folder '{path}' ({error.strerror})") from error
     return path
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other processes that ask for it out of a folder; a killed one lets go.
+
+    Raises `UserError` where another one is in it.
+    """
+    with open(folder / ".lock", "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is writing into '{folder}': wait until it has ended, or choose "
+                "another folder"
+            ) from None
+        except (AttributeError, OSError):  # no locks in this system, or on this disk
+            pass
+        yield
 
 
 def sync(path: Path) -> None:

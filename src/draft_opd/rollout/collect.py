@@ -13,7 +13,7 @@ from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.speculative import speculate
 from draft_opd.drafters.base import Drafter
 from draft_opd.errors import UserError
-from draft_opd.files import make_folder, write_json
+from draft_opd.files import held, make_folder, write_json
 from draft_opd.rollout.prompts import Prompt
 from draft_opd.rollout.trajectory import Trajectory, TrajectoryWriter, read_trajectories
 from draft_opd.target import Target
@@ -84,14 +84,23 @@ def gather(
 ) -> Path:
     """Writes `out/trajectories.jsonl`; what is already there is not asked for again.
 
-    about: how the trajectories are made; a folder that was made otherwise is refused.
+    about: how the trajectories are made; a folder that was made otherwise is refused, and one that
+    another process is writing. `collect.json` says so and, once all was asked, how many answered.
     `progress(done, total, tokens)` is called after every write. Raises `UserError` when the folder
     holds trajectories of other prompts under the same ids, or a prompt does not fit the context.
     """
     path = make_folder(out) / "trajectories.jsonl"
+    with held(out):
+        return _gather(target, prompts, path, answer, about, samples, thinking, progress)
+
+
+def _gather(target, prompts, path, answer, about, samples, thinking, progress) -> Path:
     writer = TrajectoryWriter(path)
-    _remember(out / "collect.json", {"target": target.name, **about}, fresh=not writer.done)
+    about = {"target": target.name, **about}
+    made = path.with_name("collect.json")
     try:
+        if writer.done:
+            _check_made(made, about)
         todo, seen = [], set()
         for prompt in prompts:
             ids = prompt.ids(target, thinking)
@@ -122,9 +131,12 @@ def gather(
             if progress:
                 progress(counts["done"], len(seen), counts["tokens"])
 
+        write_json(made, about)
         emit([])
         if todo:
             answer(todo, emit)
+        ended = {"asked": len(seen), "answered": len(seen & writer.done.keys())}
+        write_json(made, {**about, "ended": ended})
     finally:
         writer.close()
     return path
@@ -172,9 +184,9 @@ def how_made(sampling: Sampling, seed: int, max_new_tokens: int, samples: int) -
     return {"sampling": sampling.model_dump(), "seed": seed, "max_new_tokens": max_new_tokens}
 
 
-def _remember(path: Path, about: dict, fresh: bool) -> None:
-    """Writes how trajectories are made; refuses to go on in another way."""
-    if not fresh and path.exists():
+def _check_made(path: Path, about: dict) -> None:
+    """Refuses to go on in another way than the file says."""
+    if path.exists():
         try:
             before = json.loads(path.read_text())
             if not isinstance(before, dict):
@@ -185,7 +197,6 @@ def _remember(path: Path, about: dict, fresh: bool) -> None:
         if changed:
             told = "; ".join(f"{k} {before.get(k)} before, {about[k]} now" for k in changed)
             raise UserError(f"'{path.parent}' was collected otherwise ({told}): use another --out")
-    write_json(path, about)
 
 
 def summary(path: Path) -> dict:

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from draft_opd.drafters.base import FAMILIES, Drafter
 from draft_opd.errors import Failure, Stopped, UserError
-from draft_opd.files import recover_folder, replace_folder, write_json
+from draft_opd.files import held, recover_folder, replace_folder, write_json
 from draft_opd.rollout.trace import by_accepted, tau_of
 from draft_opd.rollout.trajectory import Trajectory, check_trajectories, read_trajectories
 from draft_opd.target import Target
@@ -284,7 +284,7 @@ class Run:
         Raises `Stopped` when `stop` was called and `Failure` where it cannot go on.
         """
         try:
-            with lost_peers():
+            with lost_peers(), held(self.out) if self.record else nullcontext():
                 result = self._train()
         except BaseException:
             if self.record:

@@ -27,8 +27,9 @@ from draft_opd.drafters import Drafter
 from draft_opd.errors import UserError
 from draft_opd.export.card import model_card
 from draft_opd.files import make_folder, write_json, write_text
+from draft_opd.rollout.asking import gather_from
 from draft_opd.rollout.prompts import Prompt, read_prompt
-from draft_opd.rollout.server import Server, gather_from
+from draft_opd.rollout.server import Server
 from draft_opd.rollout.trajectory import read_trajectories
 from draft_opd.target import Target
 from draft_opd.text import resolve_path
@@ -115,8 +116,7 @@ class OnlineLoop:
             return None
         self._serve(start)
         self.server.wait()
-        self.server.dropped.clear()
-        gather_from(
+        collected = gather_from(
             self.server, self.target, prompts, place, max_new_tokens=o.max_new_tokens,
             sampling=self.recipe.sampling, seed=self.recipe.seed + index, thinking=o.thinking,
         )  # fmt: skip
@@ -140,8 +140,8 @@ class OnlineLoop:
         self._serve(drafter)
         value = {
             "round": index,
-            "trajectories": len(prompts) - self.server.dropped.total(),
-            "dropped": dict(self.server.dropped),
+            "trajectories": len(prompts) - collected.dropped.total(),
+            "dropped": dict(collected.dropped),
             "passed_over": passed,
             "next_line": line,
             "tau_before": result.start_tau,
