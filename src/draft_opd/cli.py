@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -60,9 +61,13 @@ app = typer.Typer(
 
 @app.callback()
 def _quiet() -> None:
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()  # one bar at a time, and that one is ours
+    disable_progress_bar()  # one bar at a time, and that one is ours
+    log = logging.getLogger("draft_opd")
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+        log.handlers[0].setFormatter(logging.Formatter("warning: %(message)s"))
 
 
 @app.command(epilog=example("draft-opd demo --out runs/demo"))

@@ -22,6 +22,9 @@ def resolve_path(path_or_id: str) -> str:
 def find_target(path_or_id: str, weights: bool = True) -> str:
     """What transformers loads a target from. Raises `UserError` for what cannot be one: no folder
     and no hub id, a drafter, weights that are pickles only."""
+    from draft_opd.drafters import FAMILIES  # drafters need targets
+    from draft_opd.drafters.base import check_hub, read_config
+
     path = resolve_path(path_or_id)
     folder = Path(path)
     if not folder.is_dir():
@@ -29,10 +32,8 @@ def find_target(path_or_id: str, weights: bool = True) -> str:
             raise UserError(
                 f"target '{path}' is not a folder: give a model folder, a hub id, or '{EMBEDDED}'"
             )
+        check_hub(path, "target")
         return path
-    from draft_opd.drafters import FAMILIES  # drafters need targets
-    from draft_opd.drafters.base import read_config
-
     config = read_config(folder, "target")
     if any(f.matches(config) for f in FAMILIES.values()):
         raise UserError(f"'{path}' is a drafter, not a target: it goes to --drafter")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -370,6 +371,7 @@ def find_folder(path_or_id: str | Path, kind: str) -> Path:
     text = str(path_or_id)
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise UserError(f"{kind} '{text}' is not a folder: give a model folder or a hub id")
+    check_hub(text, kind)
     try:
         return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:
@@ -377,6 +379,28 @@ def find_folder(path_or_id: str | Path, kind: str) -> Path:
             f"{kind} '{text}' is neither a local folder nor a reachable hub id "
             f"({type(error).__name__})"
         ) from error
+
+
+def check_hub(name: str, kind: str) -> None:
+    """Raises `UserError` at once for a hub id that is neither cached nor to be had: the loaders
+    would try for half a minute first."""
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=10)
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{kind} '{name}' is neither a local folder nor a hub id (or it is private: hf auth "
+            "login)"
+        ) from None
+    except HFValidationError:
+        raise UserError(f"{kind} '{name}' is neither a local folder nor a hub id") from None
+    except Exception as error:  # of whichever HTTP library; a mirror may lack this route
+        if isinstance(error, OSError) or "Connect" in type(error).__name__:
+            raise UserError(
+                f"{kind} '{name}' is no local folder, and the hub cannot be asked for it "
+                f"({type(error).__name__})"
+            ) from None
 
 
 def read_config(folder: Path, kind: str) -> dict:

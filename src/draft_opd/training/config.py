@@ -206,7 +206,7 @@ class Recipe(_Section):
     data: Data = Field(description="trajectories")
     model: Model = Field(Model(), description="a new drafter (stage 1)")
     steps: int = Field(ge=1, description="optimiser steps")
-    batch_size: int = Field(16, ge=1, description="trajectories a forward")
+    batch_size: int = Field(16, ge=1, description="trajectories a forward, of all processes")
     accumulate: int = Field(1, ge=1, description="forwards an optimiser step")
     seed: int = Field(0, ge=0, lt=2**32, description="of weights, data order, anchors and sampling")
     precision: Literal["float32", "bfloat16"] = Field(

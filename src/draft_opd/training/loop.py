@@ -137,7 +137,7 @@ class Run:
         self.checkpoints = Checkpoints(self.out, recipe.keep_checkpoints)
         self.group.wait()  # all have seen the folder as it was
         begun = self.group.in_turn(lambda: self.checkpoints.newest() if resume else None)
-        if resume and not begun:
+        if resume and not begun and self.group.first:
             log.warning("nothing to resume in '%s': beginning at step 0", self.out)
         torch.manual_seed(recipe.seed)
         source = str(begun) if begun else recipe.drafter
