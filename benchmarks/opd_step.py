@@ -64,16 +64,16 @@ def main() -> None:
                     "optim": {"learning_rate": 1e-9},  # all keep the drafter they began with
                 }  # fmt: skip
                 runs[side] = Run("opd", parse_recipe(tree), after=next(iter(runs.values()), None))
-                runs[side]._evaluate(0)  # how the trace is made goes by τ
+                runs[side]._evaluate()  # how the trace is made goes by τ
             for repeat in range(args.repeats + 1):
                 first = repeat * args.steps
                 for side in ("remembered", every):  # what an earlier epoch would have remembered
                     for step in range(first, first + args.steps):
-                        runs[side].source.batch(runs[side]._trajectories(step))
+                        runs[side].source.batch(runs[side]._rows(step))
                 for side in list(sides)[:: 1 if repeat % 2 else -1]:
                     began = time.perf_counter()
                     for step in range(first, first + args.steps):
-                        runs[side]._step(step)
+                        runs[side].step(step)
                     seconds = (time.perf_counter() - began) / args.steps
                     measured = runs[side].clock.take()
                     if repeat:  # the first one warms up

@@ -98,7 +98,7 @@ def main() -> None:
             first = next(iter(runs.values()), None)
             recipe = parse_recipe(tree)
             runs[side] = Run(stage, recipe, target=first and first.target)
-            runs[side]._evaluate(0)  # how the trace is made goes by τ
+            runs[side]._evaluate()  # how the trace is made goes by τ
         device = runs["sft"].target.device
         rate = limits.matrix_rate(getattr(torch, args.precision), device)
         for repeat in range(args.repeats + 1):
@@ -107,12 +107,12 @@ def main() -> None:
                 if run.source.known is not None:
                     for step in range(first, first + args.steps):
                         with run._autocast():
-                            run.source.batch(run._trajectories(step))
+                            run.source.batch(run._rows(step))
             for side in list(STAGES)[:: 1 if repeat % 2 else -1]:
                 runs[side].clock.take()
                 began = time.perf_counter()
                 for step in range(first, first + args.steps):
-                    runs[side]._step(step)
+                    runs[side].step(step)
                 seconds = (time.perf_counter() - began) / args.steps
                 measured = runs[side].clock.take()
                 if repeat:
@@ -123,8 +123,8 @@ def main() -> None:
             tokens, supervised = [], []
             with FlopCounterMode(display=False, custom_mapping=custom) as counter:
                 for step in range(args.steps):
-                    tokens.append(sum(len(t.ids) for t in run._trajectories(step)))
-                    supervised.append(run._step(step)["supervised"])
+                    tokens.append(sum(len(t.ids) for t in run._rows(step)))
+                    supervised.append(run.step(step)["supervised"])
             flops = counter.get_total_flops() / args.steps
             seconds = statistics.median(times[side])
             rows.append(
@@ -139,7 +139,7 @@ def main() -> None:
                     "parts": {
                         p: statistics.median(x[p] for x in parts[side]) for p in parts[side][0]
                     },
-                    "profile": profiled(lambda run=run: run._step(0)),
+                    "profile": profiled(lambda run=run: run.step(0)),
                 }
             )
             print(json.dumps(rows[-1]))

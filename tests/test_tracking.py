@@ -28,12 +28,12 @@ def scalars(folder) -> dict[str, dict[int, float]]:
 def test_tensorboard_has_every_figure_through_a_resume(target, recipe_for, tmp_path, monkeypatch):
     recipe = recipe_for("sft", tmp_path / "r", "tracker=tensorboard")
 
-    def break_off(self, *, whole=Run._step):
+    def break_off(self, *, whole=Run._next):
         if self.progress.step == 3:
             raise KeyboardInterrupt
         return whole(self)
 
-    monkeypatch.setattr(Run, "_step", break_off)
+    monkeypatch.setattr(Run, "_next", break_off)
     with pytest.raises(KeyboardInterrupt):
         Run("sft", recipe, target=target).train()
     monkeypatch.undo()

@@ -141,8 +141,8 @@ def untrained(config: str, target: str, trust_remote_code: bool):
     import torch
 
     from draft_opd.target import Target
+    from draft_opd.training.begin import new_drafter
     from draft_opd.training.config import load_recipe
-    from draft_opd.training.loop import new_drafter
 
     recipe = load_recipe(config, [], "sft")
     model = Target.from_pretrained(target, device="cpu", trust_remote_code=trust_remote_code)

@@ -99,9 +99,11 @@ def _name(key: object) -> str:
 
 
 def fingerprint(target: Target) -> str:
-    """Knows a target by some of its weights: its name could lie."""
+    """Knows a target by some of its weights: its name could lie. They are those that every process
+    has whole: head, embeddings, last norm."""
     digest = hashlib.sha256()
-    for weight in (target.head.weight, *list(target.decoder.parameters())[-4:]):
+    outer = (p for n, p in target.decoder.named_parameters() if not n.startswith("layers."))
+    for weight in (target.head.weight, *outer):
         digest.update(weight.detach()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -7,28 +7,34 @@ import logging
 import math
 import shutil
 import time
-from array import array
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import ValidationError
 
-from draft_opd.drafters.base import FAMILIES, Drafter
+from draft_opd.drafters.base import Drafter
 from draft_opd.errors import Failure, Stopped, UserError
 from draft_opd.files import held, recover_folder, replace_folder, write_json
 from draft_opd.rollout.trace import by_accepted, tau_of
-from draft_opd.rollout.trajectory import Trajectory, check_trajectories, read_trajectories
+from draft_opd.rollout.trajectory import Trajectory
 from draft_opd.target import Target
 from draft_opd.training import nonfinite
+from draft_opd.training.begin import (
+    check_data,
+    check_made_from,
+    check_shares,
+    first_drafter,
+    load_target,
+    made_from,
+    read_data,
+)
 from draft_opd.training.checkpoint import Checkpoints, Progress, State, load_checkpoint
-from draft_opd.training.config import Model, Recipe
-from draft_opd.training.data import BatchSource, batch_at, cut
-from draft_opd.training.features import FeatureFolder, about_features, fingerprint
+from draft_opd.training.config import Recipe
+from draft_opd.training.data import BatchSource, batch_at
+from draft_opd.training.features import FeatureFolder, about_features
 from draft_opd.training.opd import opd_loss
 from draft_opd.training.optimizer import Optimizer
 from draft_opd.training.parallel import Group, lost_peers, whole
@@ -87,22 +93,6 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
     )
 
 
-def new_drafter(model: Model, target: Target, counts: torch.Tensor) -> Drafter:
-    """The drafter that training begins with; counts [V] of the target's tokens. Raises `UserError`
-    for a family or an option that there is not."""
-    family = FAMILIES.get(model.family)
-    if family is None:
-        raise UserError(f"unknown drafter family '{model.family}'; known: {', '.join(FAMILIES)}")
-    try:
-        return family.create(target, counts, **model.options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key, said = ".".join(map(str, first["loc"])), first["msg"].lower()
-        if first["type"] == "extra_forbidden":
-            said = f"unknown option; {model.family} has {', '.join(family.options.model_fields)}"
-        raise UserError(f"model.options.{key}: {said}") from None
-
-
 class Run:
     """A stage of training, from recipe to checkpoints. `train()` does it."""
 
@@ -127,12 +117,10 @@ class Run:
         if stage == "opd" and not recipe.drafter:
             raise UserError("opd starts from a trained drafter: set `drafter` in the recipe")
         # Trajectories before the target: a bad file should not cost a model's loading time.
-        self.train_set = self._read(recipe.data.trajectories, recipe.data.limit)
-        self.held_out = self._read(recipe.data.heldout, recipe.data.heldout_limit)
-        self._check_sizes()
-        self._before_split = ""  # the target's fingerprint, which its parts would change
-        self.target = target or (after and after.target) or self._load_target()
-        self._check_ids()
+        self.train_set, self.held_out = read_data(recipe)
+        check_shares(recipe, self.train_set, self.held_out, self.group.size)
+        self.target = target or (after and after.target) or load_target(recipe, self.group)
+        check_data(recipe, self.train_set, self.held_out, self.target)
         recover_folder(self.out / "best")
         self.checkpoints = Checkpoints(self.out, recipe.keep_checkpoints)
         self.group.wait()  # all have seen the folder as it was
@@ -145,7 +133,7 @@ class Run:
             self.drafter = Drafter.from_pretrained(source, device=self.target.device)
             self.drafter.check_target(self.target)
         else:
-            self.drafter = self._create()
+            self.drafter = first_drafter(recipe.model, self.target, self.train_set)
         self.drafter.gradient_checkpointing = recipe.gradient_checkpointing
         self.length = self.drafter.checked_length(recipe.draft_length)
         self.called = self.group.wrap(self.drafter)
@@ -153,7 +141,9 @@ class Run:
         self.progress = load_checkpoint(begun, self.optimizer) if begun else Progress()
         if len(set(self.group.collect(self.progress.step))) > 1:
             raise UserError(f"not all processes see the same run folder '{self.out}': share it")
-        self._check_made_of()
+        made_of = made_from(self.target, self.train_set, self.held_out)
+        check_made_from(self.out, self.progress.made_of, made_of)
+        self.progress.made_of = made_of
         self._sources(after)
         self.clock = Stopwatch(self.target.device)
         self.rollouts = Rollouts(
@@ -176,61 +166,6 @@ class Run:
 
     # -- setting up -------------------------------------------------------------------------
 
-    def _read(self, path: str, limit: int | None) -> list[Trajectory]:
-        found = read_trajectories(path, limit=limit)
-        kept = [t for t in (cut(t, self.recipe.data.max_length) for t in found) if t]
-        if not kept:
-            raise UserError(
-                f"'{path}': max_length {self.recipe.data.max_length} leaves no response token, "
-                "so the loss mask would be all zeros"
-            )
-        if any(not t.prompt_ids for t in kept):
-            raise UserError(f"'{path}': a prompt is empty, so the loss mask would be all ones")
-        return kept
-
-    def _check_ids(self) -> None:
-        asked = self.recipe.sampling.filters
-        for name, rows in (("trajectories", self.train_set), ("heldout", self.held_out)):
-            check_trajectories(rows, self.target, f"data.{name}")
-            for t in rows:
-                if (t.temperature, t.top_k, t.top_p) != asked:
-                    raise UserError(
-                        f"data.{name}: trajectory {t.id} was sampled with (temperature, top_k, "
-                        f"top_p) = {(t.temperature, t.top_k, t.top_p)}, the recipe's `sampling` "
-                        f"says {asked}: set it to what the data has"
-                    )
-        seen = {tuple(t.prompt_ids) for t in self.train_set}
-        if any(tuple(t.prompt_ids) in seen for t in self.held_out):
-            raise UserError(
-                "data.heldout shares prompts with data.trajectories, so τ would flatter: collect "
-                "other prompts for one of them"
-            )
-
-    def _made_of(self) -> dict[str, str]:
-        """What a checkpoint belongs to."""
-        found = {"target": self._before_split or fingerprint(self.target)}
-        for name, rows in (("data.trajectories", self.train_set), ("data.heldout", self.held_out)):
-            digest = sha256()
-            for t in rows:
-                digest.update(array("q", [len(t.prompt_ids), len(t.ids), *t.ids]).tobytes())
-            found[name] = f"{len(rows)} trajectories, {digest.hexdigest()[:16]}"
-        return found
-
-    def _check_made_of(self) -> None:
-        now = self._made_of()
-        for name, before in self.progress.made_of.items():
-            if now[name] != before:
-                raise UserError(
-                    f"cannot resume '{self.out}': {name} is not what the run began with "
-                    f"({before} then, {now[name]} now): restore it, or set another `out`"
-                )
-        self.progress.made_of = now
-
-    def _create(self) -> Drafter:
-        said = [i for t in self.train_set for i in t.response_ids]
-        counts = torch.bincount(torch.tensor(said), minlength=self.target.vocab_size)
-        return new_drafter(self.recipe.model, self.target, counts)
-
     def _sources(self, after: Run | None) -> None:
         """Where batches come from, for training and for held-out τ."""
         data, layers = self.recipe.data, self.drafter.target_layers
@@ -248,28 +183,6 @@ class Run:
         if after is not None:
             self.source.adopt(after.source)
             self.yardstick.adopt(after.yardstick)
-
-    def _load_target(self) -> Target:
-        options = {"trust_remote_code": self.recipe.trust_remote_code}
-        if not self.group.split():
-            return Target.from_pretrained(self.recipe.target, **options)
-        # Whole it may fit the host's memory only.
-        dtype = "auto" if self.group.device.type == "cuda" else None
-        target = Target.from_pretrained(self.recipe.target, dtype=dtype, device="cpu", **options)
-        self._before_split = fingerprint(target)
-        target.split(self.group)
-        return target
-
-    def _check_sizes(self) -> None:
-        for name, count in (
-            ("batch_size", min(self.recipe.batch_size, len(self.train_set))),
-            ("data.heldout", len(self.held_out)),
-        ):
-            if count < self.group.size:
-                raise UserError(
-                    f"{name}: {count} trajectories cannot be shared by {self.group.size} "
-                    "processes: start fewer, or raise it"
-                )
 
     # -- training ---------------------------------------------------------------------------
 
@@ -313,7 +226,7 @@ class Run:
                 )
             if last:
                 break
-            self._step()
+            self._next()
         return RunResult(
             self.out, p.start_tau, p.tau, p.best_tau, p.best_step, p.step, p.supervised, p.seconds
         )
@@ -375,12 +288,29 @@ class Run:
         with self._autocast():
             return self.called(part)
 
-    def _step(self) -> None:
-        r, p = self.recipe, self.progress
-        step, began = p.step, time.perf_counter()
+    def _next(self) -> None:
+        """The next step and what is kept of it."""
+        p, began = self.progress, time.perf_counter()
+        line = self.step(p.step)
+        p.skipped = p.skipped + 1 if "skipped" in line else 0
+        p.supervised += line.get("supervised", 0)
+        p.step += 1
+        self.rollouts.forget(before=p.step * self.recipe.accumulate)
+        p.seconds += time.perf_counter() - began
+        seconds = {"all": time.perf_counter() - began, **self.clock.take()}
+        self._record({"step": p.step, **line, "seconds": seconds})
+        if self.group.world > 1:
+            self.stopping = self.group.any(self._asked_to_stop)
+
+    def step(self, step: int) -> dict:
+        """The update of that step (0-based) from the drafter as it is; returns its figures.
+
+        Raises `Failure` where it is not finite and may not be skipped.
+        """
+        r = self.recipe
         rate = learning_rate(step, r.steps, r)
         self.optimizer.set_rate(rate)
-        self.rollouts.tau = p.tau
+        self.rollouts.tau = self.progress.tau
         parts = []
         for index in range(step * r.accumulate, (step + 1) * r.accumulate):
             more = index + 1 < (step + 1) * r.accumulate
@@ -397,18 +327,8 @@ class Run:
             if finite:
                 self.optimizer.step()
         if not finite:
-            line = self._not_finite(losses)
-        else:
-            p.skipped = 0
-            line = {**self._figures(parts), "lr": rate, "grad_norm": norm.item()}
-            p.supervised += line["supervised"]
-        p.step = step + 1
-        self.rollouts.forget(before=p.step * r.accumulate)
-        p.seconds += time.perf_counter() - began
-        seconds = {"all": time.perf_counter() - began, **self.clock.take()}
-        self._record({"step": p.step, **line, "seconds": seconds})
-        if self.group.world > 1:
-            self.stopping = self.group.any(self._asked_to_stop)
+            return self._not_finite(losses)
+        return {**self._figures(parts), "lr": rate, "grad_norm": norm.item()}
 
     def _figures(self, parts: list[dict]) -> dict:
         """Those of a step: counts are added up over its forwards, the rest is averaged."""
@@ -430,9 +350,9 @@ class Run:
         if self.group.first:
             about = {"what": what, "losses": [str(x) for x in losses]}
             where = nonfinite.keep(self.out, self.stage, r, state, rows, about)
-        p.skipped += 1
-        if r.optim.nonfinite == "stop" or p.skipped > nonfinite.IN_A_ROW:
-            row = f" ({p.skipped} times in a row)" if p.skipped > 1 else ""
+        count = p.skipped + 1
+        if r.optim.nonfinite == "stop" or count > nonfinite.IN_A_ROW:
+            row = f" ({count} times in a row)" if count > 1 else ""
             raise Failure(f"step {p.step + 1}: {what}{row}; {where}")
         if self.group.first:
             log.warning("step %d skipped: %s; %s", p.step + 1, what, where)

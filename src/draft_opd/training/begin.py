@@ -1,0 +1,132 @@
+"""What a run begins with: its data, target and drafter, and whether they belong together."""
+
+from __future__ import annotations
+
+from array import array
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from draft_opd.drafters.base import FAMILIES, Drafter
+from draft_opd.errors import UserError
+from draft_opd.rollout.trajectory import Trajectory, check_trajectories, read_trajectories
+from draft_opd.target import Target
+from draft_opd.training.config import Model, Recipe
+from draft_opd.training.data import cut
+from draft_opd.training.features import fingerprint
+from draft_opd.training.parallel import Group
+
+Rows = list[Trajectory]
+
+
+def read_data(recipe: Recipe) -> tuple[Rows, Rows]:
+    """Trajectories to train on and held-out ones. Raises `UserError` for those that supervise
+    nothing, or everything."""
+    data = recipe.data
+    return (
+        _read(data.trajectories, data.limit, data.max_length),
+        _read(data.heldout, data.heldout_limit, data.max_length),
+    )
+
+
+def _read(path: str, limit: int | None, max_length: int | None) -> Rows:
+    found = read_trajectories(path, limit=limit)
+    kept = [t for t in (cut(t, max_length) for t in found) if t]
+    if not kept:
+        raise UserError(
+            f"'{path}': max_length {max_length} leaves no response token, so the loss mask would "
+            "be all zeros"
+        )
+    return kept
+
+
+def check_shares(recipe: Recipe, train_set: Rows, held_out: Rows, processes: int) -> None:
+    """Raises `UserError` where some process would have nothing to do."""
+    for name, count in (
+        ("batch_size", min(recipe.batch_size, len(train_set))),
+        ("data.heldout", len(held_out)),
+    ):
+        if count < processes:
+            raise UserError(
+                f"{name}: {count} trajectories cannot be shared by {processes} processes: start "
+                "fewer, or raise it"
+            )
+
+
+def check_data(recipe: Recipe, train_set: Rows, held_out: Rows, target: Target) -> None:
+    """Raises `UserError` for data of another target or sampled otherwise than the recipe says, and
+    for a yardstick that is trained on."""
+    asked = recipe.sampling.filters
+    for name, rows in (("trajectories", train_set), ("heldout", held_out)):
+        check_trajectories(rows, target, f"data.{name}")
+        for t in rows:
+            if (t.temperature, t.top_k, t.top_p) != asked:
+                raise UserError(
+                    f"data.{name}: trajectory {t.id} was sampled with (temperature, top_k, "
+                    f"top_p) = {(t.temperature, t.top_k, t.top_p)}, the recipe's `sampling` "
+                    f"says {asked}: set it to what the data has"
+                )
+    seen = {tuple(t.prompt_ids) for t in train_set}
+    if any(tuple(t.prompt_ids) in seen for t in held_out):
+        raise UserError(
+            "data.heldout shares prompts with data.trajectories, so τ would flatter: collect "
+            "other prompts for one of them"
+        )
+
+
+def load_target(recipe: Recipe, group: Group) -> Target:
+    """Whole, or this process's part of it."""
+    options = {"trust_remote_code": recipe.trust_remote_code}
+    if not group.split():
+        return Target.from_pretrained(recipe.target, **options)
+    # Whole it may fit the host's memory only.
+    dtype = "auto" if group.device.type == "cuda" else None
+    target = Target.from_pretrained(recipe.target, dtype=dtype, device="cpu", **options)
+    target.split(group)
+    return target
+
+
+def new_drafter(model: Model, target: Target, counts: torch.Tensor) -> Drafter:
+    """An untrained drafter; counts [V] of the target's tokens. Raises `UserError` for a family or
+    an option that there is not."""
+    family = FAMILIES.get(model.family)
+    if family is None:
+        raise UserError(f"unknown drafter family '{model.family}'; known: {', '.join(FAMILIES)}")
+    try:
+        return family.create(target, counts, **model.options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, said = ".".join(map(str, first["loc"])), first["msg"].lower()
+        if first["type"] == "extra_forbidden":
+            said = f"unknown option; {model.family} has {', '.join(family.options.model_fields)}"
+        raise UserError(f"model.options.{key}: {said}") from None
+
+
+def first_drafter(model: Model, target: Target, train_set: Rows) -> Drafter:
+    """The drafter that training begins with; draft vocabularies follow the data."""
+    said = [i for t in train_set for i in t.response_ids]
+    counts = torch.bincount(torch.tensor(said), minlength=target.vocab_size)
+    return new_drafter(model, target, counts)
+
+
+def made_from(target: Target, train_set: Rows, held_out: Rows) -> dict[str, str]:
+    """What a checkpoint belongs to, by hashes."""
+    found = {"target": fingerprint(target)}
+    for name, rows in (("data.trajectories", train_set), ("data.heldout", held_out)):
+        digest = sha256()
+        for t in rows:
+            digest.update(array("q", [len(t.prompt_ids), len(t.ids), *t.ids]).tobytes())
+        found[name] = f"{len(rows)} trajectories, {digest.hexdigest()[:16]}"
+    return found
+
+
+def check_made_from(out: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    """Raises `UserError` where a run is resumed with something else than it began with."""
+    for name, told in before.items():
+        if now[name] != told:
+            raise UserError(
+                f"cannot resume '{out}': {name} is not what the run began with ({told} then, "
+                f"{now[name]} now): restore it, or set another `out`"
+            )
