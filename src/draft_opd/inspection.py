@@ -76,7 +76,10 @@ def _run(place: Path, target: str | None, sample: int) -> tuple[dict, list]:
         "evaluations": len(taus),
         "last_tau": taus[-1][1] if taus else None,
         "best_tau": max(t for _, t in taus) if taus else None,
-        "checkpoints": [n for n in ("best", "last") if (place / n).is_dir()],
+        "step": max((m["step"] for m in run.metrics), default=0),
+        "skipped_steps": sum("skipped" in m for m in run.metrics),
+        "checkpoints": [n for n in ("best", "last") if (place / n).is_dir()]
+        + sorted(str(p.relative_to(place)) for p in place.glob("checkpoints/step-*")),
     }
     shown = [facts(f"run: {place}", value)]
     try:
@@ -91,9 +94,15 @@ def _run(place: Path, target: str | None, sample: int) -> tuple[dict, list]:
 def _trajectories(path: Path, target: str | None, sample: int) -> tuple[dict, list]:
     value = summary(path)
     rows = read_trajectories(path)
-    about, asked = path.with_name("collect.json"), target is not None
-    if target is None and about.exists():
-        target = json.loads(about.read_text()).get("target")
+    about, asked = _collected(path.with_name("collect.json")), target is not None
+    target = target or about.get("target")
+    if about:
+        ended = about.get("ended")
+        value["collected"] = (
+            f"all: {ended['answered']} of {ended['asked']} prompts have an answer"
+            if ended
+            else "not to the end: the same command goes on"
+        )
     try:
         value["sample"], text = _sample(rows, target, sample)
     except UserError:
@@ -102,6 +111,15 @@ def _trajectories(path: Path, target: str | None, sample: int) -> tuple[dict, li
         value["sample"], text = _sample(rows, None, sample)  # its target has moved: ids, then
     shown = {k: v for k, v in value.items() if k != "sample"}
     return value, [facts(f"trajectories: {path}", shown), text]
+
+
+def _collected(path: Path) -> dict:
+    """What `collect` wrote beside trajectories; nothing where it did not, or that is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _sample(rows: list[Trajectory], target: str | None, index: int) -> tuple[dict, Text]:
