@@ -3,10 +3,10 @@
     python small_server.py PORT [PLANTED ...]
 
 PLANTED, what servers do to their clients: no-ids, template-twice, other-tokenizer, one-fails,
-one-hangs; every third time: busy, rate-limit, garbage, no-choices, cut-off; sglang (its names),
-breaks (off in the middle of a stream), error-event (in the middle of one), no-usage, thinks (as
-with a reasoning parser); drafter=FOLDER decodes with it and counts its rounds
-under vLLM's names. `pytest -m slow` uses vLLM itself.
+one-hangs, slow, breaks-down (after 3); every third time: busy, rate-limit, garbage, no-choices,
+cut-off; sglang (its names), breaks (off in the middle of a stream), error-event (in the middle of
+one), no-usage, thinks (as with a reasoning parser); drafter=FOLDER decodes with it and counts its
+rounds under vLLM's names. `pytest -m slow` uses vLLM itself.
 """
 
 from __future__ import annotations
@@ -129,6 +129,9 @@ class Handler(BaseHTTPRequestHandler):
         SEEN.append(asked)
         if len(SEEN) % 3 == 1 and self.fail():
             return
+        if "breaks-down" in PLANTED and len(SEEN) > 3:
+            self.reply({"error": {"message": "the engine is dead"}}, 500)
+            return
         tokenizer = TARGET.tokenizer
         if "messages" in asked:
             prompt = TARGET.chat_ids(asked["messages"])
@@ -142,6 +145,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if "one-hangs" in PLANTED and "word word" in tokenizer.decode(prompt):
             time.sleep(3)
+        if "slow" in PLANTED:
+            time.sleep(0.6)
         if len(prompt) > 400:
             self.reply({"error": {"message": "the prompt is too long"}}, 400)
             return

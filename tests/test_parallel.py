@@ -161,6 +161,59 @@ def test_a_run_goes_on_with_another_number_of_processes(together, tmp_path):
     assert_same_run(whole, together(1, "opd", out, *pairs))
 
 
+def test_processes_that_share_a_target_stop_together(together, even, tmp_path):
+    """One of them is told, and none splits batches with another."""
+    pairs = (f"target={even}", "steps=40", "evaluation.every=40", "batch_size=3",
+             "parallel.tensor=2", *ADAMW)  # fmt: skip
+    whole = together(2, "sft", tmp_path / "whole", *pairs)
+    out = tmp_path / "parts"
+    processes, logs = together.begin(2, "sft", out, *pairs)
+    while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 3:
+        time.sleep(0.01)
+    os.kill(processes[1], signal.SIGTERM)
+    for process, log in zip(processes, logs, strict=True):
+        assert together.forked.status(process) == 75, log.read_text()
+    assert_same_run(whole, together(2, "sft", out, *pairs))
+
+
+def test_processes_share_features_on_disk(together, tmp_path):
+    """A small set that both have seen all of: they would write the same files."""
+    kept = (f"data.features={tmp_path / 'kept'}", "data.cache_features=disk")
+    pairs = (*UNEVEN, "data.limit=6", "save_every=1", "steps=6", "opd.objective.kind=dpace")
+    one = together(1, "opd", tmp_path / "one", *pairs, "data.cache_features=memory")
+    assert_same_run(one, together(2, "opd", tmp_path / "two", *pairs, *kept))
+    assert_same_run(one, together(2, "opd", tmp_path / "again", *pairs, *kept))
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from draft_opd.target import Target
+from draft_opd.training.config import Parallel
+from draft_opd.training.parallel import Group
+
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
+whole, target = (Target.from_pretrained("embedded", device="cpu", prepacked=False) for _ in "ab")
+target.split(Group(Parallel(target="shard"), mesh))
+ids = torch.arange(3, 40)[None]
+parts = list(target.decoder.layers.parameters())
+for _ in range(2):
+    a, b = (t.trajectories(ids, (1, 2)) for t in (whole, target))
+    assert torch.allclose(a.hidden, b.hidden, atol=1e-5) and torch.allclose(a.features, b.features)
+    assert parts and all(isinstance(p, DTensor) for p in target.decoder.layers.parameters())
+assert target.fingerprint == whole.fingerprint
+dist.destroy_process_group()
+"""
+
+
+def test_a_sharded_target_gives_gathered_layers_back():
+    """Else every process would soon hold the whole of it."""
+    done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_process_that_dies_stops_the_others_with_a_message(together, tmp_path):
     pairs = (*UNEVEN, "steps=500", "evaluation.every=500")
     processes, logs = together.begin(2, "sft", tmp_path / "r", *pairs)

@@ -81,7 +81,6 @@ def test_what_passes_is_tried_again(text, here, tmp_path, monkeypatch, planted):
 
 def test_a_prompt_that_hangs_is_given_up(text, tmp_path, monkeypatch):
     monkeypatch.setattr("draft_opd.rollout.asking.BACKOFF", (0.02, 0.1))
-    monkeypatch.setattr("draft_opd.rollout.asking.FAILURES", 2)
     prompts = tmp_path / "p.jsonl"
     rows = [{"prompt": "word word"}, *({"prompt": f"Which is next? {i}"} for i in range(4))]
     prompts.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -94,6 +93,32 @@ def test_a_prompt_that_hangs_is_given_up(text, tmp_path, monkeypatch):
     assert made.dropped == {"no answer in N s": 1}
     ended = json.loads((tmp_path / "out" / "collect.json").read_text())["ended"]
     assert ended == {"asked": 5, "answered": 4}
+
+
+def test_a_slow_server_is_not_an_absent_one(text, here, tmp_path, monkeypatch):
+    """Its answers take longer than `patience`, and another server is away all the time."""
+    monkeypatch.setattr("draft_opd.rollout.asking.BACKOFF", (0.02, 0.1))
+    with served("slow") as url:
+        servers = [Server(u, "small", patience=0.3) for u in (url, "http://127.0.0.1:9")]
+        made = gather_from(
+            servers, text, read_prompts("embedded:train", 3), tmp_path,
+            max_new_tokens=LONGEST, sampling=Sampling(),
+        )  # fmt: skip
+    rows = d.read_trajectories(made.path)
+    assert {t.id: t.response_ids for t in rows} == {str(i): here[str(i)] for i in range(1, 4)}
+
+
+def test_a_server_that_breaks_down_costs_no_prompts(text, tmp_path, monkeypatch):
+    """It answered, and now only says 500: that is not the prompts' fault, and it ends."""
+    monkeypatch.setattr("draft_opd.rollout.asking.BACKOFF", (0.02, 0.1))
+    with served("breaks-down") as url:
+        server = Server(url, in_flight=2, patience=1.5)
+        server.check()
+        with pytest.raises(d.UserError, match=r"not answered for 1\.5 s \(HTTP 500"):
+            gather_from(server, text, read_prompts("embedded:train", 9), tmp_path,
+                        max_new_tokens=LONGEST, sampling=Sampling())  # fmt: skip
+    assert len(d.read_trajectories(tmp_path)) == 3
+    assert "ended" not in json.loads((tmp_path / "collect.json").read_text())
 
 
 def test_several_servers_share_the_work_and_one_may_die(text, here, tmp_path, monkeypatch):
@@ -126,10 +151,20 @@ def test_several_servers_share_the_work_and_one_may_die(text, here, tmp_path, mo
 
 
 def test_two_collections_do_not_share_a_folder(target, tmp_path):
-    from draft_opd.files import held
-
-    with held(tmp_path), pytest.raises(d.UserError, match="another process is writing"):
-        collect(target, read_prompts("embedded:train", 1), tmp_path, max_new_tokens=2)
+    """The lock is a process's: another one must be refused, and let in once that is killed."""
+    code = (
+        "import sys, time; from pathlib import Path; from draft_opd.files import hold; "
+        "kept = hold(Path(sys.argv[1])); print(1, flush=True); time.sleep(99)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.read(1) == b"1"
+        with pytest.raises(d.UserError, match="another process is writing"):
+            collect(target, read_prompts("embedded:train", 1), tmp_path, max_new_tokens=2)
+    finally:
+        other.kill()
+        other.wait()
+    collect(target, read_prompts("embedded:train", 1), tmp_path, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])

@@ -121,6 +121,23 @@ def test_a_request_to_stop_saves_and_has_its_own_status(forked, command, whole, 
     assert same_files(whole, out, "last/model.safetensors")
 
 
+def test_a_run_is_not_resumed_while_it_runs(forked, command, whole, tmp_path):
+    """A job that was started again too early: it is refused, and spoils nothing."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    arguments = command(out)
+    process = forked.start(*arguments, log=log)
+    lines = out / "metrics.jsonl"
+    while not lines.exists() or '"loss"' not in lines.read_text():
+        time.sleep(0.01)
+    os.kill(process, signal.SIGSTOP)  # so that it is there for certain
+    second = tmp_path / "second"
+    finish(forked, *arguments, log=second, status=2)
+    assert "another process is writing into" in second.read_text().splitlines()[-1]
+    os.kill(process, signal.SIGCONT)
+    assert forked.status(process) == 0, log.read_text()
+    assert same_files(whole, out, *WEIGHTS) and metrics(out) == metrics(whole)
+
+
 # -- checkpoints that are not what was written -----------------------------------------------
 
 

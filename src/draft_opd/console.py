@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+AGAIN = 2.0  # seconds after which a second signal is another request
 QUIET_SECONDS = 10.0  # between progress lines when the output is a file
 
 Update = Callable[..., None]  # update(done, note="")
@@ -88,20 +90,25 @@ class Screen:
 
 @contextmanager
 def ending(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM, and Ctrl-C once, call `stop`; the next one acts as it always does."""
-    before = {}
+    """SIGTERM and Ctrl-C call `stop`; another one later acts as it always does. (Launchers pass a
+    signal on that processes have had already.)"""
+    before, asked = {}, []
 
-    def once(number: int, _frame) -> None:
-        signal.signal(number, before[number])
-        sys.stderr.write("stopping after this step; once more: at once\n")
-        stop()
+    def handle(number: int, _frame) -> None:
+        if not asked:
+            stop()
+            asked.append(time.monotonic())
+            os.write(2, b"stopping after this step; once more: at once\n")
+        elif time.monotonic() - asked[0] > AGAIN:
+            signal.signal(number, before[number])
+            os.kill(os.getpid(), number)
 
     numbers = (signal.SIGTERM, signal.SIGINT)
     if threading.current_thread() is not threading.main_thread():  # others get no signals
         yield
         return
     for number in numbers:
-        before[number] = signal.signal(number, once)
+        before[number] = signal.signal(number, handle)
     try:
         yield
     finally:

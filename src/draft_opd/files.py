@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -29,23 +31,27 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keeps other processes that ask for it out of a folder; a killed one lets go.
+def hold(folder: Path) -> BinaryIO:
+    """Keeps other processes that ask for it out of a folder until what is returned is closed; a
+    killed one lets go.
 
-    Raises `UserError` where another one is in it.
+    Raises `UserError` where another process is in it, or it cannot be written.
     """
-    with open(folder / ".lock", "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is writing into '{folder}': wait until it has ended, or choose "
-                "another folder"
-            ) from None
-        except (AttributeError, OSError):  # no locks in this system, or on this disk
-            pass
-        yield
+    try:
+        file = open(folder / ".lock", "ab")  # noqa: SIM115 - the caller closes it
+    except OSError as error:
+        raise UserError(f"cannot write into '{folder}' ({error.strerror})") from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(
+            f"another process is writing into '{folder}': wait until it has ended, or choose "
+            "another folder"
+        ) from None
+    except (AttributeError, OSError):  # no locks in this system, or on this disk
+        pass
+    return file
 
 
 def sync(path: Path) -> None:
@@ -56,14 +62,24 @@ def sync(path: Path) -> None:
         return
     try:
         os.fsync(number)
+    except OSError as error:  # some disks do not sync folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(number)
 
 
-def append(file: io.FileIO, content: bytes, path: Path, wait: bool = True) -> None:
+def append(
+    file: io.FileIO,
+    content: bytes,
+    path: Path,
+    then: str = "go on with the same command",
+    wait: bool = True,
+) -> None:
     """Adds to an unbuffered file that is open for appending: all of it, or none.
 
-    wait: until it is on the disk. Raises `UserError` where there is no room.
+    wait: until it is on the disk. Raises `UserError` where there is no room; `then` is what to do
+    once there is.
     """
     size, written = os.fstat(file.fileno()).st_size, 0
     try:
@@ -75,13 +91,13 @@ def append(file: io.FileIO, content: bytes, path: Path, wait: bool = True) -> No
         os.ftruncate(file.fileno(), size)
         raise UserError(
             f"cannot write '{path}' ({error.strerror}); what was written before is kept: make room "
-            "and go on with the same command"
+            f"and {then}"
         ) from error
 
 
 def write_parts(path: Path, parts: Iterable[bytes]) -> None:
     """Writes beside, syncs, renames. Raises `UserError` where the place cannot be written."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # others may write it too
     try:
         with open(temporary, "wb") as file:
             for part in parts:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,18 +69,20 @@ class Target(TargetText):
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
+        prepacked: bool = True,
     ) -> Target:
         """Loads a model folder or hub id (`embedded`: the shipped target), frozen.
 
-        `dtype` defaults to float32 on a CPU and for the shipped target, to the stored type
-        elsewhere. Raises `UserError` when there is no such model or it is not a plain causal LM.
+        `dtype` ("auto": as stored) defaults to float32 on a CPU and for the shipped target, to the
+        stored type elsewhere. Raises `UserError` when there is no such model or it is not a plain
+        causal LM.
         """
         path = find_target(path_or_id)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
             small = device.type == "cpu" or str(path_or_id) == EMBEDDED
             dtype = torch.float32 if small else "auto"
-        elif isinstance(dtype, str):
+        elif isinstance(dtype, str) and dtype != "auto":
             dtype = getattr(torch, dtype)
         try:
             AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -100,7 +104,7 @@ class Target(TargetText):
             check_tokenizer(tokenizer)
         except Exception as error:
             raise UserError(f"target '{path_or_id}' cannot be loaded: {_told(error)}") from error
-        return cls(model.to(device), tokenizer, str(path_or_id))
+        return cls(model.to(device), tokenizer, str(path_or_id), prepacked)
 
     def _check_supported(self) -> None:
         """Refuses models whose logits are not `head(hidden)` (our losses rely on it) or whose
@@ -120,8 +124,17 @@ class Target(TargetText):
                 "(soft-capping or scaling), which is not supported yet"
             )
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Knows it by the first rows of all its matrices: a name could lie."""
+        digest = hashlib.sha256()
+        for weight in (self.head.weight, *self.decoder.parameters()):
+            digest.update(weight.detach()[:4].float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def split(self, group: Group) -> None:
         """Leaves every process of a group its part; then all must call upon it equally often."""
+        self.fingerprint  # noqa: B018 - while it is whole
         group.split_target(self.model, self.decoder, self.config)
         self.sharded = True
 

@@ -396,7 +396,7 @@ def check_hub(name: str, kind: str) -> None:
     except HFValidationError:
         raise UserError(f"{kind} '{name}' is neither a local folder nor a hub id") from None
     except Exception as error:  # of whichever HTTP library; a mirror may lack this route
-        if isinstance(error, OSError) or "Connect" in type(error).__name__:
+        if getattr(error, "response", None) is None:
             raise UserError(
                 f"{kind} '{name}' is no local folder, and the hub cannot be asked for it "
                 f"({type(error).__name__})"

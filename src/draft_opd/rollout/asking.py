@@ -31,6 +31,7 @@ from draft_opd.text import TargetText
 BACKOFF = (0.5, 10.0)  # seconds until a prompt is tried again: the first time, at most
 BUSY = (408, 429, 502, 503, 504)  # statuses that say nothing of the prompt
 FAILURES = 5  # of one prompt, while others are answered
+TIMEOUTS = 2  # of one prompt
 
 
 class Dropped(Exception):
@@ -39,6 +40,10 @@ class Dropped(Exception):
 
 class Garbage(Exception):
     """Something that is no answer at all, or a server's failure; it may pass."""
+
+
+class Slow(Exception):
+    """No answer in all the time that the server has for one."""
 
 
 class Away(Exception):
@@ -114,8 +119,10 @@ class _Asking:
         self.queue: asyncio.Queue[Request] = asyncio.Queue()
         self.done = asyncio.Event()
         self.tries: Counter[str] = Counter()
-        self.failures: Counter[str] = Counter()
-        self.last_answer = self.began = time.monotonic()
+        self.failures: dict[str, list[float]] = {}  # of a prompt: when
+        self.timeouts: Counter[str] = Counter()
+        self.trouble: dict[str, float] = {}  # servers: since when they have not answered a prompt
+        self.last_answer = float("-inf")
         for request in requests:
             self.queue.put_nowait(request)
         clients = [s.client(httpx.AsyncClient) for s in self.servers]
@@ -142,16 +149,21 @@ class _Asking:
             request = await self.queue.get()
             try:
                 found = await self._try(server, client, request)
-            except Dropped as reason:
-                self._drop(str(reason))
+            except Slow as problem:
+                self._late(request, problem)
             except (Garbage, Away) as problem:
+                self._failed(server, problem)
                 self._again(request, problem)
                 pause = min(max(2 * pause, BACKOFF[0]), BACKOFF[1])
                 await asyncio.sleep(max(pause, getattr(problem, "wait", 0.0)))
             else:
                 pause, self.last_answer = 0.0, time.monotonic()
-                self.emit([found])
-                self._close()
+                self.trouble.pop(server.url, None)
+                if isinstance(found, str):
+                    self._drop(found)
+                else:
+                    self.emit([found])
+                    self._close()
 
     def _close(self) -> None:
         self.open -= 1
@@ -163,32 +175,53 @@ class _Asking:
         self.dropped[re.sub(r"(?<!HTTP )\b\d+", "N", reason)] += 1
         self._close()
 
-    def _again(self, request: Request, problem: Exception) -> None:
-        """Puts it back, to be tried later; or gives it up where others are answered meanwhile."""
-        patience = max(s.patience for s in self.servers)
-        if time.monotonic() - self.last_answer > patience:
+    def _failed(self, server: Server, problem: Exception) -> None:
+        """Ends all where every server has been in trouble for longer than it may."""
+        now = time.monotonic()
+        self.trouble.setdefault(server.url, now)
+        if all(now - self.trouble.get(s.url, now) > s.patience for s in self.servers):
             raise UserError(
-                f"server {self.names} has not answered for {patience:g} s ({problem}); what was "
-                "collected is kept: run the same command again to go on"
+                f"server {self.names} has not answered for {server.patience:g} s ({problem}); what "
+                "was collected is kept: run the same command again to go on"
             )
-        self.failures[request.id] += isinstance(problem, Garbage)
-        if self.failures[request.id] >= FAILURES and self.last_answer > self.began:
-            self._drop(str(problem))  # it is this prompt
-            return
+
+    def _late(self, request: Request, problem: Exception) -> None:
+        self.timeouts[request.id] += 1
+        if self.timeouts[request.id] < TIMEOUTS:
+            self.queue.put_nowait(request)
+        elif self.last_answer > float("-inf"):
+            self._drop(str(problem))
+        else:
+            raise UserError(f"server {self.names}: {problem}, of any prompt")
+
+    def _again(self, request: Request, problem: Exception) -> None:
+        """Puts it back, to be tried later; or gives it up where others were answered since it first
+        failed."""
+        if isinstance(problem, Garbage):
+            failures = self.failures.setdefault(request.id, [])
+            failures.append(time.monotonic())
+            if len(failures) >= FAILURES and self.last_answer > failures[0]:
+                self._drop(str(problem))  # it is this prompt
+                return
         wait = min(BACKOFF[0] * 2 ** self.tries[request.id], BACKOFF[1])
         self.tries[request.id] = min(self.tries[request.id] + 1, 16)
         wait = max(wait, getattr(problem, "wait", 0.0))
         asyncio.get_running_loop().call_later(wait, self.queue.put_nowait, request)
 
-    async def _try(self, server: Server, client, request: Request) -> Trajectory:
-        """One request. Raises `Dropped`, `Garbage` or `Away`; `UserError` for what stays wrong."""
+    async def _try(self, server: Server, client, request: Request) -> Trajectory | str:
+        """One request: the trajectory, or why its prompt gets none.
+
+        Raises `Garbage`, `Away` or `Slow` for what may pass, `UserError` for what stays wrong.
+        """
         own_seed = (self.seed + zlib.crc32(request.id.encode())) % 2**31
         path, body = self._body(server, request, own_seed)
         try:
             answer = await client.post(path, json=body)
         except httpx.ReadTimeout as error:
-            raise Garbage(f"no answer in {server.timeout:g} s") from error
-        except httpx.TransportError as error:
+            raise Slow(f"no answer in {server.timeout:g} s") from error
+        except httpx.DecodingError as error:
+            raise Garbage("an answer that cannot be decoded") from error
+        except httpx.RequestError as error:
             raise Away(type(error).__name__) from error
         status = answer.status_code
         if status in BUSY:
@@ -196,14 +229,15 @@ class _Asking:
         if status >= 500:
             raise Garbage(why(answer))
         if status in (400, 413, 422):  # this prompt, perhaps; the others may pass
-            raise Dropped(why(answer))
+            return why(answer)
         if status != 200:
             raise UserError(f"server {server.url}{path}: {why(answer)}")
         try:
-            found = answer.json()
-        except ValueError:
+            ids, finish = read_answer(self.text, request.prompt_ids, answer.json())
+        except (ValueError, RecursionError):
             raise Garbage("an answer that is not JSON") from None
-        ids, finish = read_answer(self.text, request.prompt_ids, found)
+        except Dropped as reason:
+            return str(reason)
         kind = (request.id, finish, *self.sampling.filters, own_seed)
         return Trajectory(request.prompt_ids, ids, *kind)
 
@@ -289,6 +323,6 @@ def _stop_token(text: TargetText, choice: dict) -> int:
         reason = eos if eos in text.stop_ids else None
         if len(text.stop_ids) == 1:
             reason = next(iter(text.stop_ids))
-    if reason not in text.stop_ids:
+    if type(reason) is not int or reason not in text.stop_ids:
         raise Dropped("it ended by something else than the target's stop tokens")
     return reason

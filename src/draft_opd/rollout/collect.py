@@ -13,7 +13,7 @@ from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.speculative import speculate
 from draft_opd.drafters.base import Drafter
 from draft_opd.errors import UserError
-from draft_opd.files import held, make_folder, write_json
+from draft_opd.files import hold, make_folder, write_json
 from draft_opd.rollout.prompts import Prompt
 from draft_opd.rollout.trajectory import Trajectory, TrajectoryWriter, read_trajectories
 from draft_opd.target import Target
@@ -90,7 +90,7 @@ def gather(
     holds trajectories of other prompts under the same ids, or a prompt does not fit the context.
     """
     path = make_folder(out) / "trajectories.jsonl"
-    with held(out):
+    with hold(out):
         return _gather(target, prompts, path, answer, about, samples, thinking, progress)
 
 

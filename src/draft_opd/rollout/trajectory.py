@@ -159,11 +159,11 @@ class TrajectoryWriter:
     def __init__(self, path: Path):
         self.path = path
         self.done: dict[str, list[int]] = {}
-        if path.exists():
-            self._repair()
-            for _, row in read_jsonl(path):
-                self.done[str(row.get("id"))] = row.get("prompt_ids")
         try:
+            if path.exists():
+                self._repair()
+                for _, row in read_jsonl(path):
+                    self.done[str(row.get("id"))] = row.get("prompt_ids")
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise UserError(f"cannot write '{path}' ({error.strerror})") from error

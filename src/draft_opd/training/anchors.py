@@ -153,7 +153,8 @@ def draft_at(
     states = text_states(batch, blocks)
     context = drafter.context(target, batch.ids, batch.features)
     ids = batch.ids.gather(1, blocks.anchors)
-    generator = torch.Generator(batch.device).manual_seed(random.Random(seed).getrandbits(32))
+    rng = random.Random(f"{seed}/{batch.numbers[0]}")  # other draws in other processes
+    generator = torch.Generator(batch.device).manual_seed(rng.getrandbits(32))
     step = max(1, LOGITS // (len(anchors) * length * target.vocab_size))
     found = []
     for start in range(0, blocks.anchors.shape[1], step):

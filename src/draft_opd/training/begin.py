@@ -13,9 +13,9 @@ from draft_opd.drafters.base import FAMILIES, Drafter
 from draft_opd.errors import UserError
 from draft_opd.rollout.trajectory import Trajectory, check_trajectories, read_trajectories
 from draft_opd.target import Target
+from draft_opd.text import EMBEDDED
 from draft_opd.training.config import Model, Recipe
 from draft_opd.training.data import cut
-from draft_opd.training.features import fingerprint
 from draft_opd.training.parallel import Group
 
 Rows = list[Trajectory]
@@ -81,9 +81,11 @@ def load_target(recipe: Recipe, group: Group) -> Target:
     options = {"trust_remote_code": recipe.trust_remote_code}
     if not group.split():
         return Target.from_pretrained(recipe.target, **options)
-    # Whole it may fit the host's memory only.
-    dtype = "auto" if group.device.type == "cuda" else None
-    target = Target.from_pretrained(recipe.target, dtype=dtype, device="cpu", **options)
+    # Whole it may fit the host's memory only. There types would be float32.
+    stored = group.device.type == "cuda" and recipe.target != EMBEDDED
+    target = Target.from_pretrained(
+        recipe.target, dtype="auto" if stored else None, device="cpu", prepacked=False, **options
+    )
     target.split(group)
     return target
 
@@ -113,7 +115,7 @@ def first_drafter(model: Model, target: Target, train_set: Rows) -> Drafter:
 
 def made_from(target: Target, train_set: Rows, held_out: Rows) -> dict[str, str]:
     """What a checkpoint belongs to, by hashes."""
-    found = {"target": fingerprint(target)}
+    found = {"target": target.fingerprint}
     for name, rows in (("data.trajectories", train_set), ("data.heldout", held_out)):
         digest = sha256()
         for t in rows:

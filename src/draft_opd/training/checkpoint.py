@@ -135,7 +135,7 @@ class Checkpoints:
 
         Warns of damaged ones that are newer. Raises `UserError` when all are damaged.
         """
-        found = [p for p in (self.last, *self._older()) if (p / STATE).is_dir()]
+        found = [p for p in (self.last, *self._older()) if p.is_dir()]
         damaged = []
         for folder in found:
             problem = damage(folder)

@@ -62,7 +62,7 @@ class Optim(_Section):
     nonfinite: Literal["stop", "skip"] = Field(
         "stop",
         description="at a loss or gradient that is not finite; either way the step is saved in "
-        "nonfinite/ for replay. Ten skipped steps in a row stop as well",
+        "nonfinite/ for replay. The tenth in a row stops as well",
     )
 
 

@@ -21,7 +21,7 @@ class Batch:
     """ids [batch, L] right-padded; features [batch, L, F]; hidden [batch, L, H] before the LM head.
 
     `cache` holds the target's keys and values of the trajectories, when asked for. `numbers`: the
-    rows' places in the batch that processes share; what is drawn depends on them alone.
+    rows' places in the batch that processes share, by which anchors are drawn.
     """
 
     trajectories: list[Trajectory]

@@ -89,7 +89,8 @@ class FeatureFolder:
         }
         contents = hashlib.sha256("".join(sorted(self._waiting)).encode()).hexdigest()[:32]
         path = self.folder / f"{contents}.safetensors"
-        write_bytes(path, save(tensors))
+        if not path.exists():  # another process may have had the same texts
+            write_bytes(path, save(tensors))
         self._where |= dict.fromkeys(self._waiting, path)
         self._waiting, self._size = {}, 0
 
@@ -98,20 +99,10 @@ def _name(key: object) -> str:
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
 
-def fingerprint(target: Target) -> str:
-    """Knows a target by some of its weights: its name could lie. They are those that every process
-    has whole: head, embeddings, last norm."""
-    digest = hashlib.sha256()
-    outer = (p for n, p in target.decoder.named_parameters() if not n.startswith("layers."))
-    for weight in (target.head.weight, *outer):
-        digest.update(weight.detach()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def about_features(target: Target, layers: Sequence[int], dtype: torch.dtype) -> dict:
     """What features depend on."""
     return {
-        "weights": fingerprint(target),
+        "weights": target.fingerprint,
         "layers": list(layers),
         "dtype": str(dtype).removeprefix("torch."),
     }

@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import torch
 
 from draft_opd.drafters.base import Drafter
 from draft_opd.errors import Failure, Stopped, UserError
-from draft_opd.files import held, recover_folder, replace_folder, write_json
+from draft_opd.files import hold, make_folder, recover_folder, replace_folder, write_json
 from draft_opd.rollout.trace import by_accepted, tau_of
 from draft_opd.rollout.trajectory import Trajectory
 from draft_opd.target import Target
@@ -121,10 +122,10 @@ class Run:
         check_shares(recipe, self.train_set, self.held_out, self.group.size)
         self.target = target or (after and after.target) or load_target(recipe, self.group)
         check_data(recipe, self.train_set, self.held_out, self.target)
-        recover_folder(self.out / "best")
         self.checkpoints = Checkpoints(self.out, recipe.keep_checkpoints)
         self.group.wait()  # all have seen the folder as it was
-        begun = self.group.in_turn(lambda: self.checkpoints.newest() if resume else None)
+        self._lock: BinaryIO | None = None
+        begun = self.group.in_turn(lambda: self._take_up(resume))
         if resume and not begun and self.group.first:
             log.warning("nothing to resume in '%s': beginning at step 0", self.out)
         torch.manual_seed(recipe.seed)
@@ -139,18 +140,22 @@ class Run:
         self.called = self.group.wrap(self.drafter)
         self.optimizer = Optimizer(self.drafter, recipe.optim)
         self.progress = load_checkpoint(begun, self.optimizer) if begun else Progress()
-        if len(set(self.group.collect(self.progress.step))) > 1:
+        if not self.group.agreed(self.progress.step):
             raise UserError(f"not all processes see the same run folder '{self.out}': share it")
         made_of = made_from(self.target, self.train_set, self.held_out)
         check_made_from(self.out, self.progress.made_of, made_of)
         self.progress.made_of = made_of
         self._sources(after)
         self.clock = Stopwatch(self.target.device)
+        # Not methods of this one: a run that nobody wants any more should go at once.
+        self._rows = partial(_batch, self.train_set, recipe)
         self.rollouts = Rollouts(
             recipe, self.target, self.drafter, self.source, self._rows, self.length, self.group,
-            self._quietly, self.clock,
+            partial(_quietly, self.called, self.group), self.clock,
         )  # fmt: skip
         self.rollouts.load(self.progress.traces)
+        if self.progress.evaluated >= 0:
+            self.rollouts.tau = self.progress.tau
         self._asked_to_stop = self.stopping = False
         about = {
             "stage": stage,
@@ -162,9 +167,17 @@ class Run:
         if self.group.first:
             self.record = Record(recipe, about, self.progress.step, self.progress.evaluated)
             self._mend_best(begun)
-        self._saved = (self.progress.step, self.progress.evaluated) if begun else None
+        kept = begun == self.checkpoints.last
+        self._saved = (self.progress.step, self.progress.evaluated) if kept else None
 
     # -- setting up -------------------------------------------------------------------------
+
+    def _take_up(self, resume: bool) -> Path | None:
+        """The checkpoint to go on from. The first process keeps others out of the folder."""
+        if self.group.first:
+            self._lock = hold(make_folder(self.out))
+            recover_folder(self.out / "best")
+        return self.checkpoints.newest() if resume else None
 
     def _sources(self, after: Run | None) -> None:
         """Where batches come from, for training and for held-out τ."""
@@ -197,12 +210,15 @@ class Run:
         Raises `Stopped` when `stop` was called and `Failure` where it cannot go on.
         """
         try:
-            with lost_peers(), held(self.out) if self.record else nullcontext():
+            with lost_peers():
                 result = self._train()
         except BaseException:
             if self.record:
                 self.record.close(failed=True)
             raise
+        finally:
+            if self._lock:
+                self._lock.close()
         if self.record:
             self.record.close(failed=False)
         return result
@@ -215,11 +231,13 @@ class Run:
             due = last or p.step % r.evaluation.every == 0
             if due and p.evaluated < p.step and not self._stop_now():
                 better = self._evaluate()
-            if last or better or p.step % r.save_interval == 0 or self._stop_now():
+            stop = self._stop_now()
+            if last or better or p.step % r.save_interval == 0 or stop:
                 self._save()
             if better and self.group.first:
                 self._save_best(self.out / "last")  # behind the checkpoint that names it
-            if self._stop_now():
+            if stop:
+                self.group.wait()  # for the first one, which writes
                 raise Stopped(
                     f"stopped at step {p.step} of {r.steps}, saved in '{self.out / 'last'}': go "
                     "on with --resume"
@@ -244,18 +262,6 @@ class Run:
     def _autocast(self):
         enabled = self.recipe.precision == "bfloat16"
         return torch.autocast(self.target.device.type, torch.bfloat16, enabled=enabled)
-
-    def _rows(self, index: int) -> list[Trajectory]:
-        """The whole batch of the index-th forward."""
-        lengths = [len(t.ids) for t in self.train_set]
-        chosen = batch_at(lengths, self.recipe.batch_size, self.recipe.seed, index)
-        return [self.train_set[i] for i in chosen]
-
-    def _quietly(self, part: Callable, *inputs):
-        """Without gradient; through the wrapper only where that gathers weights."""
-        with torch.no_grad():
-            sharded = self.group.world > 1 and self.recipe.parallel.drafter == "shard"
-            return self.called(part, *inputs) if sharded else part(*inputs)
 
     def _forward(self, index: int) -> tuple[torch.Tensor, dict]:
         """This process's part of the index-th forward's loss, and of its figures."""
@@ -351,7 +357,8 @@ class Run:
             about = {"what": what, "losses": [str(x) for x in losses]}
             where = nonfinite.keep(self.out, self.stage, r, state, rows, about)
         count = p.skipped + 1
-        if r.optim.nonfinite == "stop" or count > nonfinite.IN_A_ROW:
+        if r.optim.nonfinite == "stop" or count >= nonfinite.IN_A_ROW:
+            self.group.wait()
             row = f" ({count} times in a row)" if count > 1 else ""
             raise Failure(f"step {p.step + 1}: {what}{row}; {where}")
         if self.group.first:
@@ -388,10 +395,19 @@ class Run:
 
     def _mend_best(self, begun: Path | None) -> None:
         """A kill may have come between a checkpoint that is the best so far and `best`."""
-        if begun and self.progress.best_step == self.progress.step == self.progress.evaluated:
-            found = self.out / "best" / "best.json"
-            if not found.exists() or json.loads(found.read_text())["step"] != self.progress.step:
-                self._save_best(begun)
+        p, found = self.progress, self.out / "best" / "best.json"
+        if not begun or p.evaluated < 0:
+            return
+        step = json.loads(found.read_text())["step"] if found.exists() else None
+        if step == p.best_step:
+            return
+        if p.best_step == p.step == p.evaluated:
+            self._save_best(begun)
+        elif step is not None:
+            log.warning(
+                "'%s' is of step %d, behind the checkpoint that is gone on from, whose best is "
+                "step %d", self.out / "best", step, p.best_step,
+            )  # fmt: skip
 
     # -- measuring --------------------------------------------------------------------------
 
@@ -426,6 +442,19 @@ class Run:
             return False
         p.best_tau, p.best_step = value, p.step
         return True
+
+
+def _batch(train_set: list[Trajectory], recipe: Recipe, index: int) -> list[Trajectory]:
+    """The whole batch of the index-th forward since the run began."""
+    lengths = [len(t.ids) for t in train_set]
+    return [train_set[i] for i in batch_at(lengths, recipe.batch_size, recipe.seed, index)]
+
+
+def _quietly(called: torch.nn.Module, group: Group, part: Callable, *inputs):
+    """Without gradient; through the wrapper only where that gathers weights."""
+    with torch.no_grad():
+        sharded = group.world > 1 and group.options.drafter == "shard"
+        return called(part, *inputs) if sharded else part(*inputs)
 
 
 def _together(key: str, values: list):

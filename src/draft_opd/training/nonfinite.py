@@ -17,7 +17,7 @@ from draft_opd.training.checkpoint import Checkpoints, State
 from draft_opd.training.config import Recipe
 from draft_opd.training.parallel import whole
 
-IN_A_ROW = 10  # skipped steps, then a run that may skip stops as well
+IN_A_ROW = 10  # skipped steps: then a run that may skip stops as well
 KEPT = 3  # folders
 
 
@@ -57,7 +57,8 @@ def keep(
     write_json(folder / "nonfinite.json", {"step": step, "trajectories": ids, **about})
     Checkpoints(folder).save(state)
     return (
-        f"{told}; the step alone again: draft-opd {stage} --config '{folder}/recipe.yaml' --resume"
+        f"{told}; to begin with this step again: draft-opd {stage} --config "
+        f"'{folder}/recipe.yaml' --resume"
     )
 
 

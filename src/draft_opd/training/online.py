@@ -133,7 +133,8 @@ class OnlineLoop:
         recipe = self.recipe.model_copy(
             update={"drafter": start, "out": str(place / "run"), "data": data, "online": None}
         )
-        result = Run("opd", recipe, target=self.target, resume=True).train()
+        going_on = (place / "run").exists()
+        result = Run("opd", recipe, target=self.target, resume=going_on).train()
         # τ may have fallen, as traffic is not the held-out text: then the server keeps what it has.
         better = result.best_tau > (result.start_tau or 0.0)
         drafter = str(result.best) if better else start

@@ -97,8 +97,20 @@ class Group:
         return found
 
     def any(self, flag: bool) -> bool:
-        """Whether it is set in any process."""
-        return self.totals({"flag": int(flag)})["flag"] > 0
+        """Whether it is set in any process, those that share a target among them."""
+        if self.world == 1:
+            return flag
+        found = torch.tensor(int(flag), device=self.mesh.device_type)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found)
+
+    def agreed(self, value: Any) -> bool:
+        """Whether all processes have the same."""
+        if self.world == 1:
+            return True
+        found: list = [None] * self.world
+        dist.all_gather_object(found, value)
+        return all(x == value for x in found)
 
     def in_turn(self, part: Callable[[], Item]) -> Item:
         """What `part` gives, once the first process has done it: where files may be moved."""
@@ -131,7 +143,8 @@ class Group:
             self._split_matrices(decoder, config)
         else:
             for layer in decoder.layers:
-                fully_shard(layer, mesh=self._whole())
+                # Each is a root of its own, and would keep its weights until a backward pass.
+                fully_shard(layer, mesh=self._whole(), reshard_after_forward=True)
         model.to(self.device)
 
     def _split_matrices(self, decoder: nn.Module, config: Any) -> None:
@@ -255,8 +268,8 @@ def joined(options: Parallel) -> Iterator[Group]:
         shape = (world // options.tensor, options.tensor)
         group = Group(options, init_device_mesh(device, shape, mesh_dim_names=("data", "tensor")))
     try:
-        yield group
         with lost_peers():
+            yield group
             group.wait()
     finally:
         dist.destroy_process_group()

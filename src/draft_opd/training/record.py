@@ -85,7 +85,9 @@ class Record:
     def line(self, values: dict) -> None:
         """`values` has `step`."""
         with open(self.metrics, "ab", buffering=0) as file:
-            append(file, f"{json.dumps(values)}\n".encode(), self.metrics, wait=False)
+            append(
+                file, f"{json.dumps(values)}\n".encode(), self.metrics, "go on with --resume", False
+            )
         if self.tracker:
             self.tracker.log(values["step"], dict(numbers(values)))
 

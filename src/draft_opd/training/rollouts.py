@@ -53,12 +53,12 @@ class Rollouts:
         r = self.recipe
         with_cache = needs_branches(r.opd.objective)
         rows, numbers = self._own(index)
-        seed = r.seed * 1_000_003 + index
+        seed = r.seed * 1_000_003 + index + (self.group.rank << 40)
         if r.opd.rollout == "live":
             with self.clock("trace"):
                 rows, traces = self.call(
                     live_rollout, self.target, self.drafter, rows, self.length, r.sampling,
-                    seed + self.group.rank,
+                    seed,
                 )  # fmt: skip
             with self.clock("target"):
                 return self.source.batch(rows, with_cache, False, numbers), traces
@@ -100,7 +100,7 @@ class Rollouts:
     def _now(self, batch: Batch, seed: int, whole: bool = False) -> Traces:
         enabled = self.recipe.precision == "bfloat16"
         with torch.autocast(self.target.device.type, torch.bfloat16, enabled=enabled):
-            return self.hindsight(batch, seed + self.group.rank, whole)
+            return self.hindsight(batch, seed, whole)
 
     def hindsight(self, batch: Batch, seed: int, whole: bool = False) -> Traces:
         """Traces of the current drafter on stored text."""
