@@ -5,12 +5,15 @@
 Resident memory (of /proc, so Linux) and the number of live Python objects and tensors at every
 25th step of whole runs, each a process of its own: SFT, Draft-OPD with the paper's loss, with
 D-PACE and traces of ten steps, and with live rollouts. Printed: the means of the second and the
-last quarter of the steps, and the slope of a line through the second half, in KiB a step.
+last quarter of the steps, and the slope of a line through the second half, in KiB a step. malloc
+keeps what was freed in pieces; `trimmed` is what is left at the end when it gives them back
+(malloc_trim), and after a tenth of the steps, in a run of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -37,7 +40,8 @@ def resident() -> float:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """In the process that is measured: prints [[step, KiB, objects, tensors], ...]."""
+    """In the process that is measured: prints rows of step, KiB, objects, tensors; and the KiB
+    that are left at the end."""
     import torch
 
     from draft_opd.training.config import load_recipe
@@ -63,7 +67,9 @@ def measure(args: argparse.Namespace) -> None:
                 found.append([line["step"], resident(), len(objects), tensors])
 
         Run(stage, recipe, on_metrics=look).train()
-    print(json.dumps(found))
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    print(json.dumps({"rows": found, "trimmed": resident()}))
 
 
 def summary(rows: list[list[float]]) -> dict:
@@ -81,6 +87,18 @@ def summary(rows: list[list[float]]) -> dict:
     return value
 
 
+def run(args: argparse.Namespace, side: str, steps: int) -> dict:
+    """`measure` in a process of its own."""
+    options = [f"--{k}={getattr(args, k)}" for k in ("data", "drafter")]
+    done = subprocess.run(
+        [sys.executable, __file__, *options, f"--steps={steps}", "--side", side],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="runs/demo/data")
@@ -94,17 +112,15 @@ def main() -> None:
     found = {}
     for side in SIDES:
         began = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--side", side], capture_output=True,
-            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        found[side] = summary(json.loads(done.stdout.splitlines()[-1]))
+        short = run(args, side, args.steps // 10)
+        long = run(args, side, args.steps)
+        found[side] = summary(long["rows"])
         memory = found[side]["KiB"]
+        memory["trimmed"] = {"a_tenth": short["trimmed"], "all": long["trimmed"]}
         print(
             f"{side}: {memory['second_quarter'] / 1024:.1f} -> {memory['last_quarter'] / 1024:.1f} "
-            f"MiB, {memory['slope_a_step']:+.2f} KiB a step, tensors "
+            f"MiB, {memory['slope_a_step']:+.2f} KiB a step; trimmed {short['trimmed'] / 1024:.1f} "
+            f"after a tenth, {long['trimmed'] / 1024:.1f} at the end; tensors "
             f"{found[side]['tensors']['slope_a_step']:+.4f} a step "
             f"({time.perf_counter() - began:.0f} s)",
             flush=True,

@@ -176,6 +176,7 @@ class Run:
         """The checkpoint to go on from. The first process keeps others out of the folder."""
         if self.group.first:
             self._lock = hold(make_folder(self.out))
+            check_folder(self.recipe, resume)  # another one may have come and gone meanwhile
             recover_folder(self.out / "best")
         return self.checkpoints.newest() if resume else None
 
