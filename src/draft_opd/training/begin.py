@@ -79,7 +79,7 @@ def check_data(recipe: Recipe, train_set: Rows, held_out: Rows, target: Target) 
 def load_target(recipe: Recipe, group: Group) -> Target:
     """Whole, or this process's part of it."""
     options = {"trust_remote_code": recipe.trust_remote_code}
-    if not group.split():
+    if not group.splits_target:
         return Target.from_pretrained(recipe.target, **options)
     # Whole it may fit the host's memory only. There types would be float32.
     stored = group.device.type == "cuda" and recipe.target != EMBEDDED

@@ -45,6 +45,7 @@ def keep(
     trajectories and `about`. Returns what to say of it."""
     step = state.progress.step + 1
     folder = out / "nonfinite" / f"step-{step:08d}"
+    rows = list({t.id: t for t in rows}.values())  # an epoch's end and the next one's beginning
     ids = [t.id for t in rows]
     told = f"trajectories {', '.join(ids[:4])}" + (f" and {len(ids) - 4} more" * (len(ids) > 4))
     if len(list(folder.parent.glob("step-*"))) >= KEPT and not folder.exists():

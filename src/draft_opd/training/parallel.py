@@ -126,7 +126,8 @@ class Group:
 
     # -- models -----------------------------------------------------------------------------
 
-    def split(self) -> bool:
+    @property
+    def splits_target(self) -> bool:
         """Whether processes hold parts of the target."""
         o = self.options
         return self.world > 1 and (o.target == "shard" or o.tensor > 1)
