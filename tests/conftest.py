@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from forked import Forked
+from processes import metrics
 
 from draft_opd.drafters import FAMILIES, Drafter
 from draft_opd.rollout.collect import collect
 from draft_opd.rollout.prompts import read_prompts
 from draft_opd.rollout.trajectory import Trajectory, read_trajectories
+from draft_opd.serving.vllm import free_port
 from draft_opd.target import Target
 from draft_opd.training.config import load_recipe
 from draft_opd.training.loop import Run
@@ -122,6 +125,41 @@ def trained_folder(target, recipe_for, tmp_path_factory) -> Path:
     pairs = ("steps=120", "evaluation.every=120", "optim.learning_rate=3e-3", "batch_size=4")
     Run("sft", recipe_for("sft", out, *pairs), target=target).train()
     return out / "last"
+
+
+@pytest.fixture(scope="session")
+def together(forked, recipe_for, trained_folder, tmp_path_factory):
+    """together(count, stage, out, pairs): a run in `count` processes; how they ended."""
+
+    def begin(count: int, stage: str, out: Path, *pairs: str) -> tuple[list[int], list[Path]]:
+        drafter = [f"drafter={trained_folder}"] if stage == "opd" else []
+        recipe = recipe_for(stage, out, *drafter, *pairs)
+        folder = tmp_path_factory.mktemp("recipe")
+        (folder / "r.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+        env = {
+            "WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+        logs = [folder / f"{rank}.log" for rank in range(count)]
+        return [
+            forked.start(
+                stage, "--config", folder / "r.yaml", "--resume", log=log, **env, RANK=str(rank),
+                LOCAL_RANK=str(rank),
+            )
+            for rank, log in enumerate(logs)
+        ], logs  # fmt: skip
+
+    def run(count: int, stage: str, out: Path, *pairs: str) -> list[dict]:
+        processes, logs = begin(count, stage, out, *pairs)
+        for process, log in zip(processes, logs, strict=True):
+            assert forked.status(process) == 0, log.read_text()
+        # One of them speaks.
+        assert all("held-out" not in log.read_text() for log in logs[1:])
+        return metrics(out)
+
+    run.begin, run.forked = begin, forked
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -132,7 +132,7 @@ def test_sampled_decoding_repeats_with_its_seed_and_follows_the_target(
         return sampling.probabilities(target.logits(hidden))
 
     # Somewhere the drafter is right and the target in doubt.
-    rounds = d.hindsight_trace(target, trained, heldout[0])
+    rounds = d.hindsight_trace(target, trained, heldout[0], draft_length=3)
     starts = (heldout[0].ids[: r.anchor + 1] for r in rounds if r.accepted)
     prompt = next(ids for ids in starts if next_token(ids).max() < 0.95)
 

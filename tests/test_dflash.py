@@ -82,7 +82,8 @@ def _wrong(folder, change):
         (lambda c: c["dflash_config"].update(target_layer_ids=[1, 2]), "fc.weight"),
         (lambda c: c.update(num_hidden_layers=3, layer_types=None), "lacks the tensor"),
         (lambda c: c.update(hidden_size="wide"), "describes no drafter"),
-        (lambda c: c.update(block_size="wide"), "describes no drafter"),
+        (lambda c: c.update(block_size="wide"), "block size is wide"),
+        (lambda c: c.update(block_size=1), "block size is 1"),
     ],
 )
 def test_a_broken_folder_says_what_is_wrong(trained, tmp_path, change, message):
@@ -100,7 +101,6 @@ def test_a_broken_folder_says_what_is_wrong(trained, tmp_path, change, message):
         ("mask_token_id", 839, "mask token"),
         ("target_layers", (2, 7), "tapped layers"),
         ("target_layers", (3, 2), "ascending"),
-        ("block_size", 1, "block size"),
     ],
 )
 def test_a_drafter_that_does_not_fit_is_refused(target, field, value, message):

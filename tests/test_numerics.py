@@ -216,17 +216,17 @@ def test_a_run_that_explodes_stops_names_the_batch_and_keeps_it(target, recipe_f
 
 def poison(target, monkeypatch, bad: tuple[int, ...]):
     """From now on the target says infinity of one text."""
-    honest = type(target).trajectories
+    honest = target.trajectories
 
-    def trajectories(self, ids, layers=(), cache=None):
-        out = honest(self, ids, layers, cache)
+    def trajectories(ids, layers=(), cache=None):
+        out = honest(ids, layers, cache)
         hit = [row.tolist()[: len(bad)] == list(bad) for row in ids]
         out.hidden[torch.tensor(hit)] = torch.inf
         if out.features is not None:
             out.features[torch.tensor(hit)] = torch.inf
         return out
 
-    monkeypatch.setattr(type(target), "trajectories", trajectories)
+    monkeypatch.setattr(target, "trajectories", trajectories)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

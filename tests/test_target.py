@@ -163,7 +163,7 @@ def test_bfloat16_runs(target):
 
 
 def test_the_shipped_target_is_small_and_thinks(target):
-    folder = d.target.resolve_path("embedded")
+    folder = d.text.resolve_path("embedded")
     from pathlib import Path
 
     size = sum(p.stat().st_size for p in Path(folder).parent.rglob("*") if p.is_file())

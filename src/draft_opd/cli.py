@@ -64,10 +64,6 @@ def _quiet() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # one bar at a time, and that one is ours
-    log = logging.getLogger("draft_opd")
-    if not log.handlers:
-        log.addHandler(logging.StreamHandler())
-        log.handlers[0].setFormatter(logging.Formatter("warning: %(message)s"))
 
 
 @app.command(epilog=example("draft-opd demo --out runs/demo"))
@@ -357,6 +353,9 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Runs one command line and returns its exit status."""
+    warnings = logging.StreamHandler()
+    warnings.setFormatter(logging.Formatter("warning: %(message)s"))
+    logging.getLogger("draft_opd").addHandler(warnings)
     try:
         return app(arguments or ["--help"], standalone_mode=False) or 0
     except UserError as error:
@@ -378,6 +377,8 @@ def run(arguments: list[str]) -> int:
         traceback.print_exc()
         sys.stderr.write("this is a bug in draft-opd, or the machine ran out of something\n")
         return 1
+    finally:
+        logging.getLogger("draft_opd").removeHandler(warnings)
 
 
 def _complain(message: str, status: int = 2) -> int:
