@@ -164,6 +164,7 @@ case("prompts: messages without content", P, prompts('{"messages": [{"role": "us
 case("prompts: the same id twice", P, prompts('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}'))
 case("prompts: longer than the context", P, prompts(json.dumps({"prompt": "apples and " * 2000})))
 case("prompts: deeply nested JSON", P, prompts("[" * 100_000))
+case("prompts: half of a character", P, prompts('{"prompt": "a\\ud800"}'))
 case("prompts: none left", f"{P} --skip 1", prompts('{"prompt": "a"}'))
 
 
@@ -301,6 +302,7 @@ case("recipe: contradictory values", SFT, recipe(data={"trajectories": "a", "hel
                                                        "features": "f"}))  # fmt: skip
 case("recipe: an estimator of another divergence", OPD,
      recipe(opd={"objective": {"kind": "total_variation", "estimator": "k3"}}))  # fmt: skip
+case("recipe: a number out of range in a list", SFT, recipe(optim={"betas": [2, 3]}))
 case("recipe: a wrong choice", SFT, recipe(precision="float8"))
 case("recipe: a pair on the command line without a value", f"{SFT} steps")
 case("recipe: an unknown pair on the command line", f"{SFT} stepz=3")
@@ -333,6 +335,10 @@ def damaged(shop: Shop, name: str, content: bytes) -> dict:
 
 
 R = "sft --config {recipe} --resume"
+case("run: into a drafter's folder", OPD, lambda shop: {
+    "new": shop.folder_of(shop.trained, "drafter")})  # fmt: skip
+case("run: its recipe is missing", R, lambda shop: without(shop, "recipe.yaml"))
+case("run: its checkpoints are missing", R, lambda shop: without(shop, "last", "checkpoints"))
 case("run: already there", "sft --config {recipe}", begun)
 case("run: resumed with another recipe", f"{R} batch_size=3 optim.learning_rate=1e-2", begun)
 case("run: resumed on other data", R, lambda shop: other_data(shop))
@@ -354,6 +360,14 @@ case("run: its collect.json is damaged",
 case("run: its trajectories are damaged",
      f"{COLLECT} --prompts embedded:train --limit 2 --max-new-tokens 4",
      lambda shop: {"new": collected(shop, None, b"\xff\n")})  # fmt: skip
+
+
+def without(shop: Shop, *names: str) -> dict:
+    found = begun(shop)
+    for name in names:
+        path = found["run"] / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return found
 
 
 def other_data(shop: Shop) -> dict:

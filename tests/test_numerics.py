@@ -211,6 +211,7 @@ def test_a_run_that_explodes_stops_names_the_batch_and_keeps_it(target, recipe_f
     with pytest.raises(Failure) as second:
         run.train()
     assert str(second.value).partition(";")[0] == str(caught.value).partition(";")[0]
+    assert str(second.value).endswith("as before") and not (folder / "nonfinite").exists()
     assert len(lines(out)) == 2  # step 0's τ and step 1: nothing of step 2
 
 
@@ -255,7 +256,7 @@ def test_a_batch_that_is_not_finite_is_skipped_where_the_recipe_says_so(
 
 def test_a_run_that_only_skips_stops(target, recipe_for, tmp_path):
     recipe = recipe_for("sft", tmp_path / "run", *EXPLODES, "optim.nonfinite=skip")
-    with pytest.raises(Failure, match="10 times in a row"):
+    with pytest.raises(Failure, match="10 times in a row: see the first"):
         Run("sft", recipe, target=target).train()
     kept = sorted(p.name for p in (tmp_path / "run" / "nonfinite").iterdir())
     assert kept == ["step-00000002", "step-00000003", "step-00000004"]

@@ -248,6 +248,26 @@ def test_a_kill_before_the_best_drafter_was_written_is_mended(forked, command, w
     assert json.loads((out / "best" / "best.json").read_text())["step"] == STEPS
 
 
+def test_a_request_that_comes_early_is_kept(forked, command, tmp_path):
+    """While models are loaded: nothing is lost, and the status is that of a request."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    process = forked.start(*command(out), log=log)
+    while not (out / ".lock").exists():  # behind the target, before the first step
+        time.sleep(0.002)
+    os.kill(process, signal.SIGTERM)
+    assert forked.status(process) == 75, log.read_text()
+    assert (out / "last" / "training" / "progress.json").exists()
+
+
+def test_a_torn_best_json_does_not_stop_a_resumed_run(forked, command, copy, whole, tmp_path):
+    (copy / "best" / "best.json").write_text("{")
+    finish(forked, *command(copy), log=tmp_path / "log")
+    best = (copy / "best" / "best.json").read_text()
+    assert best == (whole / "best" / "best.json").read_text() or (
+        "best' is missing or damaged" in (tmp_path / "log").read_text()
+    )
+
+
 # -- what a run was begun with -----------------------------------------------------------------
 
 

@@ -169,16 +169,19 @@ def _train(stage: str, config: Path, overrides: list[str] | None, resume: bool, 
     recipe = load_recipe(config, overrides or [], stage)
     with joined(recipe.parallel) as group:
         screen = Screen(json, silent=not group.first)
-        run = Run(stage, recipe, resume=resume, group=group)
         seen: dict[str, str] = {}
-        with screen.progress(stage, recipe.steps) as update, ending(run.stop):
+        asked: list[bool] = []
+        with screen.progress(stage, recipe.steps) as update, ending(lambda: asked.append(True)):
 
             def show(line: dict) -> None:
                 names = {"loss": "loss", "tau": "held-out τ"}
                 seen.update({n: f"{n} {line[k]:.3f}" for k, n in names.items() if k in line})
                 update(line["step"], "  ".join(seen.values()))
 
-            run.on_metrics = show
+            run = Run(
+                stage, recipe, resume=resume, group=group, on_metrics=show,
+                stop=lambda: bool(asked),
+            )  # fmt: skip
             result = run.train()
         value = result.as_dict()
         screen.result(value, facts(f"{stage}: {result.out}", value))

@@ -44,7 +44,10 @@ Thinking = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.", min=0, max=2**32 - 1)]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest response.")]
-Config = Annotated[Path, typer.Option("--config", help="Recipe, YAML.")]
+Config = Annotated[
+    Path,
+    typer.Option("--config", help="Recipe, YAML; or 'embedded', 'embedded:eagle3': the demo's."),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override recipe keys.")
 ]

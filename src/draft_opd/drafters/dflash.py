@@ -107,7 +107,7 @@ class DFlashOptions(ShapeOptions):
     num_layers: int = Field(1, ge=1, description="draft layers")
     block_size: int = Field(16, ge=2, description="B: the anchor's token and B - 1 drafted ones")
     target_layers: tuple[int, ...] | None = Field(
-        None, description="0-based layers that are tapped; None: spread evenly"
+        None, min_length=1, description="0-based layers that are tapped; None: spread evenly"
     )
     num_target_features: int | None = Field(None, ge=1, description="how many, if spread evenly")
     mask_token_id: int | None = Field(

@@ -57,8 +57,10 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
                 f"{path}:{number}: the line has {len(line) >> 20} MB: give a JSON object a line"
             )
         try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError:
+            row = json.loads(line.decode("utf-8-sig"))
+            if b"\\u" in line:  # halves of characters cannot be written again
+                json.dumps(row, ensure_ascii=False).encode("utf-8")
+        except UnicodeError:
             raise UserError(f"{path}:{number}: not UTF-8 text") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: not valid JSON ({error})") from None

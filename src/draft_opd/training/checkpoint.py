@@ -149,7 +149,9 @@ class Checkpoints:
                     "in another `out`, from a drafter folder if one still loads"
                 )
             return None
-        if damaged:
+        if folder != self.last and not self.last.exists():
+            log.warning("'%s' is missing; going on from '%s'", self.last, folder)
+        elif damaged:
             log.warning("damaged: %s; going on from '%s'", ", ".join(damaged), folder)
         if folder != self.last and self.last.exists():
             aside = self.out / "last.damaged"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -47,6 +47,9 @@ class Model(_Section):
     )
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optim(_Section):
     """Cosine schedule with linear warm-up."""
 
@@ -57,7 +60,7 @@ class Optim(_Section):
     final_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate / peak")
     warmup: float = Field(0.04, ge=0, le=1, description="part of the steps")
     weight_decay: float = Field(0.0, ge=0, description="decoupled")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="of AdamW, each from 0 to under 1")
     clip: float = Field(1.0, gt=0, description="gradient norm")
     nonfinite: Literal["stop", "skip"] = Field(
         "stop",
@@ -332,6 +335,8 @@ def parse_recipe(tree: dict, where: str = "recipe", given: tuple[str, ...] = ())
         key = ".".join(map(str, first["loc"]))
         if any(f"{key}.".startswith(f"{name}.") for name in given):
             where = "command line"
+        if not key and given:
+            where = f"{where} with what the command line sets"
         if first["type"] == "extra_forbidden":
             known = _keys_at(first["loc"][:-1])
             near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0.4)

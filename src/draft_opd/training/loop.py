@@ -107,9 +107,11 @@ class Run:
         resume: bool = False,
         on_metrics: OnMetrics | None = None,
         group: Group | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ):
         """`after`: an earlier run, whose target and remembered features serve again. `group`: the
-        processes that train together (`parallel.joined`)."""
+        processes that train together (`parallel.joined`). `stop`: whether to end after the step
+        that is running, with everything saved (`train` then raises `Stopped`)."""
         self.stage, self.recipe, self.on_metrics = stage, recipe, on_metrics
         self.group = group or Group()
         self.out = Path(recipe.out)
@@ -156,7 +158,7 @@ class Run:
         self.rollouts.load(self.progress.traces)
         if self.progress.evaluated >= 0:
             self.rollouts.tau = self.progress.tau
-        self._asked_to_stop = self.stopping = False
+        self._asked_to_stop, self.stopping = stop, False
         about = {
             "stage": stage,
             "device": str(self.target.device),
@@ -178,7 +180,13 @@ class Run:
             self._lock = hold(make_folder(self.out))
             check_folder(self.recipe, resume)  # another one may have come and gone meanwhile
             recover_folder(self.out / "best")
-        return self.checkpoints.newest() if resume else None
+        begun = self.checkpoints.newest() if resume else None
+        if resume and not begun and (self.out / "best").exists():
+            raise UserError(
+                f"'{self.out}' holds a run's `best` but no checkpoint to resume from: begin in "
+                "another `out`, and keep this one for its drafter"
+            )
+        return begun
 
     def _sources(self, after: Run | None) -> None:
         """Where batches come from, for training and for held-out τ."""
@@ -200,15 +208,10 @@ class Run:
 
     # -- training ---------------------------------------------------------------------------
 
-    def stop(self) -> None:
-        """Asks for an end after the step that is running, with everything saved (from a signal
-        handler, say): `train` then raises `Stopped`."""
-        self._asked_to_stop = True
-
     def train(self) -> RunResult:
         """Runs to the last step; on a fresh run step 0 is evaluated first.
 
-        Raises `Stopped` when `stop` was called and `Failure` where it cannot go on.
+        Raises `Stopped` when `stop` says so and `Failure` where it cannot go on.
         """
         try:
             with lost_peers():
@@ -252,7 +255,7 @@ class Run:
 
     def _stop_now(self) -> bool:
         """In several processes: what they agreed upon with the last step's figures."""
-        return self.stopping if self.group.world > 1 else self._asked_to_stop
+        return self.stopping if self.group.world > 1 else self._asked_to_stop()
 
     def _record(self, line: dict) -> None:
         if self.record:
@@ -307,7 +310,7 @@ class Run:
         seconds = {"all": time.perf_counter() - began, **self.clock.take()}
         self._record({"step": p.step, **line, "seconds": seconds})
         if self.group.world > 1:
-            self.stopping = self.group.any(self._asked_to_stop)
+            self.stopping = self.group.any(self._asked_to_stop())
 
     def step(self, step: int) -> dict:
         """The update of that step (0-based) from the drafter as it is; returns its figures.
@@ -360,7 +363,7 @@ class Run:
         count = p.skipped + 1
         if r.optim.nonfinite == "stop" or count >= nonfinite.IN_A_ROW:
             self.group.wait()
-            row = f" ({count} times in a row)" if count > 1 else ""
+            row = f" ({count} times in a row: see the first ones)" if count > 1 else ""
             raise Failure(f"step {p.step + 1}: {what}{row}; {where}")
         if self.group.first:
             log.warning("step %d skipped: %s; %s", p.step + 1, what, where)
@@ -399,16 +402,17 @@ class Run:
         p, found = self.progress, self.out / "best" / "best.json"
         if not begun or p.evaluated < 0:
             return
-        step = json.loads(found.read_text())["step"] if found.exists() else None
+        try:
+            step = json.loads(found.read_text(encoding="utf-8"))["step"]
+        except (OSError, ValueError, KeyError, TypeError):
+            step = None
         if step == p.best_step:
             return
         if p.best_step == p.step == p.evaluated:
             self._save_best(begun)
-        elif step is not None:
-            log.warning(
-                "'%s' is of step %d, behind the checkpoint that is gone on from, whose best is "
-                "step %d", self.out / "best", step, p.best_step,
-            )  # fmt: skip
+            return
+        of = "missing or damaged" if step is None else f"of step {step}"
+        log.warning("'%s' is %s, the run's best is step %d", found.parent, of, p.best_step)
 
     # -- measuring --------------------------------------------------------------------------
 

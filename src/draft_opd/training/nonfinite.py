@@ -50,8 +50,11 @@ def keep(
     told = f"trajectories {', '.join(ids[:4])}" + (f" and {len(ids) - 4} more" * (len(ids) > 4))
     if len(list(folder.parent.glob("step-*"))) >= KEPT and not folder.exists():
         return f"{told} (not saved: '{folder.parent}' holds {KEPT} already)"
+    if out.parent.name == "nonfinite":  # it is such a step that is run again
+        return f"{told}, as before"
     make_folder(folder)
-    again = recipe.model_copy(update={"out": str(folder)})
+    optim = recipe.optim.model_copy(update={"nonfinite": "stop"})
+    again = recipe.model_copy(update={"out": str(folder), "optim": optim})
     tree = again.model_dump(mode="json")
     write_text(folder / "recipe.yaml", yaml.safe_dump(tree, sort_keys=False))
     write_lines(folder / "batch.jsonl", (json.dumps(asdict(t)) for t in rows))

@@ -27,6 +27,13 @@ def check_folder(recipe: Recipe, resume: bool) -> None:
         raise UserError(
             f"'{out}' already holds a run: continue it with --resume or set another `out`"
         )
+    if (out / "config.json").exists():
+        raise UserError(f"'{out}' is a model's folder: set `out` to a folder of the run's own")
+    if resume and not saved.exists() and (out / "last").exists():
+        raise UserError(
+            f"'{out}' has no recipe.yaml, so nothing says what run this is: put it back to resume "
+            "it, or set another `out`"
+        )
     if resume and saved.exists():
         try:
             before = yaml.safe_load(saved.read_text(encoding="utf-8"))
