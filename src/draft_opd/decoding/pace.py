@@ -18,7 +18,7 @@ RECENT = 4  # timings of a length that count
 MEMORY = 64  # rounds in which what was accepted loses most of its weight
 PRIOR = 2.0  # rounds that a guess of an acceptance is worth
 GOOD = 4.0  # tokens a round at which nobody asks at once whether drafting pays
-LOOK = 16  # every so many rounds another length is timed: a neighbour of the best one, or 0
+LOOK = 16  # every so many rounds another length is timed: a neighbour of the best one, or another
 
 
 class Pace:
@@ -44,12 +44,18 @@ class Pace:
         for length in (allowed[-1], min(allowed, key=lambda n: abs(n - short))):
             if len(self._seconds.get(length, ())) < 2:  # one may have had bad luck
                 return length
-        best = max(allowed, key=lambda n: self.tokens(n) / self.seconds(n))
+
+        def rate(length: int) -> float:
+            return self.tokens(length) / self.seconds(length)
+
+        best = max(allowed, key=rate)
         if self.rounds % LOOK < LOOK - 1:
             return best
         at = allowed.index(best)
-        looks = (max(at - 1, 0), min(at + 1, len(allowed) - 1), 0)
-        return allowed[looks[self.rounds // LOOK % 3]]
+        # Against nothing; from there against what should be best: its neighbour may not pay.
+        other = allowed[0] if at else max(allowed[1:] or allowed, key=rate)
+        looks = (allowed[max(at - 1, 0)], allowed[min(at + 1, len(allowed) - 1)], other)
+        return looks[self.rounds // LOOK % 3]
 
     def tell(self, drafted: int, accepted: Iterable[int], seconds: float) -> None:
         """A round of one row or several: how many tokens each accepted of those drafted."""
