@@ -38,7 +38,7 @@ from draft_opd.training.data import BatchSource, batch_at
 from draft_opd.training.features import FeatureFolder, about_features
 from draft_opd.training.opd import opd_loss
 from draft_opd.training.optimizer import Optimizer
-from draft_opd.training.parallel import Group, lost_peers, whole
+from draft_opd.training.parallel import Group, whole
 from draft_opd.training.record import Record, check_folder
 from draft_opd.training.rollouts import ROWS, Rollouts
 from draft_opd.training.sft import sft_loss
@@ -214,8 +214,7 @@ class Run:
         Raises `Stopped` when `stop` says so and `Failure` where it cannot go on.
         """
         try:
-            with lost_peers():
-                result = self._train()
+            result = self._train()
         except BaseException:
             if self.record:
                 self.record.close(failed=True)
@@ -458,8 +457,7 @@ def _batch(train_set: list[Trajectory], recipe: Recipe, index: int) -> list[Traj
 def _quietly(called: torch.nn.Module, group: Group, part: Callable, *inputs):
     """Without gradient; through the wrapper only where that gathers weights."""
     with torch.no_grad():
-        sharded = group.world > 1 and group.options.drafter == "shard"
-        return called(part, *inputs) if sharded else part(*inputs)
+        return called(part, *inputs) if group.shards_drafter else part(*inputs)
 
 
 def _together(key: str, values: list):

@@ -79,8 +79,8 @@ class Group:
         if self.size == 1:
             return values
         flat = [x for v in values.values() for x in (v if isinstance(v, list) else [v])]
-        device = "cpu" if self.mesh is None else self.mesh.device_type
-        summed = iter(self.total(torch.tensor(flat, dtype=torch.float64, device=device)).tolist())
+        told = torch.tensor(flat, dtype=torch.float64, device=self.mesh.device_type)
+        summed = iter(self.total(told).tolist())
         return {
             key: [_like(x, next(summed)) for x in v]
             if isinstance(v, list)
@@ -90,11 +90,7 @@ class Group:
 
     def collect(self, value: Any) -> list:
         """Every process's value, by rank."""
-        if self.size == 1:
-            return [value]
-        found: list = [None] * self.size
-        dist.all_gather_object(found, value, group=self._data)
-        return found
+        return [value] if self.size == 1 else _gathered(value, self.size, self._data)
 
     def any(self, flag: bool) -> bool:
         """Whether it is set in any process, those that share a target among them."""
@@ -106,11 +102,7 @@ class Group:
 
     def agreed(self, value: Any) -> bool:
         """Whether all processes have the same."""
-        if self.world == 1:
-            return True
-        found: list = [None] * self.world
-        dist.all_gather_object(found, value)
-        return all(x == value for x in found)
+        return self.world == 1 or all(x == value for x in _gathered(value, self.world))
 
     def in_turn(self, part: Callable[[], Item]) -> Item:
         """What `part` gives, once the first process has done it: where files may be moved."""
@@ -131,6 +123,11 @@ class Group:
         """Whether processes hold parts of the target."""
         o = self.options
         return self.world > 1 and (o.target == "shard" or o.tensor > 1)
+
+    @property
+    def shards_drafter(self) -> bool:
+        """Whether processes hold parts of the drafter."""
+        return self.world > 1 and self.options.drafter == "shard"
 
     def split_target(self, model: nn.Module, decoder: nn.Module, config: Any) -> None:
         """Leaves this process its part of a target that was loaded whole on the CPU, on its device.
@@ -182,7 +179,7 @@ class Group:
         called = _Called(drafter)
         if self.world == 1:
             return called
-        if self.options.drafter == "shard":
+        if self.shards_drafter:
             unpack(drafter)
             return fully_shard(called, mesh=self._whole(), reshard_after_forward=False)
         where = next(drafter.parameters()).device
@@ -215,6 +212,12 @@ class _Called(nn.Module):
 
     def forward(self, part: Callable, *inputs: Any) -> Any:
         return part(*inputs)
+
+
+def _gathered(value: Any, size: int, group: dist.ProcessGroup | None = None) -> list:
+    found: list = [None] * size
+    dist.all_gather_object(found, value, group=group)
+    return found
 
 
 def _like(example: float, value: float) -> float:
