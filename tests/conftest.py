@@ -28,6 +28,9 @@ torch.set_num_threads(1)
 MAX_NEW_TOKENS = 320
 
 
+pytest_plugins = ["cost"]
+
+
 def pytest_addoption(parser):
     parser.addoption("--write-bad-input", action="store_true", help="write docs/bad-input.md")
 
@@ -111,6 +114,7 @@ def recipe_for(data, family):
             "evaluation.every=2",
             "opd.trace_every=1",
             f"model.options={SHAPES[family]}",
+            "precision=float32",
             f"out={out}",
         ]
         return load_recipe(f"embedded:{family}", [*small, *pairs], stage)

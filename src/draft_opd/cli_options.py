@@ -115,6 +115,7 @@ def to_widths(tree: str | None) -> list[int] | None:
 def to_target(name: str, device: str | None, dtype: str | None, trust: bool):
     import torch
 
+    from draft_opd.machine import warn_if_slow
     from draft_opd.target import Target
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -127,6 +128,9 @@ def to_target(name: str, device: str | None, dtype: str | None, trust: bool):
         raise UserError(
             f"--device {device}: not usable here ({str(error).splitlines()[0]})"
         ) from None
+    if dtype:
+        here = where or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        warn_if_slow(f"--dtype {dtype}", getattr(torch, dtype), here)
     return Target.from_pretrained(name, dtype=dtype, device=where, trust_remote_code=trust)
 
 

@@ -39,6 +39,7 @@ from draft_opd.training.features import FeatureFolder, about_features
 from draft_opd.training.opd import opd_loss
 from draft_opd.training.optimizer import Optimizer
 from draft_opd.training.parallel import Group, whole
+from draft_opd.training.precision import measured_before, resolve, warn_of
 from draft_opd.training.record import Record, check_folder
 from draft_opd.training.rollouts import ROWS, Rollouts
 from draft_opd.training.sft import sft_loss
@@ -112,10 +113,10 @@ class Run:
         """`after`: an earlier run, whose target and remembered features serve again. `group`: the
         processes that train together (`parallel.joined`). `stop`: whether to end after the step
         that is running, with everything saved (`train` then raises `Stopped`)."""
-        self.stage, self.recipe, self.on_metrics = stage, recipe, on_metrics
+        self.stage, self.on_metrics = stage, on_metrics
         self.group = group or Group()
         self.out = Path(recipe.out)
-        check_folder(recipe, resume)
+        recipe = check_folder(recipe, resume)
         check_tracker(recipe.tracker)
         if stage == "opd" and not recipe.drafter:
             raise UserError("opd starts from a trained drafter: set `drafter` in the recipe")
@@ -124,6 +125,8 @@ class Run:
         check_shares(recipe, self.train_set, self.held_out, self.group.size)
         self.target = target or (after and after.target) or load_target(recipe, self.group)
         check_data(recipe, self.train_set, self.held_out, self.target)
+        recipe, bfloat16_speed = self._resolve(recipe)
+        self.recipe = recipe
         self.checkpoints = Checkpoints(self.out, recipe.keep_checkpoints)
         self.group.wait()  # all have seen the folder as it was
         self._lock: BinaryIO | None = None
@@ -163,6 +166,7 @@ class Run:
             "stage": stage,
             "device": str(self.target.device),
             "processes": self.group.world,
+            "bfloat16_speed": bfloat16_speed,
             "drafter_parameters": sum(p.numel() for p in self.drafter.parameters()),
         }
         self.record: Record | None = None
@@ -173,6 +177,16 @@ class Run:
         self._saved = (self.progress.step, self.progress.evaluated) if kept else None
 
     # -- setting up -------------------------------------------------------------------------
+
+    def _resolve(self, recipe: Recipe) -> tuple[Recipe, float]:
+        """The recipe with types for `auto`, the same in every process, and what decided it."""
+        if self.group.first:
+            warn_of(recipe, self.target.device)
+        known = measured_before(self.out)
+        resolved, ratio = self.group.of_first(
+            resolve(recipe, self.target.device, self.target.hidden_size)
+        )
+        return resolved, ratio if known is None else known
 
     def _take_up(self, resume: bool) -> Path | None:
         """The checkpoint to go on from. The first process keeps others out of the folder."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from draft_opd.training.config import Optim
+from draft_opd.training.muon import Muon
 from draft_opd.training.parallel import like, whole
 
 
@@ -13,6 +14,7 @@ class Optimizer:
     """One optimiser to the loop, whatever it is made of; its state is a flat dict of tensors."""
 
     def __init__(self, model: nn.Module, options: Optim):
+        """`options.muon_dtype` must be resolved (`precision.resolve`) where Muon is used."""
         self._names = {p: n for n, p in model.named_parameters()}
         # Heads are left to AdamW, as Muon's authors do.
         matrices = [
@@ -27,10 +29,10 @@ class Optimizer:
         if others:
             self.members.append(torch.optim.AdamW(others, betas=options.betas, **shared))
         if matrices:
-            # Updates as large as AdamW's, so that one learning rate serves both.
-            self.members.append(
-                torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared)
-            )
+            if options.muon_dtype == "auto":
+                raise ValueError("optim.muon_dtype is 'auto': resolve it first")
+            dtype = getattr(torch, options.muon_dtype)
+            self.members.append(Muon(matrices, dtype=dtype, **shared))
 
     def set_rate(self, rate: float) -> None:
         for member in self.members:

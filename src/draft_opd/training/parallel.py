@@ -104,6 +104,14 @@ class Group:
         """Whether all processes have the same."""
         return self.world == 1 or all(x == value for x in _gathered(value, self.world))
 
+    def of_first(self, value: Item) -> Item:
+        """The first process's value, in all of them."""
+        if self.world == 1:
+            return value
+        found = [value]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
     def in_turn(self, part: Callable[[], Item]) -> Item:
         """What `part` gives, once the first process has done it: where files may be moved."""
         if self.first:

@@ -14,13 +14,17 @@ from draft_opd.files import append, make_folder, sync, write_json, write_lines, 
 from draft_opd.machine import machine
 from draft_opd.training.config import Recipe
 from draft_opd.training.history import read_metrics
+from draft_opd.training.precision import as_resolved
 from draft_opd.training.tracking import numbers, open_tracker
 
 MAY_CHANGE = ("out:", "tracker:", "parallel.", "keep_checkpoints:")  # on --resume
 
 
-def check_folder(recipe: Recipe, resume: bool) -> None:
-    """Raises `UserError` where `out` holds a run that this one would not be the rest of."""
+def check_folder(recipe: Recipe, resume: bool) -> Recipe:
+    """The recipe, on resuming with what the run resolved `auto` to when it began.
+
+    Raises `UserError` where `out` holds a run that this one would not be the rest of.
+    """
     out = Path(recipe.out)
     saved = out / "recipe.yaml"
     if saved.exists() and not resume:
@@ -44,6 +48,7 @@ def check_folder(recipe: Recipe, resume: bool) -> None:
                 f"'{saved}' is damaged, so nothing says what run this is: put the recipe back to "
                 "resume it, or set another `out`"
             )
+        recipe = as_resolved(recipe, before)
         now = recipe.model_dump(mode="json")
         changed = [x for x in _differences(before, now) if not x.startswith(MAY_CHANGE)]
         if changed:
@@ -51,6 +56,7 @@ def check_folder(recipe: Recipe, resume: bool) -> None:
                 f"cannot resume '{out}': the recipe changed: {'; '.join(changed)}. Set it back, or "
                 "set another `out`"
             )
+    return recipe
 
 
 def _differences(before: object, now: object, path: str = "") -> list[str]:

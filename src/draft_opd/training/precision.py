@@ -1,0 +1,69 @@
+"""The types that training multiplies in: `auto` is resolved by a measurement, once a run.
+
+What it became stands in the run's recipe.yaml, the measurement in its run.json. A resumed run takes
+both from there, so that it trains the same on another machine.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from draft_opd.machine import speed_over_float32, warn_if_slow
+from draft_opd.training.config import Recipe
+
+ENOUGH = 1.5  # times the rate of float32: less would be lost again by converting
+
+
+def resolve(recipe: Recipe, device: torch.device, width: int) -> tuple[Recipe, float]:
+    """`precision` and `optim.muon_dtype` as types, and how many times as fast as float32 this
+    machine multiplies bfloat16 matrices [width, width].
+
+    Muon keeps float32 on every CPU: its matrices are small, and a run can then go on on any other.
+    """
+    ratio = speed_over_float32(torch.bfloat16, device, width)
+    faster = ratio >= ENOUGH
+    optim, precision = recipe.optim, recipe.precision
+    if precision == "auto":
+        precision = "bfloat16" if faster else "float32"
+    if optim.muon_dtype == "auto":
+        kind = "bfloat16" if faster and device.type != "cpu" else "float32"
+        optim = optim.model_copy(update={"muon_dtype": kind})
+    return recipe.model_copy(update={"precision": precision, "optim": optim}), ratio
+
+
+def warn_of(recipe: Recipe, device: torch.device) -> None:
+    """`warn_if_slow` for what a recipe asks for."""
+    asked = {"precision": recipe.precision}
+    if recipe.optim.name == "muon":
+        asked["optim.muon_dtype"] = recipe.optim.muon_dtype
+    slow = [key for key, value in asked.items() if value == "bfloat16"]
+    if slow:
+        warn_if_slow(f"{' and '.join(slow)}: bfloat16", torch.bfloat16, device)
+
+
+def as_resolved(recipe: Recipe, before: dict) -> Recipe:
+    """A recipe whose `auto` is what the run that is resumed has; `before`: that run's recipe.
+
+    Runs of version 0.1 have no `optim.muon_dtype`: their Muon multiplied in bfloat16.
+    """
+    optim = before.get("optim")
+    if not isinstance(optim, dict):
+        return recipe
+    optim.setdefault("muon_dtype", "bfloat16")
+    update: dict = {}
+    if recipe.precision == "auto" and "precision" in before:
+        update["precision"] = before["precision"]
+    if recipe.optim.muon_dtype == "auto":
+        update["optim"] = recipe.optim.model_copy(update={"muon_dtype": optim["muon_dtype"]})
+    return recipe.model_copy(update=update)
+
+
+def measured_before(out: Path) -> float | None:
+    """The ratio that a run was resolved by, from its run.json."""
+    try:
+        return json.loads((out / "run.json").read_text(encoding="utf-8"))["bfloat16_speed"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
