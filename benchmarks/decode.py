@@ -27,11 +27,12 @@ from draft_opd.decoding.speculative import Timing, speculate
 from draft_opd.drafters import Drafter
 from draft_opd.evaluation.lengths import weights_read
 from draft_opd.evaluation.measure import turned
+from draft_opd.hub import resolve_path
 from draft_opd.rollout.prompts import read_prompts
 from draft_opd.target import Target
 
 
-def zlab_side(args, target: Target, drafter: Drafter, tokens: int):
+def zlab_side(path: str, target: Target, drafter: Drafter, tokens: int):
     """z-lab's `dflash_generate` on the same files, or None."""
     if drafter.family != "dflash":
         return None
@@ -39,7 +40,7 @@ def zlab_side(args, target: Target, drafter: Drafter, tokens: int):
         from dflash.model import DFlashDraftModel, dflash_generate
     except ImportError:
         return None
-    theirs = DFlashDraftModel.from_pretrained(args.drafter, dtype=target.dtype).eval()
+    theirs = DFlashDraftModel.from_pretrained(path, dtype=target.dtype).eval()
     theirs = theirs.to(target.device)
     stops = sorted(target.stop_ids)
 
@@ -55,8 +56,6 @@ def plain_model(target: Target):
     if not hasattr(target, "_plain"):
         from transformers import AutoModelForCausalLM
 
-        from draft_opd.text import resolve_path
-
         model = AutoModelForCausalLM.from_pretrained(
             resolve_path(target.name), dtype=target.dtype, attn_implementation="sdpa"
         )
@@ -64,27 +63,16 @@ def plain_model(target: Target):
     return target._plain
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", default="embedded")
-    parser.add_argument("--drafter", required=True)
-    parser.add_argument("--prompts", required=True)
-    parser.add_argument("--limit", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--dtype")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--name", default="decode")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    target = Target.from_pretrained(args.target, dtype=args.dtype)
-    drafter = Drafter.from_pretrained(args.drafter, device=target.device).to(target.dtype)
+def decode(target: Target, path: str, prompts: str, limit: int, tokens: int) -> dict:
+    """All sides on the first `limit` prompts; `path`: the drafter's folder."""
+    drafter = Drafter.from_pretrained(path, device=target.device).to(target.dtype)
     pace, clocks = Pace(drafter.draft_length), {}
 
     def ours(name, which, **more):
         def run(ids):
             clock = Timing()
             made = speculate(
-                target, which, ids.tolist(), max_new_tokens=args.tokens, timing=clock, **more
+                target, which, ids.tolist(), max_new_tokens=tokens, timing=clock, **more
             )[0]
             clocks.setdefault(name, []).append((clock, made))
             return [*made.prompt_ids, *made.token_ids]
@@ -93,7 +81,7 @@ def main() -> None:
 
     def theirs(**more):
         config = GenerationConfig(
-            max_new_tokens=args.tokens, do_sample=False, eos_token_id=sorted(target.stop_ids),
+            max_new_tokens=tokens, do_sample=False, eos_token_id=sorted(target.stop_ids),
             pad_token_id=0, **more,
         )  # fmt: skip
 
@@ -112,11 +100,10 @@ def main() -> None:
         "transformers": theirs(),
         "transformers, prompt look-up": theirs(prompt_lookup_num_tokens=10),
     }
-    if zlab := zlab_side(args, target, drafter, args.tokens):
+    if zlab := zlab_side(path, target, drafter, tokens):
         sides["z-lab's dflash_generate"] = zlab
-    prompts = [
-        torch.tensor([p.ids(target)], device=target.device)
-        for p in read_prompts(args.prompts, args.limit)
+    rows_of = [
+        torch.tensor([p.ids(target)], device=target.device) for p in read_prompts(prompts, limit)
     ]
     weights = weights_read(target.model, target.head.weight) * target.dtype.itemsize
 
@@ -128,10 +115,10 @@ def main() -> None:
     rates: dict[str, list[float]] = {name: [] for name in sides}
     same = dict.fromkeys(sides, 0)
     for run in sides.values():
-        run(prompts[0])  # warms up
+        run(rows_of[0])  # warms up
     for found in clocks.values():
         found.clear()
-    for i, ids in enumerate(prompts):
+    for i, ids in enumerate(rows_of):
         texts = {}
         for name, run in turned(list(sides.items()), i):
             began = time.perf_counter()
@@ -144,30 +131,43 @@ def main() -> None:
     least.append(allowed())
     alone = [(c, m) for c, m in clocks["target alone"]]
     step = sum(c.decode for c, _ in alone) / sum(len(m.rounds) for _, m in alone)
-    rows = []
-    for name in sides:
-        rows.append(
-            {
-                "side": name,
-                "tokens_per_second": statistics.median(rates[name]),
-                "over_target_alone": machine.ratio(rates[name], rates["target alone"]),
-                "same_text": f"{same[name]}/{len(prompts)}",
-            }
-        )
-        print(json.dumps(rows[-1]))
+    rows = [
+        {
+            "side": name,
+            "tokens_per_second": statistics.median(rates[name]),
+            "over_target_alone": machine.ratio(rates[name], rates["target alone"]),
+            "same_text": f"{same[name]}/{len(rows_of)}",
+        }
+        for name in sides
+    ]
     taus = {name: [m.tau for _, m in found] for name, found in clocks.items()}
-    best = min(least)
-    value = {
-        "arguments": vars(args),
+    return {
         "rows": rows,
         "tau": {name: statistics.mean(found) for name, found in taus.items()},
         "step_milliseconds": 1000 * step,
         "limit_milliseconds": [1000 * x for x in least],
-        "limit_over_measured": best / step,
+        "limit_over_measured": min(least) / step,
         "weights_megabytes": weights / 1e6,
     }
-    print(json.dumps({k: v for k, v in value.items() if k not in ("rows", "arguments")}))
-    machine.write(args.name, value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", default="embedded")
+    parser.add_argument("--drafter", required=True)
+    parser.add_argument("--prompts", required=True)
+    parser.add_argument("--limit", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--dtype")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--name", default="decode")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    target = Target.from_pretrained(args.target, dtype=args.dtype)
+    value = decode(target, args.drafter, args.prompts, args.limit, args.tokens)
+    for row in value["rows"]:
+        print(json.dumps(row))
+    machine.write(args.name, {"arguments": vars(args), **value})
 
 
 if __name__ == "__main__":

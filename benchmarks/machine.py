@@ -7,15 +7,17 @@ import statistics
 import subprocess
 from pathlib import Path
 
+import torch
+
 import draft_opd.machine
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def machine() -> dict:
+def machine(device: torch.device | None = None) -> dict:
     """Machine, versions and commit."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {**draft_opd.machine.machine(), "commit": commit.stdout.strip()}
+    return {**draft_opd.machine.machine(device), "commit": commit.stdout.strip()}
 
 
 def ratio(one: list[float], other: list[float]) -> dict:

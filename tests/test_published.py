@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import draft_opd as d
 from draft_opd.decoding.speculative import speculate
 from draft_opd.drafters import FAMILIES
+from draft_opd.hub import resolve_path
 from draft_opd.training.blocks import pack, replay
 from draft_opd.training.data import BatchSource
 
@@ -195,7 +196,7 @@ def test_a_target_with_attention_sinks_loads_by_name(make_target, tmp_path):
     from transformers import AutoTokenizer
 
     make_target("gpt-oss-20b").model.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(d.text.resolve_path("embedded")).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(resolve_path("embedded")).save_pretrained(tmp_path)
     target = d.Target.from_pretrained(str(tmp_path), device="cpu")
     ids = torch.arange(2, 40)[None]
     with torch.no_grad():

@@ -6,13 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 import draft_opd as d
 from draft_opd.cli import run
 from draft_opd.decoding.speculative import Generation
 from draft_opd.evaluation.tokens import pieces
 
+sync_playwright = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed: pip install 'draft-opd[test]'"
+).sync_playwright
 FAMILY = "dflash"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                 None)  # fmt: skip

@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 import draft_opd as d
 from draft_opd.grouped import NAME, grouped
+from draft_opd.hub import resolve_path
 from draft_opd.rollout.hindsight import hindsight_traces, pad_rows
-from draft_opd.text import resolve_path
 from draft_opd.training.blocks import pack
 from draft_opd.training.data import BatchSource
 from draft_opd.training.opd import teacher_states
@@ -163,7 +163,7 @@ def test_bfloat16_runs(target):
 
 
 def test_the_shipped_target_is_small_and_thinks(target):
-    folder = d.text.resolve_path("embedded")
+    folder = resolve_path("embedded")
     from pathlib import Path
 
     size = sum(p.stat().st_size for p in Path(folder).parent.rglob("*") if p.is_file())

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 import draft_opd as d
 from draft_opd.cli import run
 from draft_opd.export.engines import export
+from draft_opd.hub import resolve_path
 from draft_opd.rollout.server import Server
 from draft_opd.serving.vllm import free_port
-from draft_opd.text import resolve_path
 from draft_opd.training.loop import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]

@@ -27,12 +27,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from draft_opd.console import table
-from draft_opd.drafters.base import find_folder
 from draft_opd.errors import UserError
 from draft_opd.files import make_folder, write_json, write_text
+from draft_opd.hub import check_models, find_folder
 from draft_opd.machine import machine
 from draft_opd.plots import COLOURS, GREY, new_axes, svg
 from draft_opd.training.config import Recipe, load_recipe
+from draft_opd.training.inputs import read_data
 from draft_opd.training.loop import Run, RunResult
 
 COSTS = ("steps", "supervised", "seconds")
@@ -136,14 +137,26 @@ class Ablation:
         given = "drafter" in plan.start
         if given and len(plan.start) > 1:
             raise UserError("'start': with a drafter there is nothing else to set")
+        recipes: list[Recipe] = []
         for seed in plan.seeds:
             if given:
                 find_folder(str(self._given(seed)), "start.drafter")
             else:
-                self._start_recipe(seed)
+                recipes.append(self._start_recipe(seed))
             for name in plan.variants:
-                self._recipe(name, seed, Path("start"), final=False)
+                recipes.append(self._recipe(name, seed, Path("start"), final=False))
+        self._check_inputs(recipes)
         self._last: Run | None = None
+
+    @staticmethod
+    def _check_inputs(recipes: list[Recipe]) -> None:
+        """Every target and every file of trajectories, each once."""
+        seen: list = []
+        for recipe in recipes:
+            if (what := (recipe.target, recipe.data, recipe.sampling)) not in seen:
+                check_models(recipe.target)
+                read_data(recipe)
+                seen.append(what)
 
     def _take_up(self, before: dict) -> None:
         """Earlier results, if they were made by the same plan."""

@@ -20,6 +20,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 from draft_opd.cli_evaluation import analyze, evaluate, report
 from draft_opd.cli_options import (
+    MARKS,
     AutoLength,
     Config,
     Device,
@@ -48,6 +49,7 @@ from draft_opd.cli_options import (
 from draft_opd.cli_serving import check_serving, online
 from draft_opd.console import Screen, ending, facts
 from draft_opd.errors import Failure, UserError
+from draft_opd.hub import check_models
 
 app = typer.Typer(
     name="draft-opd",
@@ -59,18 +61,11 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _quiet() -> None:
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # one bar at a time, and that one is ours
-
-
 @app.command(epilog=example("draft-opd demo --out runs/demo"))
 def demo(
     out: Annotated[Path, typer.Option(help="New folder for everything that is made.")],
     family: Annotated[str, typer.Option(help="Drafter family.")] = "dflash",
-    seed: Annotated[int, typer.Option(help="Of data order, anchors and initial weights.")] = 0,
+    seed: Seed = 0,
     json: Json = False,
 ) -> None:
     """The whole pipeline on the shipped target, in minutes: SFT, Draft-OPD, evaluation."""
@@ -120,8 +115,6 @@ def collect(
                           (in_flight, "--in-flight")):  # fmt: skip
         at_least(value, 1, option)
     at_least(skip, 0, "--skip")
-    from draft_opd.rollout.collect import collect as run
-    from draft_opd.rollout.collect import summary
     from draft_opd.rollout.prompts import read_prompts
 
     screen = Screen(json)
@@ -129,6 +122,10 @@ def collect(
     asked = read_prompts(prompts, limit + skip if limit else None)[skip:]
     if not asked:
         raise UserError(f"--skip {skip} leaves no prompts of '{prompts}'")
+    check_models(target, *([drafter] if drafter else []), weights=not server)
+    from draft_opd.rollout.collect import collect as run
+    from draft_opd.rollout.collect import summary
+
     common = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
     if endpoint != "completions" and not server:
         raise UserError(f"--endpoint {endpoint}: goes with --server")
@@ -163,10 +160,14 @@ def collect(
 
 def _train(stage: str, config: Path, overrides: list[str] | None, resume: bool, json: bool) -> None:
     from draft_opd.training.config import load_recipe
+    from draft_opd.training.inputs import read_inputs
+
+    recipe = load_recipe(config, overrides or [], stage)
+    inputs = read_inputs(stage, recipe, resume)
+    # Only now: these load torch, which takes seconds.
     from draft_opd.training.loop import Run
     from draft_opd.training.parallel import joined
 
-    recipe = load_recipe(config, overrides or [], stage)
     with joined(recipe.parallel) as group:
         screen = Screen(json, silent=not group.first)
         seen: dict[str, str] = {}
@@ -180,7 +181,7 @@ def _train(stage: str, config: Path, overrides: list[str] | None, resume: bool, 
 
             run = Run(
                 stage, recipe, resume=resume, group=group, on_metrics=show,
-                stop=lambda: bool(asked),
+                stop=lambda: bool(asked), inputs=inputs,
             )  # fmt: skip
             result = run.train()
         value = result.as_dict()
@@ -274,8 +275,6 @@ def generate(
 ) -> None:
     """Decode one prompt speculatively, streaming; accepted draft tokens are marked."""
     at_least(max_new_tokens, 1, "--max-new-tokens")
-    from draft_opd.decoding.stream import MARKS, stream
-
     if mark not in MARKS:
         raise UserError(f"--mark {mark}: choose one of {', '.join(MARKS)}")
     sampling, widths = to_sampling(temperature, top_k, top_p, draft), to_widths(tree)
@@ -285,6 +284,9 @@ def generate(
     text = sys.stdin.read() if prompt is None else prompt
     if not text.strip():
         raise UserError("the prompt is empty: give --prompt or text on standard input")
+    check_models(target, drafter)
+    from draft_opd.decoding.stream import stream
+
     screen = Screen(json)
     model = to_target(target, device, dtype, trust_remote_code)
     helper = to_drafter(drafter, model)
@@ -312,6 +314,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Write a drafter as a folder that an inference engine loads."""
+    check_models(target, drafter, weights=False)
     from draft_opd.export.engines import export as run
 
     screen = Screen(json)

@@ -32,7 +32,9 @@ from draft_opd.cli_options import (
 )
 from draft_opd.console import Screen, table
 from draft_opd.errors import UserError
+from draft_opd.evaluation.names import by_name
 from draft_opd.files import make_folder, write_json
+from draft_opd.hub import check_models
 
 
 def evaluate(
@@ -124,6 +126,8 @@ def evaluate(
         raise UserError("--hardware goes with --advise")
     if lengths and tree:
         raise UserError("give a draft length or a tree, not both")
+    if not server:
+        check_models(target, *by_name(drafter).values())
     chosen = paper_tasks() if preset else load_tasks(tasks, prompts, limit, skip, shuffle)
     options = {
         "max_new_tokens": max_new_tokens or (PAPER_LENGTH if preset else 512),
@@ -155,7 +159,7 @@ def _local(
     screen, model_options, drafters, chosen, lengths, widths, advise, hardware, sizes, options, out
 ) -> tuple[dict, dict]:
     from draft_opd.evaluation.lengths import HARDWARE, to_hardware
-    from draft_opd.evaluation.measure import by_name, sides_of
+    from draft_opd.evaluation.measure import sides_of
     from draft_opd.evaluation.run import Evaluation
     from draft_opd.training.history import lineage
 
@@ -287,14 +291,16 @@ def analyze(
 ) -> None:
     """Where a drafter fails: replay composition, mismatch by state group, anchor positions."""
     at_least(limit, 1, "--limit")
-    from draft_opd.evaluation.analysis import GROUPS, analyse
-    from draft_opd.evaluation.page import Report
     from draft_opd.rollout.trajectory import check_trajectories, read_trajectories
-    from draft_opd.training.history import lineage
 
     screen = Screen(json)
     make_folder(out)  # what cannot be written should be known before the work
     rows = read_trajectories(trajectories, limit=limit)
+    check_models(target, drafter)
+    from draft_opd.evaluation.analysis import GROUPS, analyse
+    from draft_opd.evaluation.page import Report
+    from draft_opd.training.history import lineage
+
     model = to_target(target, device, dtype, trust_remote_code)
     check_trajectories(rows, model, trajectories)
     helper = to_drafter(drafter, model)

@@ -42,7 +42,15 @@ TopP = Annotated[float, typer.Option(help="1 keeps all tokens.")]
 Thinking = Annotated[
     bool | None, typer.Option("--thinking/--no-thinking", help="For templates that know it.")
 ]
-Seed = Annotated[int, typer.Option(help="Of everything that is drawn.", min=0, max=2**32 - 1)]
+
+
+def _in_range(seed: int) -> int:
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed}: must be from 0 to {2**32 - 1}")
+    return seed
+
+
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn.", callback=_in_range)]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest response.")]
 Config = Annotated[
     Path,
@@ -140,6 +148,9 @@ def to_drafter(name: str, target):
     drafter = Drafter.from_pretrained(name, device=target.device)
     drafter.check_target(target)
     return drafter.to(target.dtype)
+
+
+MARKS = ("auto", "brackets", "none")  # how `generate` shows accepted draft tokens
 
 
 def at_least(value: int | None, least: int, option: str) -> None:

@@ -26,6 +26,7 @@ from draft_opd.cli_options import (
 )
 from draft_opd.console import Screen, table
 from draft_opd.errors import UserError
+from draft_opd.hub import EMBEDDED, check_models, resolve_path
 
 EngineCommand = Annotated[
     str, typer.Option(help="How vLLM's server starts here; the rest is added.")
@@ -76,16 +77,18 @@ def check_serving(
         raise UserError("--url takes what runs there: leave --served and --dry-run out")
     if served and not (served / "config.json").exists():
         raise UserError(f"--served {served}: no drafter folder (it has no config.json)")
+    from draft_opd.rollout.prompts import read_prompts
+
+    asked = read_prompts(prompts, limit)
+    check_models(target, *([drafter] if drafter else []))
     from draft_opd.drafters import Drafter
     from draft_opd.export.engines import export
-    from draft_opd.rollout.prompts import read_prompts
     from draft_opd.rollout.server import Server
     from draft_opd.serving.check import ask, compare
     from draft_opd.serving.vllm import Engine, EngineFailed, read_metrics
-    from draft_opd.text import TargetText, resolve_path
+    from draft_opd.text import TargetText
 
     screen = Screen(json)
-    asked = read_prompts(prompts, limit)
     kind = dtype or default_dtype(target, device)
     place = Path(tempfile.mkdtemp(prefix="draft-opd-check-"))  # stays: the engine's log is in it
     if dry_run:
@@ -130,8 +133,6 @@ def default_dtype(target: str, device: str | None) -> str:
     """float32 on a CPU and for the shipped target, else bfloat16, as engines serve."""
     import torch
 
-    from draft_opd.text import EMBEDDED
-
     here = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return "float32" if here == "cpu" or target == EMBEDDED else "bfloat16"
 
@@ -154,11 +155,14 @@ def untrained(config: str, target: str, trust_remote_code: bool):
 def online(config: Config, overrides: Overrides = None, json: Json = False) -> None:
     """Follow a server's traffic: collect what it answers, train, export, reload; in rounds."""
     from draft_opd.training.config import load_recipe
-    from draft_opd.training.online import OnlineLoop
+    from draft_opd.training.inputs import check_online
 
     screen = Screen(json)
     # The loop collects its own trajectories.
     recipe = load_recipe(config, ["data.trajectories=(collected)", *(overrides or [])], "opd")
+    check_online(recipe)
+    from draft_opd.training.online import OnlineLoop
+
     value = OnlineLoop(recipe, screen.say).run()
     rows = [
         [str(r["round"]), r["trajectories"], r["tau_before"], r["tau"], r["served"]]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,12 +22,12 @@ from draft_opd.evaluation.run import Evaluation
 from draft_opd.evaluation.statistics import difference
 from draft_opd.evaluation.tasks import Task
 from draft_opd.files import make_folder, write_json
+from draft_opd.hub import EMBEDDED
 from draft_opd.rollout.collect import collect
 from draft_opd.rollout.prompts import Prompt, read_prompts
 from draft_opd.rollout.trace import Round, tau
 from draft_opd.rollout.trajectory import read_trajectories
 from draft_opd.target import Target
-from draft_opd.text import EMBEDDED
 from draft_opd.threads import settle_threads
 from draft_opd.training.config import load_recipe
 from draft_opd.training.history import lineage
@@ -41,15 +43,49 @@ LABELS = {
 }
 
 
+# What the stages took on one machine, in seconds: only their proportions count.
+USUAL = {"collect": 69, "sft": 196, "sft_continued": 43, "draft_opd": 53, "evaluate": 78}
+Left = Callable[[float], str]  # part of a stage that is done -> a note
+
+
 class _Clock:
-    def __init__(self):
+    """Seconds by stage, and how long the rest will take at the pace so far.
+
+    `say` gets one estimate of the whole, once a fortieth of the work is done.
+    """
+
+    def __init__(self, say: Callable[[str], None], now: Callable[[], float] = time.perf_counter):
         self.seconds: dict[str, float] = {}
+        self._say, self._now, self._began, self._told = say, now, now(), False
+        self._done = dict.fromkeys(USUAL, 0.0)
+        self._first: dict[str, float] = {}  # part of a stage that an earlier try had done
 
     @contextmanager
     def stage(self, name: str):
-        began = time.perf_counter()
+        began = self._now()
         yield
-        self.seconds[name] = round(time.perf_counter() - began, 1)
+        self.seconds[name] = round(self._now() - began, 1)
+        self.left(name, 1.0)
+
+    def left(self, stage: str, part: float) -> str:
+        """A note for a progress line: `part` of that stage is done."""
+        self._first.setdefault(stage, part)
+        self._done[stage] = part
+        worked = sum(USUAL[s] * (self._done[s] - first) for s, first in self._first.items())
+        rest = sum(USUAL[s] * (1 - done) for s, done in self._done.items())
+        if worked < sum(USUAL.values()) / 40:
+            return ""
+        spent = self._now() - self._began
+        seconds = rest * spent / worked
+        if not self._told:
+            self._told = True
+            self._say(f"on this machine the demo will take about {_minutes(spent + seconds)}")
+        return f"about {_minutes(seconds)} left"
+
+
+def _minutes(seconds: float) -> str:
+    count = max(1, round(seconds / 60))
+    return f"{count} minute{'s' * (count > 1)}"
 
 
 def run_demo(
@@ -68,7 +104,7 @@ def run_demo(
     if family not in FAMILIES:
         raise UserError(f"--family {family}: choose one of {', '.join(FAMILIES)}")
     _take_up(out, {"family": family, "seed": seed, "overrides": overrides or []})
-    clock = _Clock()
+    clock = _Clock(screen.say)
     target = Target.from_pretrained(EMBEDDED)
     if target.device.type == "cpu":
         sample = torch.zeros(8, 256, dtype=torch.long)
@@ -94,16 +130,21 @@ def run_demo(
         }
     )
     heldout = read_prompts(f"{EMBEDDED}:heldout", sft.data.heldout_limit)
+    asked = {"train": read_prompts(f"{EMBEDDED}:train", sft.data.limit), "heldout": heldout}
+    every, before = sum(map(len, asked.values())), 0
     with clock.stage("collect"):
-        for part, prompts in (
-            ("train", read_prompts(f"{EMBEDDED}:train", sft.data.limit)),
-            ("heldout", heldout),
-        ):
+        for part, prompts in asked.items():
             with screen.progress(f"collect {part}", len(prompts)) as update:
+
+                def show(done: int, _: int, tokens: int, update=update, before=before) -> None:
+                    left = clock.left("collect", (before + done) / every)
+                    update(done, f"{tokens} tokens  {left}")
+
                 collect(
                     target, prompts, out / "data" / part, max_new_tokens=max_new_tokens,
-                    batch_size=64, progress=lambda done, _, n, u=update: u(done, f"{n} tokens"),
+                    batch_size=64, progress=show,
                 )  # fmt: skip
+            before += len(prompts)
 
     steps, supervised, run = {}, {}, None
     for name, stage, plan in (
@@ -111,16 +152,19 @@ def run_demo(
     ):  # fmt: skip
         with clock.stage(name), screen.progress(LABELS[name], plan.steps) as update:
             resume = Path(plan.out).exists()
+            left = partial(clock.left, name)
             run = Run(
-                stage, plan, target=target, after=run, resume=resume, on_metrics=_show(update)
-            )
+                stage, plan, target=target, after=run, resume=resume,
+                on_metrics=_show(update, left, plan.steps),
+            )  # fmt: skip
             if name == "sft" and run.progress.step == 0:
                 run.drafter.save_pretrained(out / "untrained")
             result = run.train()
         steps[name], supervised[name] = result.step, result.supervised
 
     with clock.stage("evaluate"):
-        value, parts = _measure(target, out, heldout, max_new_tokens, screen)
+        left = partial(clock.left, "evaluate")
+        value, parts = _measure(target, out, heldout, max_new_tokens, screen, left)
     summary = {
         **value,
         "steps": steps,
@@ -153,18 +197,24 @@ def _take_up(out: Path, asked: dict) -> None:
         )
 
 
-def _show(update):
+def _show(update, left: Left, steps: int):
     last = {"loss": float("nan"), "tau": float("nan")}
 
     def show(line: dict) -> None:
         last.update({k: line[k] for k in last if k in line})
-        update(line["step"], f"loss {last['loss']:.3f}  τ {last['tau']:.2f}")
+        note = left(line["step"] / steps)
+        update(line["step"], f"loss {last['loss']:.3f}  τ {last['tau']:.2f}  {note}")
 
     return show
 
 
 def _measure(
-    target: Target, out: Path, heldout: list[Prompt], max_new_tokens: int, screen: Screen
+    target: Target,
+    out: Path,
+    heldout: list[Prompt],
+    max_new_tokens: int,
+    screen: Screen,
+    left: Left,
 ) -> tuple[dict, dict]:
     """Real decoding of every held-out prompt with each drafter, and speed on some of them."""
     alone = {t.id: t for t in read_trajectories(out / "data" / "heldout")}
@@ -176,7 +226,7 @@ def _measure(
         name: Drafter.from_pretrained(str(folder), device=target.device)
         for name, folder in {"untrained": out / "untrained", **folders}.items()
     }
-    for name, drafter in drafters.items():
+    for number, (name, drafter) in enumerate(drafters.items()):
         traces[name] = []
         with screen.progress(f"decode, {LABELS[name]}", len(ids)) as update:
             for start in range(0, len(ids), 64):
@@ -187,7 +237,9 @@ def _measure(
                     matched += g.token_ids == alone[prompt.id].response_ids
                     of += 1
                     traces[name].append(g.rounds)
-                update(min(start + 64, len(ids)))
+                done = min(start + 64, len(ids))
+                # The speed of some prompts and the analyses come behind: about as long as one.
+                update(done, left((number + done / len(ids)) / (len(drafters) + 1)))
     sides = sides_of(
         {LABELS[n]: (str(folder), drafters[n]) for n, folder in folders.items()},
         baseline=LABELS["sft_continued"],

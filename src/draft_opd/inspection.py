@@ -9,12 +9,11 @@ from rich.text import Text
 
 from draft_opd.console import facts
 from draft_opd.drafters import FAMILIES, Drafter
-from draft_opd.drafters.base import find_folder, read_config
 from draft_opd.errors import UserError
+from draft_opd.hub import EMBEDDED, find_folder, read_config, resolve_path
 from draft_opd.rollout.collect import summary
 from draft_opd.rollout.trajectory import Trajectory, read_trajectories
 from draft_opd.target import Target, is_target_folder
-from draft_opd.text import EMBEDDED, resolve_path
 from draft_opd.training.history import is_run, read_history
 
 

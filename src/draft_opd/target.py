@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from draft_opd.cache import PositionCache
 from draft_opd.errors import UserError
 from draft_opd.grouped import use_grouped
+from draft_opd.hub import EMBEDDED
 from draft_opd.prepack import prepack
-from draft_opd.text import EMBEDDED, TargetText, check_tokenizer, find_target
+from draft_opd.text import TargetText, check_tokenizer, find_target
 
 if TYPE_CHECKING:
     from draft_opd.training.parallel import Group
@@ -90,16 +92,18 @@ class Target(TargetText):
                 "dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True
             }  # fmt: skip
             try:
-                model = AutoModelForCausalLM.from_pretrained(
-                    path, attn_implementation="sdpa", **options
-                )
+                with _no_progress_bar():
+                    model = AutoModelForCausalLM.from_pretrained(
+                        path, attn_implementation="sdpa", **options
+                    )
             except ValueError as error:
                 if "scaled_dot_product_attention" not in str(error):
                     raise
                 # Attention sinks, as gpt-oss has: eager attention takes our masks as well.
-                model = AutoModelForCausalLM.from_pretrained(
-                    path, attn_implementation="eager", **options
-                )
+                with _no_progress_bar():
+                    model = AutoModelForCausalLM.from_pretrained(
+                        path, attn_implementation="eager", **options
+                    )
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
             check_tokenizer(tokenizer)
         except Exception as error:
@@ -297,6 +301,18 @@ class Target(TargetText):
             "context": self.max_positions,
             "stop_ids": sorted(self.stop_ids),
         }
+
+
+@contextmanager
+def _no_progress_bar():
+    """One bar at a time, and that one is ours."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _told(error: Exception) -> str:

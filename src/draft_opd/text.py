@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from draft_opd.errors import UserError
-
-EMBEDDED = "embedded"
-
-
-def resolve_path(path_or_id: str) -> str:
-    """`embedded` becomes the folder of the shipped target; anything else stays as it is."""
-    if str(path_or_id) == EMBEDDED:
-        return str(Path(__file__).parent / "embedded" / "model")
-    return str(path_or_id)
+from draft_opd.hub import find_target_files
 
 
 def find_target(path_or_id: str, weights: bool = True) -> str:
     """What transformers loads a target from. Raises `UserError` for what cannot be one: no folder
     and no hub id, a drafter, weights that are pickles only."""
     from draft_opd.drafters import FAMILIES  # drafters need targets
-    from draft_opd.drafters.base import check_hub, read_config
 
-    path = resolve_path(path_or_id)
-    folder = Path(path)
-    if not folder.is_dir():
-        if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise UserError(
-                f"target '{path}' is not a folder: give a model folder, a hub id, or '{EMBEDDED}'"
-            )
-        check_hub(path, "target")
-        return path
-    config = read_config(folder, "target")
-    if any(f.matches(config) for f in FAMILIES.values()):
+    path, config = find_target_files(path_or_id, weights)
+    if config is not None and any(f.matches(config) for f in FAMILIES.values()):
         raise UserError(f"'{path}' is a drafter, not a target: it goes to --drafter")
-    if weights and not any(folder.glob("*.safetensors")):
-        pickles = sorted(p.name for e in ("bin", "pt", "pth") for p in folder.glob(f"*.{e}"))
-        hint = f"; {pickles[0]} is a pickle, which is never read: convert it" if pickles else ""
-        raise UserError(f"target '{path}' has no safetensors{hint}")
     return path
 
 

@@ -1,12 +1,18 @@
-"""Temperature, top-k and top-p, applied alike to target and drafter before verification."""
+"""Temperature, top-k and top-p, applied alike to target and drafter before verification.
+
+Recipes hold a `Sampling`, and are read before torch is loaded: so torch is not imported here.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from math import inf
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class Sampling(BaseModel):
@@ -42,7 +48,7 @@ class Sampling(BaseModel):
         scaled = logits.float() / self.temperature
         if 0 < self.top_k < scaled.shape[-1]:
             least = scaled.topk(self.top_k, -1).values[..., -1:]
-            scaled = scaled.masked_fill(scaled < least, -torch.inf)
+            scaled = scaled.masked_fill(scaled < least, -inf)
         probs = scaled.softmax(-1)
         if self.top_p < 1:
             ordered, order = probs.sort(-1, descending=True)
@@ -62,11 +68,14 @@ class Sampling(BaseModel):
                 ids = logits.argmax(-1)
                 return ids, one_hot(ids, logits.shape[-1])
             probs = self.probabilities(logits)
-            drawn = torch.multinomial(probs.flatten(0, -2), 1, generator=generator)
+            drawn = probs.flatten(0, -2).multinomial(1, generator=generator)
             return drawn.view(logits.shape[:-1]), probs
 
         return choose
 
 
 def one_hot(ids: Tensor, size: int) -> Tensor:
-    return torch.nn.functional.one_hot(ids, size).float()
+    """[...] ids -> [..., size] in float32."""
+    from torch.nn import functional
+
+    return functional.one_hot(ids, size).float()

@@ -16,8 +16,6 @@ from draft_opd.drafters.base import Drafter
 from draft_opd.rollout.trace import Round
 from draft_opd.target import Target
 
-MARKS = ("auto", "brackets", "none")
-
 
 class Detokenizer:
     """Text of a growing list of ids; a piece is held back while its last character is not whole."""

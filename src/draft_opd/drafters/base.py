@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from draft_opd.errors import UserError
 from draft_opd.files import replace_folder
+from draft_opd.hub import find_drafter_files
 
 if TYPE_CHECKING:
     from draft_opd.target import Target
@@ -269,8 +268,8 @@ class Drafter(nn.Module):
         Raises `UserError` for anything that is not one: no config, an unknown layout, missing,
         misnamed or misshapen tensors, or weights that are not safetensors.
         """
-        folder = find_folder(path_or_id, "drafter")
-        config = read_config(folder, "drafter")
+        config, weights = find_drafter_files(path_or_id)
+        folder = weights.parent
         for family in FAMILIES.values():
             if family.matches(config):
                 break
@@ -278,12 +277,6 @@ class Drafter(nn.Module):
             raise UserError(
                 f"'{path_or_id}' is not a drafter we know: its config.json names "
                 f"{config.get('architectures')}; known families: {', '.join(FAMILIES)}"
-            )
-        weights = folder / "model.safetensors"
-        if not weights.exists():
-            raise UserError(
-                f"drafter '{folder}' has no model.safetensors, and no other format is read: "
-                "convert what it has"
             )
         try:
             tensors = load_file(weights)
@@ -361,61 +354,3 @@ def vllm_command(target: str, drafter: Drafter, folder: Path) -> str:
         "num_speculative_tokens": drafter.draft_length,
     }
     return f"vllm serve {target} --speculative-config '{json.dumps(speculative)}'"
-
-
-def find_folder(path_or_id: str | Path, kind: str) -> Path:
-    """A local folder as it is; otherwise the hub snapshot of that id."""
-    path = Path(path_or_id)
-    if path.is_dir():
-        return path
-    text = str(path_or_id)
-    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise UserError(f"{kind} '{text}' is not a folder: give a model folder or a hub id")
-    check_hub(text, kind)
-    try:
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:
-        raise UserError(
-            f"{kind} '{text}' is neither a local folder nor a reachable hub id "
-            f"({type(error).__name__})"
-        ) from error
-
-
-def check_hub(name: str, kind: str) -> None:
-    """Raises `UserError` at once for a hub id that is neither cached nor to be had: the loaders
-    would try for half a minute first."""
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return
-    try:
-        HfApi().model_info(name, timeout=10)
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{kind} '{name}' is neither a local folder nor a hub id (or it is private: hf auth "
-            "login)"
-        ) from None
-    except HFValidationError:
-        raise UserError(f"{kind} '{name}' is neither a local folder nor a hub id") from None
-    except Exception as error:  # of whichever HTTP library; a mirror may lack this route
-        if getattr(error, "response", None) is None:
-            raise UserError(
-                f"{kind} '{name}' is no local folder, and the hub cannot be asked for it "
-                f"({type(error).__name__})"
-            ) from None
-
-
-def read_config(folder: Path, kind: str) -> dict:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        inside = [folder / n for n in ("last", "best") if (folder / n / "config.json").exists()]
-        hint = f": it is a run folder, give {' or '.join(map(str, inside))}" if inside else ""
-        raise UserError(f"{kind} folder '{folder}' has no config.json{hint}") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"'{path}' is not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"'{path}' must hold a JSON object")
-    names = config.get("architectures") or []
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise UserError(f"'{path}': architectures must be a list of names")
-    return config

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from draft_opd.errors import UserError
-from draft_opd.evaluation.measure import by_name
+from draft_opd.evaluation.names import by_name
 from draft_opd.evaluation.page import Report, sides_in
 from draft_opd.training.history import is_run, lineage, read_history
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from draft_opd.errors import UserError
+from draft_opd.hub import EMBEDDED
 from draft_opd.rollout.prompts import Prompt, read_prompt, read_prompts
 from draft_opd.rollout.trajectory import read_jsonl
-from draft_opd.text import EMBEDDED
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 FUNCTION = "Write a solution to the following problem and make sure that it passes the tests:\n"

@@ -14,7 +14,8 @@ import torch
 from draft_opd.drafters import Drafter
 from draft_opd.errors import UserError
 from draft_opd.export.card import model_card
-from draft_opd.text import TargetText, resolve_path
+from draft_opd.hub import resolve_path
+from draft_opd.text import TargetText
 
 FORMATS = ("z-lab", "sglang", "vllm", "speculators")
 

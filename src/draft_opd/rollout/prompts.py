@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from draft_opd.errors import UserError
+from draft_opd.hub import EMBEDDED
 from draft_opd.rollout.trajectory import read_jsonl
-from draft_opd.text import EMBEDDED, TargetText
+
+if TYPE_CHECKING:
+    from draft_opd.text import TargetText
 
 _EMBEDDED = Path(__file__).parent.parent / EMBEDDED
 TEXT_KEYS = ("prompt", "question", "problem", "instruction")

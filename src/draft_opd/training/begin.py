@@ -11,35 +11,12 @@ from pydantic import ValidationError
 
 from draft_opd.drafters.base import FAMILIES, Drafter
 from draft_opd.errors import UserError
-from draft_opd.rollout.trajectory import Trajectory, check_trajectories, read_trajectories
+from draft_opd.hub import EMBEDDED
+from draft_opd.rollout.trajectory import check_trajectories
 from draft_opd.target import Target
-from draft_opd.text import EMBEDDED
 from draft_opd.training.config import Model, Recipe
-from draft_opd.training.data import cut
+from draft_opd.training.inputs import Rows
 from draft_opd.training.parallel import Group
-
-Rows = list[Trajectory]
-
-
-def read_data(recipe: Recipe) -> tuple[Rows, Rows]:
-    """Trajectories to train on and held-out ones. Raises `UserError` for those that supervise
-    nothing, or everything."""
-    data = recipe.data
-    return (
-        _read(data.trajectories, data.limit, data.max_length),
-        _read(data.heldout, data.heldout_limit, data.max_length),
-    )
-
-
-def _read(path: str, limit: int | None, max_length: int | None) -> Rows:
-    found = read_trajectories(path, limit=limit)
-    kept = [t for t in (cut(t, max_length) for t in found) if t]
-    if not kept:
-        raise UserError(
-            f"'{path}': max_length {max_length} leaves no response token, so the loss mask would "
-            "be all zeros"
-        )
-    return kept
 
 
 def check_shares(recipe: Recipe, train_set: Rows, held_out: Rows, processes: int) -> None:
@@ -55,25 +32,10 @@ def check_shares(recipe: Recipe, train_set: Rows, held_out: Rows, processes: int
             )
 
 
-def check_data(recipe: Recipe, train_set: Rows, held_out: Rows, target: Target) -> None:
-    """Raises `UserError` for data of another target or sampled otherwise than the recipe says, and
-    for a yardstick that is trained on."""
-    asked = recipe.sampling.filters
+def check_data(train_set: Rows, held_out: Rows, target: Target) -> None:
+    """Raises `UserError` for data of another target."""
     for name, rows in (("trajectories", train_set), ("heldout", held_out)):
         check_trajectories(rows, target, f"data.{name}")
-        for t in rows:
-            if (t.temperature, t.top_k, t.top_p) != asked:
-                raise UserError(
-                    f"data.{name}: trajectory {t.id} was sampled with (temperature, top_k, "
-                    f"top_p) = {(t.temperature, t.top_k, t.top_p)}, the recipe's `sampling` "
-                    f"says {asked}: set it to what the data has"
-                )
-    seen = {tuple(t.prompt_ids) for t in train_set}
-    if any(tuple(t.prompt_ids) in seen for t in held_out):
-        raise UserError(
-            "data.heldout shares prompts with data.trajectories, so τ would flatter: collect "
-            "other prompts for one of them"
-        )
 
 
 def load_target(recipe: Recipe, group: Group) -> Target:

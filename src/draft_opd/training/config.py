@@ -186,6 +186,9 @@ class Evaluation(_Section):
     """Held-out τ while training."""
 
     every: int = Field(50, ge=1, description="steps between measurements of held-out τ")
+    patience: int | None = Field(
+        None, ge=1, description="end after so many measurements without a new best; default: never"
+    )
 
 
 class Parallel(_Section):

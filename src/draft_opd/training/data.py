@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -121,15 +121,3 @@ def batch_at(lengths: Sequence[int], batch_size: int, seed: int, index: int) -> 
     """The trajectories of the index-th batch since the start of the run."""
     per_epoch = len(batch_order(lengths, batch_size, seed, 0))
     return batch_order(lengths, batch_size, seed, index // per_epoch)[index % per_epoch]
-
-
-def cut(trajectory: Trajectory, max_length: int | None) -> Trajectory | None:
-    """At most `max_length` tokens; None when nothing of the response is left."""
-    room = len(trajectory.response_ids)
-    if max_length is not None:
-        room = min(room, max_length - len(trajectory.prompt_ids))
-    if room < 1:
-        return None
-    if room == len(trajectory.response_ids):
-        return trajectory
-    return replace(trajectory, response_ids=trajectory.response_ids[:room], finish_reason="length")

@@ -30,21 +30,20 @@ from draft_opd.training.begin import (
     first_drafter,
     load_target,
     made_from,
-    read_data,
 )
 from draft_opd.training.checkpoint import Checkpoints, Progress, State, load_checkpoint
 from draft_opd.training.config import Recipe
 from draft_opd.training.data import BatchSource, batch_at
 from draft_opd.training.features import FeatureFolder, about_features
+from draft_opd.training.inputs import Inputs, check_folder, read_inputs
 from draft_opd.training.opd import opd_loss
 from draft_opd.training.optimizer import Optimizer
 from draft_opd.training.parallel import Group, whole
 from draft_opd.training.precision import measured_before, resolve, warn_of
-from draft_opd.training.record import Record, check_folder
+from draft_opd.training.record import Record
 from draft_opd.training.rollouts import ROWS, Rollouts
 from draft_opd.training.sft import sft_loss
 from draft_opd.training.stopwatch import Stopwatch
-from draft_opd.training.tracking import check_tracker
 
 Stage = Literal["sft", "opd"]
 OnMetrics = Callable[[dict], None]
@@ -109,22 +108,24 @@ class Run:
         on_metrics: OnMetrics | None = None,
         group: Group | None = None,
         stop: Callable[[], bool] = lambda: False,
+        inputs: Inputs | None = None,
     ):
         """`after`: an earlier run, whose target and remembered features serve again. `group`: the
         processes that train together (`parallel.joined`). `stop`: whether to end after the step
-        that is running, with everything saved (`train` then raises `Stopped`)."""
+        that is running, with everything saved (`train` then raises `Stopped`). `inputs`: the
+        recipe's, where they are read already."""
         self.stage, self.on_metrics = stage, on_metrics
         self.group = group or Group()
         self.out = Path(recipe.out)
-        recipe = check_folder(recipe, resume)
-        check_tracker(recipe.tracker)
-        if stage == "opd" and not recipe.drafter:
-            raise UserError("opd starts from a trained drafter: set `drafter` in the recipe")
-        # Trajectories before the target: a bad file should not cost a model's loading time.
-        self.train_set, self.held_out = read_data(recipe)
+        # Before the target: a bad file should not cost a model's loading time.
+        if inputs is None:
+            inputs = read_inputs(stage, recipe, resume, models=target is None and after is None)
+        recipe, self.train_set, self.held_out = (
+            inputs.recipe, inputs.train_set, inputs.held_out
+        )  # fmt: skip
         check_shares(recipe, self.train_set, self.held_out, self.group.size)
         self.target = target or (after and after.target) or load_target(recipe, self.group)
-        check_data(recipe, self.train_set, self.held_out, self.target)
+        check_data(self.train_set, self.held_out, self.target)
         recipe, bfloat16_speed = self._resolve(recipe)
         self.recipe = recipe
         self.checkpoints = Checkpoints(self.out, recipe.keep_checkpoints)
@@ -248,6 +249,7 @@ class Run:
             due = last or p.step % r.evaluation.every == 0
             if due and p.evaluated < p.step and not self._stop_now():
                 better = self._evaluate()
+            last = last or self._at_plateau()
             stop = self._stop_now()
             if last or better or p.step % r.save_interval == 0 or stop:
                 self._save()
@@ -269,6 +271,12 @@ class Run:
     def _stop_now(self) -> bool:
         """In several processes: what they agreed upon with the last step's figures."""
         return self.stopping if self.group.world > 1 else self._asked_to_stop()
+
+    def _at_plateau(self) -> bool:
+        """Whether held-out τ has not risen for as long as the recipe waits."""
+        p, e = self.progress, self.recipe.evaluation
+        waited = p.step - p.best_step if p.evaluated == p.step else 0
+        return e.patience is not None and waited >= e.patience * e.every
 
     def _record(self, line: dict) -> None:
         if self.record:

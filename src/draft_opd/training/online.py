@@ -27,13 +27,14 @@ from draft_opd.drafters import Drafter
 from draft_opd.errors import UserError
 from draft_opd.export.card import model_card
 from draft_opd.files import make_folder, write_json, write_text
+from draft_opd.hub import resolve_path
 from draft_opd.rollout.asking import gather_from
 from draft_opd.rollout.prompts import Prompt, read_prompt
 from draft_opd.rollout.server import Server
 from draft_opd.rollout.trajectory import read_trajectories
 from draft_opd.target import Target
-from draft_opd.text import resolve_path
 from draft_opd.training.config import Recipe
+from draft_opd.training.inputs import check_online
 from draft_opd.training.loop import Run
 
 
@@ -42,10 +43,8 @@ class OnlineLoop:
 
     def __init__(self, recipe: Recipe, say: Callable[[str], None] = lambda _: None):
         """Raises `UserError` for a recipe without `online`, or a drafter that does not fit."""
-        if recipe.online is None:
-            raise UserError("the recipe has no section `online`: it names server and prompts")
-        if not recipe.drafter:
-            raise UserError("the loop starts from a trained drafter: set `drafter` in the recipe")
+        check_online(recipe)
+        held_out = read_trajectories(recipe.data.heldout, limit=recipe.data.heldout_limit)
         self.recipe, self.say, self.options = recipe, say, recipe.online
         self.out = make_folder(Path(recipe.out))
         self.served = self.out / "served"
@@ -55,7 +54,6 @@ class OnlineLoop:
         Drafter.from_pretrained(recipe.drafter, device="cpu").check_target(self.target)
         o = self.options
         self.server = Server(o.server, o.server_model, o.endpoint, o.in_flight, o.patience)
-        held_out = read_trajectories(recipe.data.heldout, limit=recipe.data.heldout_limit)
         self.held_out = {tuple(t.prompt_ids) for t in held_out}
 
     def run(self) -> dict:

@@ -44,23 +44,6 @@ def warn_of(recipe: Recipe, device: torch.device) -> None:
         warn_if_slow(f"{' and '.join(slow)}: bfloat16", torch.bfloat16, device)
 
 
-def as_resolved(recipe: Recipe, before: dict) -> Recipe:
-    """A recipe whose `auto` is what the run that is resumed has; `before`: that run's recipe.
-
-    Runs of version 0.1 have no `optim.muon_dtype`: their Muon multiplied in bfloat16.
-    """
-    optim = before.get("optim")
-    if not isinstance(optim, dict):
-        return recipe
-    optim.setdefault("muon_dtype", "bfloat16")
-    update: dict = {}
-    if recipe.precision == "auto" and "precision" in before:
-        update["precision"] = before["precision"]
-    if recipe.optim.muon_dtype == "auto":
-        update["optim"] = recipe.optim.model_copy(update={"muon_dtype": optim["muon_dtype"]})
-    return recipe.model_copy(update=update)
-
-
 def measured_before(out: Path) -> float | None:
     """The ratio that a run was resolved by, from its run.json."""
     try:
