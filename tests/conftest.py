@@ -7,6 +7,9 @@ import os
 # One thread each: on a busy machine torch's threads wait for each other longer than they work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import fcntl
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ import torch
 import yaml
 from forked import Forked
 from processes import metrics
+from shapes import SHAPES
 
 from draft_opd.drafters import FAMILIES, Drafter
 from draft_opd.rollout.collect import collect
@@ -22,7 +26,6 @@ from draft_opd.rollout.trajectory import Trajectory, read_trajectories
 from draft_opd.serving.vllm import free_port
 from draft_opd.target import Target
 from draft_opd.training.config import load_recipe
-from draft_opd.training.loop import Run
 
 torch.set_num_threads(1)
 MAX_NEW_TOKENS = 320
@@ -72,26 +75,59 @@ def target() -> Target:
 
 
 @pytest.fixture(scope="session")
-def data(target, tmp_path_factory) -> Path:
-    """Folder with train/ and heldout/ trajectories: all held-out prompts, some of the others."""
-    folder = tmp_path_factory.mktemp("data")
-    for part, limit in (("train", 96), ("heldout", None)):
-        prompts = read_prompts(f"embedded:{part}", limit)
-        collect(target, prompts, folder / part, max_new_tokens=MAX_NEW_TOKENS, batch_size=64)
-    return folder
+def once(tmp_path_factory):
+    """once(name, make): a folder that `make(folder)` fills, made by the first worker that asks."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def get(name: str, make: Callable[[Path], None]) -> Path:
+        folder, unfinished = root / name, root / f"{name}.unfinished"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def answered(target, once):
+    """answered(part, count): a folder with the target's answers to the first prompts of a part."""
+
+    def get(part: str, count: int) -> Path:
+        def make(folder: Path) -> None:
+            prompts = read_prompts(f"embedded:{part}", count)
+            collect(target, prompts, folder, max_new_tokens=MAX_NEW_TOKENS, batch_size=64)
+
+        return once(f"{part}-{count}", make)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def data(answered, once) -> Path:
+    """Folder with train/ and heldout/ trajectories."""
+
+    def make(folder: Path) -> None:
+        for part, count in (("train", 96), ("heldout", 64)):
+            shutil.copytree(answered(part, count), folder / part)
+
+    return once("data", make)
 
 
 @pytest.fixture(scope="session")
 def heldout(data) -> list[Trajectory]:
-    """Every held-out prompt with the target's own greedy answer."""
+    """Held-out prompts with the target's own greedy answers."""
     return read_trajectories(data / "heldout")
 
 
-# Shapes of the tests' drafters. The draft vocabulary is small enough to miss tokens of the text.
-SHAPES = {
-    "dflash": {"num_layers": 2, "block_size": 16},
-    "eagle3": {"draft_length": 15, "draft_vocab_size": 150},
-}
+@pytest.fixture(scope="session")
+def every_heldout(answered) -> list[Trajectory]:
+    """All held-out prompts there are, for slow tests."""
+    return read_trajectories(answered("heldout", 200))
 
 
 @pytest.fixture(scope="session", params=sorted(SHAPES))
@@ -123,11 +159,11 @@ def recipe_for(data, family):
 
 
 @pytest.fixture(scope="session")
-def trained_folder(target, recipe_for, tmp_path_factory) -> Path:
-    """A drafter after a short SFT: right often enough to accept, wrong often enough to reject."""
+def trained_folder(family, tmp_path_factory) -> Path:
+    """A drafter after a short SFT: right often enough to accept, wrong often enough to reject
+    (scripts/build_test_drafters.py)."""
     out = tmp_path_factory.mktemp("trained") / "sft"
-    pairs = ("steps=120", "evaluation.every=120", "optim.learning_rate=3e-3", "batch_size=4")
-    Run("sft", recipe_for("sft", out, *pairs), target=target).train()
+    shutil.copytree(Path(__file__).parent / "drafters" / family, out)
     return out / "last"
 
 

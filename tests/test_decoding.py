@@ -49,34 +49,32 @@ def same_rounds(target, drafter, trajectory, one, other):
             assert x == y or (logits[k, x] - logits[k, y]).abs() < 1e-4 * logits[k].abs().max()
 
 
-def test_every_held_out_prompt_keeps_its_text_and_its_trace(target, family, trained, heldout):
-    # EAGLE-3 on every fourth, for time; on all in the slow test.
-    prompts = heldout if family == "dflash" else heldout[::4]
-    made = check(target, trained, prompts, 15)
+def test_held_out_prompts_keep_their_text_and_their_trace(target, trained, heldout):
+    """On all of them, at every block size: the slow test below."""
+    made = check(target, trained, heldout[:48], 15)
     lengths = {r.accepted for g in made for r in g.rounds}
-    assert len(made) == len(prompts) >= 50
-    assert {0, 1, 2, 3} <= lengths  # rejections at several offsets happened
+    assert len(made) == 48 and {0, 1, 2, 3} <= lengths  # rejected at several offsets
 
 
-@pytest.mark.parametrize("size", range(2, 17))
-def test_every_block_size_keeps_the_text(target, trained, heldout, size):
-    check(target, trained, heldout[size::67], size - 1)
+@pytest.mark.parametrize("size", [2, 3, 5, 8, 11])
+def test_block_sizes_keep_the_text(target, trained, heldout, size):
+    check(target, trained, heldout[48 + size :: 5], size - 1)
 
 
-@pytest.mark.parametrize("size", [2, 8, 16])
+@pytest.mark.parametrize("size", [2, 16])
 def test_a_drafter_that_knows_nothing_keeps_the_text(target, untrained, heldout, size):
-    check(target, untrained, heldout[size::67], size - 1)
+    check(target, untrained, heldout[44 + size :: 12], size - 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", range(2, 17))
 @pytest.mark.parametrize("who", ["trained", "untrained"])
-def test_every_block_size_on_every_prompt(target, drafters, heldout, who, size):
-    check(target, drafters[who], heldout, size - 1)
+def test_every_block_size_on_every_prompt(target, drafters, every_heldout, who, size):
+    check(target, drafters[who], every_heldout, size - 1)
 
 
 def test_one_at_a_time_is_the_same_as_in_a_batch(target, trained, heldout):
-    for t in heldout[:5]:
+    for t in heldout[:3]:
         result = d.generate(target, trained, t.prompt_ids, max_new_tokens=MAX_NEW_TOKENS)
         assert result.token_ids == t.response_ids
         same_rounds(target, trained, t, d.hindsight_trace(target, trained, t), result.rounds)
@@ -84,7 +82,7 @@ def test_one_at_a_time_is_the_same_as_in_a_batch(target, trained, heldout):
 
 
 def test_rounds_account_for_every_token(target, trained, heldout):
-    for g in speculated(target, trained, heldout[:32], 15):
+    for g in speculated(target, trained, heldout[:12], 15):
         position = len(g.prompt_ids) - 1
         text = g.prompt_ids + g.token_ids
         for r in g.rounds:
@@ -97,7 +95,7 @@ def test_rounds_account_for_every_token(target, trained, heldout):
 
 @pytest.mark.parametrize("limit", [1, 2, 7, 16])
 def test_length_limits_hold_exactly(target, trained, heldout, limit):
-    for t in heldout[:6]:
+    for t in heldout[:3]:
         result = d.generate(target, trained, t.prompt_ids, max_new_tokens=limit)
         assert result.token_ids == t.response_ids[:limit]
         assert result.finish_reason == "length"
@@ -105,7 +103,7 @@ def test_length_limits_hold_exactly(target, trained, heldout, limit):
 
 def test_any_token_can_be_a_stop_token(target, trained, heldout):
     t = heldout[0]
-    for stop in sorted(set(t.response_ids))[:12]:
+    for stop in sorted(set(t.response_ids))[:12:2]:
         made = d.speculate(
             target, trained, [t.prompt_ids], max_new_tokens=MAX_NEW_TOKENS, stop_ids=[stop]
         )[0]

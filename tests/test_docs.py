@@ -113,7 +113,6 @@ SMALL = [  # the walk through docs/your-model.md, with the shipped target and sm
     (r"trace_every: \d+", "trace_every: 2"),
     (r"(?<!_)steps: \d+", "steps: 2"),
     (r"block_size: 16", "block_size: 4"),
-    (r"precision: bfloat16", "precision: float32"),
 ]
 
 

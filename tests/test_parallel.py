@@ -10,7 +10,7 @@ from processes import PAPER, UNEVEN, assert_same_run, weights
     [
         ("sft", (), ()),
         ("opd", PAPER, ()),
-        ("opd", ("opd.objective.kind=dpace", "opd.anchors=occupancy", "data.max_length=110"), ()),
+        ("opd", ("opd.objective.kind=dpace", "opd.anchors=occupancy"), ()),
         ("opd", PAPER, ("parallel.drafter=shard", "parallel.target=shard")),
     ],
 )

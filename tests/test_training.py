@@ -23,9 +23,26 @@ def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_sft_raises_held_out_tau(trained_folder):
-    taus = [m["tau"] for m in metrics(trained_folder.parent) if "tau" in m]
-    assert taus[0] < 1.1 and taus[-1] > 1.4
+def test_sft_raises_held_out_tau(target, recipe_for, tmp_path):
+    """From nothing, in a few steps on texts of which it has seen the like."""
+    recipe = recipe_for(
+        "sft", tmp_path / "run", "steps=40", "evaluation.every=40", "optim.learning_rate=3e-3",
+        "batch_size=4", "data.max_length=120",
+    )  # fmt: skip
+    Run("sft", recipe, target=target).train()
+    taus = [m["tau"] for m in metrics(tmp_path / "run") if "tau" in m]
+    assert taus[0] < 1.1 and taus[-1] > 1.2
+
+
+def test_a_run_ends_at_its_plateau(target, recipe_for, tmp_path):
+    """A drafter that learns nothing: after two measurements without a new best; and it stays so."""
+    recipe = recipe_for(
+        "sft", tmp_path / "run", "steps=50", "evaluation.every=1", "evaluation.patience=2",
+        "optim.learning_rate=1e-12", "data.max_length=60", "data.heldout_limit=2", "batch_size=2",
+    )  # fmt: skip
+    result = Run("sft", recipe, target=target).train()
+    assert (result.step, result.best_step) == (2, 0) and result.last.is_dir()
+    assert Run("sft", recipe, target=target, resume=True).train().step == 2
 
 
 @pytest.mark.parametrize("kind", ["acceptance_aware", "cross_entropy", "expected_length"])
@@ -102,16 +119,16 @@ def test_a_resumed_run_ends_with_the_same_weights(
     assert [m.get("tau", m.get("loss")) for m in a] == [m.get("tau", m.get("loss")) for m in b]
 
 
-def test_training_state_is_safetensors_and_the_checkpoint_is_a_drafter(trained_folder):
-    assert {p.name for p in (trained_folder / "training").iterdir()} == {
-        "optimizer.safetensors", "progress.json", "files.json",
-    }  # fmt: skip
-    assert not list(trained_folder.rglob("*.pt")) and not list(trained_folder.rglob("*.bin"))
-
-
 def test_a_folder_with_a_run_is_not_overwritten(target, recipe_for, tmp_path):
     recipe = recipe_for("sft", tmp_path / "run", "steps=1", "evaluation.every=1")
     Run("sft", recipe, target=target).train()
+    # Its state is safetensors and JSON, and the checkpoint a drafter.
+    last = tmp_path / "run" / "last"
+    assert {p.name for p in (last / "training").iterdir()} == {
+        "optimizer.safetensors", "progress.json", "files.json",
+    }  # fmt: skip
+    assert not list(last.rglob("*.pt")) and not list(last.rglob("*.bin"))
+    d.Drafter.from_pretrained(str(last), device="cpu")
     with pytest.raises(d.UserError, match="--resume"):
         Run("sft", recipe, target=target)
     changed = recipe_for("sft", tmp_path / "run", "steps=1", "evaluation.every=1", "batch_size=4")
