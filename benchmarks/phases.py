@@ -204,7 +204,7 @@ class Lossless(Phase):
 
         alone, rows = texts(), []
         for family in ("dflash", "eagle3"):
-            steps = min(120, 10 * self.size.sft_steps)
+            steps = min(120, 3 * self.size.sft_steps)
             drafter = short_sft(target, family, "lossless", steps)
             ways = {"chain": {}, "chain of 3": {"draft_length": 3}}
             if drafter.has_trees:

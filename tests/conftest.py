@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from forked import Forked
+from forked import Forked, shared
 from processes import metrics
 from shapes import SHAPES
 
@@ -64,9 +64,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def forked() -> Forked:
-    server = Forked()
-    yield server
-    server.close()
+    return shared()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish():
+    if shared.cache_info().currsize:
+        shared().close()
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +116,7 @@ def data(answered, once) -> Path:
     """Folder with train/ and heldout/ trajectories."""
 
     def make(folder: Path) -> None:
-        for part, count in (("train", 96), ("heldout", 64)):
+        for part, count in (("train", 48), ("heldout", 64)):
             shutil.copytree(answered(part, count), folder / part)
 
     return once("data", make)
@@ -164,6 +168,7 @@ def trained_folder(family, tmp_path_factory) -> Path:
     (scripts/build_test_drafters.py)."""
     out = tmp_path_factory.mktemp("trained") / "sft"
     shutil.copytree(Path(__file__).parent / "drafters" / family, out)
+    shutil.copytree(out / "last", out / "best")
     return out / "last"
 
 

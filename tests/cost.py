@@ -2,13 +2,18 @@
 
 CPU seconds of every phase of every test, its ended child processes among them, are shown for the
 slowest ten. Their sum over the time of a fixed product on the same machine says how large the suite
-is, whatever the machine is and whatever else it does. `.ci/run` holds it against AGREED.
+is, whatever the machine is and whatever else it does.
+
+    python tests/cost.py    the last run against AGREED: a warning above it, status 1 at twice it
 """
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,5 +86,21 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(
         f"cost: {total:.0f} CPU s, {total / product:.0f} products of {1000 * product:.2f} ms"
     )
-    config.cache.set("draft-opd/cost", {"products": total / product, "agreed": AGREED})
+    config.cache.set("draft-opd/cost", total / product)
     config.cache.set("draft-opd/cpu", {f"{name} {when}": s for s, when, name in rows})
+
+
+def main() -> int:
+    """What `.ci/run` says of the run before."""
+    file = Path(__file__).parent.parent / ".pytest_cache" / "v" / "draft-opd" / "cost"
+    cost = json.loads(file.read_text())
+    line = f"the suite costs {cost:.0f} products, {AGREED} are agreed"
+    if cost >= 2 * AGREED:
+        sys.stderr.write(f"error: {line}: make its tests smaller\n")
+        return 1
+    sys.stderr.write(f"warning: {line}\n" if cost > AGREED else f"{line}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

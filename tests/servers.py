@@ -1,12 +1,12 @@
 """Starting `small_server.py`, and asking it."""
 
 import json
-import subprocess
-import sys
 import time
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
+
+from forked import Process
 
 from draft_opd.serving.vllm import free_port
 
@@ -16,9 +16,8 @@ def fetch(url: str) -> dict:
         return json.loads(answer.read())
 
 
-def start(port: int, *planted: str) -> subprocess.Popen:
-    command = [sys.executable, str(Path(__file__).parent / "small_server.py"), str(port), *planted]
-    process = subprocess.Popen(command)
+def start(port: int, *planted: str) -> Process:
+    process = Process(port, *planted, script=Path(__file__).parent / "small_server.py")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None

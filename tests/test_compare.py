@@ -17,7 +17,7 @@ from draft_opd.evaluation.tasks import Task
 from draft_opd.evaluation.tokens import pieces
 from draft_opd.rollout.prompts import Prompt, read_prompts
 
-LONGEST = 48
+LONGEST = 16
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from draft_opd.demo import run_demo
 def demo(family, tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "run"
     small = [
-        "data.limit=32", "data.heldout_limit=3", "steps=10", "evaluation.every=5", "batch_size=8",
-        "opd.trace_every=5",
+        "data.limit=12", "data.heldout_limit=2", "steps=6", "evaluation.every=3", "batch_size=4",
+        "opd.trace_every=3", "precision=float32",
     ]  # fmt: skip
-    return out, run_demo(out, family, 0, Screen(True), small, max_new_tokens=60)
+    return out, run_demo(out, family, 0, Screen(True), small, max_new_tokens=24)
 
 
 def test_the_summary_has_its_fields(demo):
@@ -25,9 +25,9 @@ def test_the_summary_has_its_fields(demo):
     taus = summary["tau"]
     assert set(taus) == {"untrained", "sft", "sft_continued", "draft_opd"}
     assert summary["gain"] == pytest.approx(taus["draft_opd"] / taus["sft_continued"] - 1)
-    assert summary["lossless"] == {"matched": 12, "of": 12}
+    assert summary["lossless"] == {"matched": 8, "of": 8}
     assert {"sft", "draft_opd"} <= set(summary["speedup"]) and summary["seed"] == 0
-    assert summary["steps"]["sft_continued"] == summary["steps"]["draft_opd"] == 10
+    assert summary["steps"]["sft_continued"] == summary["steps"]["draft_opd"] == 6
     assert {"collect", "sft", "sft_continued", "draft_opd", "evaluate"} <= set(summary["seconds"])
 
 

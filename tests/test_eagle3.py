@@ -53,6 +53,7 @@ def reference_draft(folder, target, ids, steps):
     config = json.loads((folder / "config.json").read_text())
     w = load_file(folder / "model.safetensors")
     w = {k.replace("layers.0.", "midlayer."): v for k, v in w.items()}
+    w = {k: v.float() if v.is_floating_point() else v for k, v in w.items()}
     flags = [k for k in FLAGS if config.get(k)]
     if "transformer_layer_config" in config:
         config = {**config, **config["transformer_layer_config"]}

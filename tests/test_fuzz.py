@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import string
+from pathlib import Path
 
 import pytest
 import yaml
@@ -203,6 +204,12 @@ def folder(trained_folder, tmp_path_factory):
     return shutil.copytree(trained_folder, tmp_path_factory.mktemp("fuzz") / "last")
 
 
+@pytest.fixture(scope="module")
+def checkpoint(family, tmp_path_factory):
+    run = Path(__file__).parent / "old_runs" / "0.1" / f"{family}-sft"
+    return shutil.copytree(run, tmp_path_factory.mktemp("fuzz") / "run") / "last"
+
+
 def spoiled(path, change):
     """The file with a change, for the time being."""
     before = path.read_bytes()
@@ -255,12 +262,12 @@ def test_a_drafters_files_may_be_broken_anywhere(folder, name, at, content, cut)
 @FUZZ
 @given(st.sampled_from(["training/files.json", "training/progress.json", "config.json"]),
        st.binary(max_size=60) | VALUES.map(lambda x: json.dumps(x).encode()))  # fmt: skip
-def test_a_checkpoints_files_may_be_anything(folder, name, content):
+def test_a_checkpoints_files_may_be_anything(checkpoint, name, content):
     """Not one of them is taken for a checkpoint: all were something else when it was written."""
-    with spoiled(folder / name, lambda _: content), pytest.raises(d.UserError) as caught:
-        Checkpoints(folder.parent).newest()
+    with spoiled(checkpoint / name, lambda _: content), pytest.raises(d.UserError) as caught:
+        Checkpoints(checkpoint.parent).newest()
     assert one_line(caught.value)
-    assert Checkpoints(folder.parent).newest() == folder
+    assert Checkpoints(checkpoint.parent).newest() == checkpoint
 
 
 @FUZZ

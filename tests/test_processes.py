@@ -44,7 +44,7 @@ def test_two_processes_share_a_targets_matrices(together, even, tmp_path, rollou
     new = (f"target={even}", "steps=2", "evaluation.every=2", "batch_size=3", *ADAMW)
     together(1, "sft", tmp_path / "sft", *new)
     pairs = (*new, f"drafter={tmp_path / 'sft' / 'last'}", "opd.objective.kind=acceptance_aware",
-             "opd.max_anchors=6", f"opd.rollout={rollout}")  # fmt: skip
+             "opd.max_anchors=6", "data.max_length=90", f"opd.rollout={rollout}")  # fmt: skip
     one = together(1, "opd", tmp_path / "one", *pairs)
     two = together(2, "opd", tmp_path / "two", *pairs, "parallel.tensor=2")
     assert_same_run(one, two)
@@ -86,8 +86,8 @@ def test_a_run_goes_on_with_another_number_of_processes(together, tmp_path):
 
 def test_processes_that_share_a_target_stop_together(together, even, tmp_path):
     """One of them is told, and none splits batches with another."""
-    pairs = (f"target={even}", "steps=40", "evaluation.every=40", "batch_size=3",
-             "parallel.tensor=2", *ADAMW)  # fmt: skip
+    pairs = (f"target={even}", "steps=20", "evaluation.every=20", "batch_size=3",
+             "data.max_length=90", "data.heldout_limit=2", "parallel.tensor=2", *ADAMW)  # fmt: skip
     whole = together(2, "sft", tmp_path / "whole", *pairs)
     out = tmp_path / "parts"
     processes, logs = together.begin(2, "sft", out, *pairs)
@@ -176,7 +176,8 @@ def test_what_cannot_be_split_is_refused(together, tmp_path):
 
 def test_torchrun_starts_it(recipe_for, tmp_path):
     """As the documentation says it, through torch's own launcher."""
-    recipe = recipe_for("sft", tmp_path / "run", "steps=2", "evaluation.every=2", "batch_size=3")
+    recipe = recipe_for("sft", tmp_path / "run", "steps=2", "evaluation.every=2", "batch_size=3",
+                        "data.max_length=90", "data.heldout_limit=2")  # fmt: skip
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",

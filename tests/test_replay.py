@@ -137,7 +137,7 @@ def test_a_run_above_temperature_zero(target, recipe_for, trained_folder, tmp_pa
     from draft_opd.rollout.prompts import read_prompts
 
     hot = Sampling(temperature=1.0)
-    for part, limit in (("train", 8), ("heldout", 4)):
+    for part, limit in (("train", 6), ("heldout", 2)):
         prompts = read_prompts(f"embedded:{part}", limit)
         collect(target, prompts, tmp_path / part, max_new_tokens=60, sampling=hot)
     pairs = [
@@ -162,7 +162,8 @@ PLAN = """
 recipe: embedded
 common:
   {{data.trajectories: {data}/train, data.heldout: {data}/heldout, data.limit: 16,
-   data.heldout_limit: 4, evaluation.every: 2, steps: 2, opd.trace_every: 1, batch_size: 4}}
+   data.heldout_limit: 2, evaluation.every: 2, steps: 2, opd.trace_every: 1, batch_size: 4,
+   data.max_length: 110}}
 seeds: [0, 1]
 baseline: sft_continued
 variants:

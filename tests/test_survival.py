@@ -31,8 +31,8 @@ def command(recipe_for, trained_folder, tmp_path_factory):
         recipe = recipe_for(
             "opd", out, f"drafter={trained_folder}", f"steps={STEPS}", "evaluation.every=4",
             "save_every=1", "opd.trace_every=3", "data.cache_features=memory", "data.limit=24",
-            "data.heldout_limit=6", "batch_size=4", "optim.name=muon", "opd.max_anchors=6",
-            "opd.objective.kind=dpace", *pairs,
+            "data.heldout_limit=3", "batch_size=4", "data.max_length=110", "optim.name=muon",
+            "opd.max_anchors=6", "opd.objective.kind=dpace", *pairs,
         )  # fmt: skip
         path = tmp_path_factory.mktemp("recipe") / "r.yaml"
         path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
@@ -66,14 +66,14 @@ def whole(forked, command, tmp_path_factory):
     return out
 
 
-def test_twenty_kills_change_nothing(forked, command, whole, tmp_path):
+def test_twenty_kills_change_nothing(forked, command, whole, family, tmp_path):
     """SIGKILL at 20 random moments, saving and renaming among them; then the same weights, the
-    same optimiser, the same best drafter, the same metrics, bit for bit."""
-    expected = whole
+    same optimiser, the same best drafter, the same metrics, bit for bit. (EAGLE-3: at 5.)"""
+    expected, wanted = whole, 20 if family == "dflash" else 5
     out, arguments = tmp_path / "run", command(tmp_path / "run")
     log, rng = tmp_path / "log", random.Random(8)
     kills, steps, lines, longest = 0, [], out / "metrics.jsonl", 0.6
-    while kills < 20:
+    while kills < wanted:
         began = time.time_ns()
         process = forked.start(*arguments, log=log)
         if kills % 5:  # once it has begun with its steps
@@ -91,7 +91,7 @@ def test_twenty_kills_change_nothing(forked, command, whole, tmp_path):
         steps.append(json.loads(progress.read_text())["step"] if progress.exists() else -1)
         if len(set(steps[-3:])) == 1:  # on a busy machine everything takes longer
             longest *= 1.3
-    assert len(set(steps)) > 5, steps
+    assert len(set(steps)) > wanted // 4, steps
     finish(forked, *arguments, log=log)
     assert same_files(expected, out, *WEIGHTS), steps
     assert metrics(out) == metrics(expected)
@@ -208,7 +208,8 @@ def test_where_all_are_damaged_nothing_is_lost(forked, command, copy, tmp_path):
 
 
 def test_old_checkpoints_go(target, recipe_for, tmp_path):
-    recipe = recipe_for("sft", tmp_path / "run", "steps=6", "save_every=1", "keep_checkpoints=2")
+    recipe = recipe_for("sft", tmp_path / "run", "steps=6", "save_every=1", "keep_checkpoints=2",
+                        "evaluation.every=6", "batch_size=2", "data.max_length=90")  # fmt: skip
     Run("sft", recipe, target=target).train()
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-00000004", "step-00000005"]

@@ -27,7 +27,7 @@ def test_sft_raises_held_out_tau(target, recipe_for, tmp_path):
     """From nothing, in a few steps on texts of which it has seen the like."""
     recipe = recipe_for(
         "sft", tmp_path / "run", "steps=40", "evaluation.every=40", "optim.learning_rate=3e-3",
-        "batch_size=4", "data.max_length=120",
+        "batch_size=2", "data.max_length=110", "data.heldout_limit=4",
     )  # fmt: skip
     Run("sft", recipe, target=target).train()
     taus = [m["tau"] for m in metrics(tmp_path / "run") if "tau" in m]
@@ -50,8 +50,9 @@ def test_every_objective_lowers_its_own_loss(target, recipe_for, trained_folder,
     """On the same few trajectories again and again, so that the loss has to fall."""
     recipe = recipe_for(
         "opd", tmp_path / "run", f"drafter={trained_folder}", f"opd.objective.kind={kind}",
-        "data.limit=2", "batch_size=2", "steps=8", "evaluation.every=8", "optim.learning_rate=1e-3",
-        "opd.max_anchors=200", "opd.objective.trajectory_weight=0",
+        "data.limit=2", "batch_size=2", "steps=6", "evaluation.every=6", "optim.learning_rate=1e-3",
+        "opd.max_anchors=200", "opd.objective.trajectory_weight=0", "data.max_length=100",
+        "data.heldout_limit=1",
     )  # fmt: skip
     Run("opd", recipe, target=target).train()
     losses = [m["loss"] for m in metrics(tmp_path / "run") if "loss" in m]
@@ -89,13 +90,14 @@ def test_a_draft_followed_until_it_goes_wrong_makes_the_same_rounds(
         ("sft", []),
         ("sft", ["optim.name=adamw"]),
         ("opd", ["opd.trace_every=3", "data.cache_features=none"]),  # saved between two traces
-        ("opd", ["opd.objective.kind=acceptance_aware", "accumulate=2"]),
+        ("opd", ["opd.objective.kind=acceptance_aware", "accumulate=2", "opd.max_anchors=4"]),
     ],
 )
 def test_a_resumed_run_ends_with_the_same_weights(
     target, recipe_for, trained_folder, tmp_path, stage, pairs
 ):
-    pairs = [*pairs, "steps=6", "evaluation.every=2"]
+    pairs = [*pairs, "steps=6", "evaluation.every=2", "batch_size=3", "data.max_length=110",
+             "data.heldout_limit=2"]  # fmt: skip
     if stage == "opd":
         pairs.append(f"drafter={trained_folder}")
     Run(stage, recipe_for(stage, tmp_path / "whole", *pairs), target=target).train()

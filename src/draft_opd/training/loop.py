@@ -179,7 +179,7 @@ class Run:
 
     # -- setting up -------------------------------------------------------------------------
 
-    def _resolve(self, recipe: Recipe) -> tuple[Recipe, float]:
+    def _resolve(self, recipe: Recipe) -> tuple[Recipe, float | None]:
         """The recipe with types for `auto`, the same in every process, and what decided it."""
         if self.group.first:
             warn_of(recipe, self.target.device)
@@ -187,7 +187,7 @@ class Run:
         resolved, ratio = self.group.of_first(
             resolve(recipe, self.target.device, self.target.hidden_size)
         )
-        return resolved, ratio if known is None else known
+        return resolved, known if ratio is None else ratio
 
     def _take_up(self, resume: bool) -> Path | None:
         """The checkpoint to go on from. The first process keeps others out of the folder."""

@@ -17,15 +17,17 @@ from draft_opd.training.config import Recipe
 ENOUGH = 1.5  # times the rate of float32: less would be lost again by converting
 
 
-def resolve(recipe: Recipe, device: torch.device, width: int) -> tuple[Recipe, float]:
+def resolve(recipe: Recipe, device: torch.device, width: int) -> tuple[Recipe, float | None]:
     """`precision` and `optim.muon_dtype` as types, and how many times as fast as float32 this
-    machine multiplies bfloat16 matrices [width, width].
+    machine multiplies bfloat16 matrices [width, width]: None where nothing was `auto`.
 
     Muon keeps float32 on every CPU: its matrices are small, and a run can then go on on any other.
     """
+    optim, precision = recipe.optim, recipe.precision
+    if precision != "auto" and (optim.name != "muon" or optim.muon_dtype != "auto"):
+        return recipe, None
     ratio = speed_over_float32(torch.bfloat16, device, width)
     faster = ratio >= ENOUGH
-    optim, precision = recipe.optim, recipe.precision
     if precision == "auto":
         precision = "bfloat16" if faster else "float32"
     if optim.muon_dtype == "auto":
