@@ -171,9 +171,9 @@ class Machine(Phase):
 
 def short_sft(target: Target, family: str, out: str, steps: int) -> Drafter:
     """A drafter that is right now and then, for the shipped target."""
-    prompts = read_prompts(f"{EMBEDDED}:train", 8 + steps)
-    collect(target, prompts[4:], Path(out) / "train", max_new_tokens=96, batch_size=64)
-    collect(target, prompts[:4], Path(out) / "heldout", max_new_tokens=96, batch_size=64)
+    prompts = read_prompts(f"{EMBEDDED}:train", 8 + 2 * steps)
+    collect(target, prompts[4:], Path(out) / "train", max_new_tokens=64, batch_size=64)
+    collect(target, prompts[:4], Path(out) / "heldout", max_new_tokens=64, batch_size=64)
     recipe = parse_recipe(
         {
             "target": EMBEDDED, "out": f"{out}/{family}", "steps": steps, "batch_size": 4,

@@ -24,8 +24,8 @@ from draft_opd.serving.vllm import Acceptance, Engine, EngineFailed
 @pytest.fixture(scope="module")
 def texts(heldout):
     """As an engine leaves them: cut by a limit, or ended by a stop token."""
-    cut = [d.Trajectory(t.prompt_ids, t.response_ids[:32], t.id) for t in heldout[:2]]
-    return [*cut, min(heldout[2:], key=lambda t: len(t.response_ids))]
+    cut = [d.Trajectory(t.prompt_ids, t.response_ids[:32], t.id) for t in heldout[-2:]]
+    return [*cut, heldout[0]]
 
 
 def served(target, texts, counted) -> Served:

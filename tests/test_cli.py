@@ -94,7 +94,7 @@ def test_the_three_commands_of_a_user(capsys, data, trained_folder, tmp_path):
 
     pair = ["--target", "embedded", "--drafter", trained_folder]
     report = succeed(
-        capsys, "eval", *pair, "--tasks", "embedded", "--limit", "2", "--max-new-tokens", "40",
+        capsys, "eval", *pair, "--tasks", "embedded", "--limit", "2", "--max-new-tokens", "16",
         "--out", tmp_path / "eval",
     )  # fmt: skip
     assert report == json.loads((tmp_path / "eval" / "eval.json").read_text())

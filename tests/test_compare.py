@@ -190,7 +190,7 @@ def test_bad_options_get_one_line(capsys, trained_folder, more, message):
 def test_above_temperature_zero_texts_are_not_compared(target, trained):
     made = Evaluation(
         target, sides_of({"x": ("x", trained)}), [Task("t", read_prompts("embedded:heldout", 2))],
-        sampling=Sampling(temperature=0.8, top_p=0.9), max_new_tokens=30,
+        sampling=Sampling(temperature=0.8, top_p=0.9), max_new_tokens=20,
     )  # fmt: skip
     made.run()
     made.lengths(lengths=[2, 15])

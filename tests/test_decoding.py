@@ -58,12 +58,12 @@ def test_held_out_prompts_keep_their_text_and_their_trace(target, trained, heldo
 
 @pytest.mark.parametrize("size", [2, 3, 5, 8, 11])
 def test_block_sizes_keep_the_text(target, trained, heldout, size):
-    check(target, trained, heldout[48 + size :: 5], size - 1)
+    check(target, trained, heldout[size::24], size - 1)
 
 
 @pytest.mark.parametrize("size", [2, 16])
 def test_a_drafter_that_knows_nothing_keeps_the_text(target, untrained, heldout, size):
-    check(target, untrained, heldout[44 + size :: 12], size - 1)
+    check(target, untrained, heldout[size::40], size - 1)
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ def test_sampled_decoding_repeats_with_its_seed_and_follows_the_target(
     target, trained, heldout, draft
 ):
     """First committed tokens over many samples, against the target's own distribution (5 sigma)."""
-    sampling, n = Sampling(temperature=1.5, draft=draft), 400
+    sampling, n = Sampling(temperature=1.5, draft=draft), 300
 
     def next_token(prompt):
         hidden = target.trajectories(torch.tensor([prompt])).hidden[0, -1]

@@ -192,7 +192,7 @@ def test_accepted_lengths_agree_with_live_decoding(target, trained, heldout, sam
         dtype=torch.float64,
     )
     assert same_distribution(counts) > 0.001
-    assert same_distribution(counts + torch.tensor([[0, 120, 0], [0, 0, 0]])) < 0.001
+    assert same_distribution(counts + torch.tensor([[0, 180, 0], [0, 0, 0]])) < 0.001
 
 
 def same_distribution(counts: torch.Tensor) -> float:

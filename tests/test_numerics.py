@@ -189,6 +189,7 @@ def test_vocabulary_padding_changes_nothing(target, padded, heldout, recipe_for,
 # -- steps that are not finite ---------------------------------------------------------------
 
 EXPLODES = ("steps=20", "evaluation.every=20", "batch_size=2", "accumulate=2",
+            "data.max_length=70", "data.heldout_limit=1",
             "optim.name=adamw", "optim.warmup=0", "optim.learning_rate=1e30")  # fmt: skip
 
 
@@ -237,6 +238,7 @@ def test_a_batch_that_is_not_finite_is_skipped_where_the_recipe_says_so(
 ):
     out = tmp_path / "run"
     pairs = ("steps=6", "evaluation.every=6", "batch_size=2", "data.limit=12",
+             "data.max_length=80", "data.heldout_limit=1",
              f"precision={precision}",
              "data.cache_features=none", "optim.nonfinite=skip")  # fmt: skip
     run = Run("sft", recipe_for("sft", out, *pairs), target=target)

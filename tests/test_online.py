@@ -1,8 +1,10 @@
 """The loop of collecting, training, exporting and reloading, with a server of its own."""
 
+import copy
 import json
 
 import pytest
+import torch
 import yaml
 from servers import served
 
@@ -14,10 +16,15 @@ FAMILY = "dflash"
 
 
 @pytest.fixture
-def recipe(family, recipe_for, untrained, tmp_path):
-    """write(url, **online): a recipe file for the loop, from a drafter that has all to learn."""
-    beginner = tmp_path / "beginner"
-    untrained.save_pretrained(beginner)
+def recipe(family, recipe_for, trained, tmp_path):
+    """write(url, **online): a recipe file for the loop, from a drafter that was harmed: it has much
+    to learn again."""
+    beginner, harmed = tmp_path / "beginner", copy.deepcopy(trained)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in harmed.parameters():
+            p += 0.5 * p.std() * torch.randn(p.shape, generator=generator)
+    harmed.save_pretrained(beginner)
 
     def write(url, **online):
         tree = recipe_for(
@@ -28,7 +35,7 @@ def recipe(family, recipe_for, untrained, tmp_path):
         del tree["data"]["trajectories"]
         tree["online"] = {
             "server": url, "prompts": str(tmp_path / "traffic.jsonl"), "rounds": 3,
-            "prompts_per_round": 4, "window": 2, "max_new_tokens": 60, "patience": 20,
+            "prompts_per_round": 4, "window": 2, "max_new_tokens": 40, "patience": 20,
             "export_dtype": "float32", **online,
         }  # fmt: skip
         path = tmp_path / "online.yaml"

@@ -162,15 +162,15 @@ def test_published_shapes_load_draft_and_replay(make_target, tmp_path, name):
     drafter.check_target(target)
 
     prompts = [torch.randint(2, VOCAB, (n,)).tolist() for n in (40, 23)]
-    alone = speculate(target, None, prompts, max_new_tokens=20)
-    made = speculate(target, drafter, prompts, max_new_tokens=20)
+    alone = speculate(target, None, prompts, max_new_tokens=10)
+    made = speculate(target, drafter, prompts, max_new_tokens=10)
     # Written in our own hand and read again, in every layout it has, it drafts the same.
     for verifier in (None, {"name_or_path": target_name, "architectures": []}):
         if verifier is None or "speculators" in drafter.formats:
             drafter.save_pretrained(tmp_path / "again", verifier=verifier)
             again = d.Drafter.from_pretrained(str(tmp_path / "again"), device="cpu")
             again.check_target(target)
-            other = speculate(target, again, prompts, max_new_tokens=20)
+            other = speculate(target, again, prompts, max_new_tokens=10)
             assert [g.rounds for g in other] == [g.rounds for g in made]
     assert [g.token_ids for g in made] == [g.token_ids for g in alone]
 

@@ -37,7 +37,7 @@ def folder(trained_folder, data, tmp_path_factory) -> Path:
     shutil.copytree(trained_folder, copy)
     pair = ("--target", "embedded", "--drafter", str(trained_folder))
     assert run(["eval", *pair, "--drafter", str(copy), "--draft-length", "4,15", "--tasks",
-                "embedded", "--prompts", str(prompts), "--limit", "3", "--max-new-tokens", "16",
+                "embedded", "--prompts", str(prompts), "--limit", "2", "--max-new-tokens", "12",
                 "--advise", "--concurrency", "1,2", "--out", str(out / "eval")]) == 0  # fmt: skip
     assert run(["analyze", *pair, "--trajectories", str(data / "heldout"), "--limit", "4",
                 "--out", str(out / "analysis")]) == 0  # fmt: skip

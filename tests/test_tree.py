@@ -67,7 +67,7 @@ def test_children_are_the_most_probable_of_all(seed, width):
 
 @pytest.mark.parametrize("widths", [(1,), (3,), (1,) * 15, (4, 4, 2, 2, 1), (2, 8, 8)])
 def test_a_tree_keeps_the_text(target, trained, heldout, widths):
-    rows = heldout[:12]
+    rows = heldout[:4]
     made = d.speculate(
         target, trained, [t.prompt_ids for t in rows], max_new_tokens=320, tree=widths
     )
@@ -81,7 +81,7 @@ def test_a_tree_keeps_the_text(target, trained, heldout, widths):
 
 
 def test_a_tree_of_one_branch_is_the_chain_and_more_branches_accept_more(target, trained, heldout):
-    prompts = [t.prompt_ids for t in heldout[:20]]
+    prompts = [t.prompt_ids for t in heldout[:8]]
 
     def rounds(**options):
         made = d.speculate(target, trained, prompts, max_new_tokens=320, **options)
