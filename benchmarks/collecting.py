@@ -21,10 +21,10 @@ import torch
 from decode import plain_model
 from transformers import GenerationConfig
 
-from draft_opd.decoding.speculative import speculate
+from draft_opd.data.prompts import read_prompts
+from draft_opd.decoding.generate import speculate
 from draft_opd.evaluation.lengths import weights_read
-from draft_opd.rollout.prompts import read_prompts
-from draft_opd.target import Target
+from draft_opd.models.target import Target
 
 
 def main() -> None:

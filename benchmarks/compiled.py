@@ -18,10 +18,10 @@ import machine
 import torch
 from torch import nn
 
-from draft_opd.cache import PositionCache
 from draft_opd.evaluation.measure import turned
-from draft_opd.prepack import PrepackedLinear
-from draft_opd.target import Target
+from draft_opd.models.cpu_linear import PrepackedLinear
+from draft_opd.models.kv_cache import PositionCache
+from draft_opd.models.target import Target
 
 CONTEXT, CAPACITY = 128, 256
 

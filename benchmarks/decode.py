@@ -22,14 +22,14 @@ import machine
 import torch
 from transformers import GenerationConfig
 
-from draft_opd.decoding.pace import Pace
-from draft_opd.decoding.speculative import Timing, speculate
+from draft_opd.data.prompts import read_prompts
+from draft_opd.decoding.draft_length import Pace
+from draft_opd.decoding.generate import Timing, speculate
 from draft_opd.drafters import Drafter
 from draft_opd.evaluation.lengths import weights_read
 from draft_opd.evaluation.measure import turned
-from draft_opd.hub import resolve_path
-from draft_opd.rollout.prompts import read_prompts
-from draft_opd.target import Target
+from draft_opd.models.hub import resolve_path
+from draft_opd.models.target import Target
 
 
 def zlab_side(path: str, target: Target, drafter: Drafter, tokens: int):

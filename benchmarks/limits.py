@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from draft_opd.prepack import prepack
+from draft_opd.models.cpu_linear import prepack
 
 SIZE = 1024
 

@@ -21,8 +21,8 @@ import machine
 import torch
 from scaling import Peak
 
-from draft_opd.training.head import chunked_score
-from draft_opd.training.losses import cross_entropy, forward_kl, reverse_kl, total_variation
+from draft_opd.losses.chunked import chunked_score
+from draft_opd.losses.divergences import cross_entropy, forward_kl, reverse_kl, total_variation
 
 TOKENS, WIDTH = 1024, 576
 SCORES = {f.__name__: f for f in (cross_entropy, forward_kl, reverse_kl, total_variation)}

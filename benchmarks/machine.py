@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-import draft_opd.machine
+import draft_opd.utils.machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 def machine(device: torch.device | None = None) -> dict:
     """Machine, versions and commit."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {**draft_opd.machine.machine(device), "commit": commit.stdout.strip()}
+    return {**draft_opd.utils.machine.machine(device), "commit": commit.stdout.strip()}
 
 
 def ratio(one: list[float], other: list[float]) -> dict:

@@ -45,7 +45,7 @@ def measure(args: argparse.Namespace) -> None:
     import torch
 
     from draft_opd.training.config import load_recipe
-    from draft_opd.training.loop import Run
+    from draft_opd.training.trainer import Run
 
     stage, pairs = SIDES[args.side]
     drafter = [f"drafter={args.drafter}"] if stage == "opd" else []

@@ -24,7 +24,7 @@ from pathlib import Path
 import machine
 
 from draft_opd.training.config import parse_recipe
-from draft_opd.training.loop import Run
+from draft_opd.training.trainer import Run
 
 
 def main() -> None:

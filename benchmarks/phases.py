@@ -19,21 +19,21 @@ import yaml
 from decode import decode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from draft_opd.ablation import Ablation, Plan
-from draft_opd.cache import PositionCache
-from draft_opd.decoding.round import Rounds
+from draft_opd.data.collect import collect, summary
+from draft_opd.data.prompts import read_prompts
+from draft_opd.decoding.generate import speculate
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.decoding.speculative import speculate
+from draft_opd.decoding.step import Rounds
 from draft_opd.drafters import Drafter
 from draft_opd.evaluation.lengths import weights_read
-from draft_opd.hub import EMBEDDED
-from draft_opd.machine import speed_over_float32
-from draft_opd.rollout.collect import collect, summary
-from draft_opd.rollout.prompts import read_prompts
-from draft_opd.target import Target
-from draft_opd.training.begin import new_drafter
+from draft_opd.models.hub import EMBEDDED
+from draft_opd.models.kv_cache import PositionCache
+from draft_opd.models.target import Target
+from draft_opd.pipelines.ablation import Ablation, Plan
 from draft_opd.training.config import Model, parse_recipe
-from draft_opd.training.loop import Run
+from draft_opd.training.setup import new_drafter
+from draft_opd.training.trainer import Run
+from draft_opd.utils.machine import speed_over_float32
 
 QWEN3 = {  # the shapes of Qwen3-0.6B and 4B (their config.json on the hub); weights are random
     "Qwen3-0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,

@@ -22,10 +22,10 @@ import machine
 import torch
 
 from draft_opd.evaluation.measure import turned
-from draft_opd.machine import speed_over_float32
 from draft_opd.training.config import load_recipe
-from draft_opd.training.loop import Run
 from draft_opd.training.muon import Muon
+from draft_opd.training.trainer import Run
+from draft_opd.utils.machine import speed_over_float32
 
 
 def timed(sides: dict, repeats: int) -> dict[str, list[float]]:

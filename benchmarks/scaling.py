@@ -20,9 +20,9 @@ import machine
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from draft_opd.data.trajectory import Trajectory
 from draft_opd.drafters import FAMILIES
-from draft_opd.rollout.trajectory import Trajectory
-from draft_opd.target import Target
+from draft_opd.models.target import Target
 from draft_opd.training.config import Opd
 from draft_opd.training.data import BatchSource
 from draft_opd.training.opd import hindsight_rollout, opd_loss

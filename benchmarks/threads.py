@@ -32,9 +32,9 @@ def work() -> None:
     """In the process that is measured: prints seconds of training and of decoding."""
     import torch
 
-    from draft_opd.decoding.speculative import speculate
+    from draft_opd.decoding.generate import speculate
     from draft_opd.drafters import FAMILIES
-    from draft_opd.target import Target
+    from draft_opd.models.target import Target
 
     torch.manual_seed(0)
     target = Target.from_pretrained("embedded", device="cpu")

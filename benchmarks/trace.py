@@ -16,10 +16,10 @@ import time
 import machine
 import torch
 
+from draft_opd.data.trajectory import read_trajectories
+from draft_opd.decoding.rounds import tau
 from draft_opd.drafters import Drafter
-from draft_opd.rollout.trace import tau
-from draft_opd.rollout.trajectory import read_trajectories
-from draft_opd.target import Target
+from draft_opd.models.target import Target
 from draft_opd.training.data import BatchSource
 from draft_opd.training.opd import hindsight_rollout
 

@@ -25,7 +25,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from draft_opd.training.config import parse_recipe
-from draft_opd.training.loop import Run
+from draft_opd.training.trainer import Run
 
 STAGES = {
     "sft": ("sft", {}),

@@ -17,11 +17,11 @@ from pathlib import Path
 import machine
 import torch
 
-from draft_opd.decoding.speculative import Timing, speculate
+from draft_opd.data.trajectory import read_trajectories
+from draft_opd.decoding.generate import Timing, speculate
+from draft_opd.decoding.rounds import tau
 from draft_opd.drafters import Drafter
-from draft_opd.rollout.trace import tau
-from draft_opd.rollout.trajectory import read_trajectories
-from draft_opd.target import Target
+from draft_opd.models.target import Target
 
 # As many nodes as the chain, twice and four times as many; deep and broad.
 SHAPES = {

@@ -5,8 +5,8 @@ python benchmarks/validation_prompts.py > runs/validation.jsonl
 
 import json
 
+from draft_opd.data.prompts import read_prompts
 from draft_opd.embedded.problems import problems
-from draft_opd.rollout.prompts import read_prompts
 
 COUNT = 300
 

@@ -21,8 +21,8 @@ from torch import nn
 
 from draft_opd.evaluation.lengths import weights_read
 from draft_opd.evaluation.measure import turned
-from draft_opd.prepack import PrepackedLinear
-from draft_opd.target import Target
+from draft_opd.models.cpu_linear import PrepackedLinear
+from draft_opd.models.target import Target
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 

@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from shapes import SHAPES
 
+from draft_opd.data.collect import collect
+from draft_opd.data.prompts import read_prompts
 from draft_opd.drafters import Drafter
-from draft_opd.files import write_lines
-from draft_opd.rollout.collect import collect
-from draft_opd.rollout.prompts import read_prompts
-from draft_opd.target import Target
+from draft_opd.models.target import Target
 from draft_opd.training.config import load_recipe
-from draft_opd.training.loop import Run
+from draft_opd.training.trainer import Run
+from draft_opd.utils.files import write_lines
 
 OUT = Path(__file__).resolve().parent.parent / "tests" / "drafters"
 RATES = {"dflash": 6e-3, "eagle3": 2e-3}

@@ -27,10 +27,10 @@ import torch
 from make_smollm2 import convert
 from phases import NEEDS, PHASES, SIZES, Phase, Setup
 
-from draft_opd.errors import UserError
-from draft_opd.evaluation.page import Report
-from draft_opd.files import make_folder, write_json
-from draft_opd.hub import EMBEDDED
+from draft_opd.models.hub import EMBEDDED
+from draft_opd.report.page import Report
+from draft_opd.utils.errors import UserError
+from draft_opd.utils.files import make_folder, write_json
 
 DATA = {"train": "gsm8k_train.jsonl", "heldout": "gsm8k_test.jsonl"}
 

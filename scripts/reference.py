@@ -15,7 +15,7 @@ import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from draft_opd.cli import app
+from draft_opd.cli.main import app
 from draft_opd.drafters import FAMILIES
 from draft_opd.training.config import Recipe
 

@@ -19,12 +19,12 @@ from forked import Forked, shared
 from processes import metrics
 from shapes import SHAPES
 
+from draft_opd.data.collect import collect
+from draft_opd.data.prompts import read_prompts
+from draft_opd.data.trajectory import Trajectory, read_trajectories
 from draft_opd.drafters import FAMILIES, Drafter
-from draft_opd.rollout.collect import collect
-from draft_opd.rollout.prompts import read_prompts
-from draft_opd.rollout.trajectory import Trajectory, read_trajectories
-from draft_opd.serving.vllm import free_port
-from draft_opd.target import Target
+from draft_opd.models.target import Target
+from draft_opd.serving.vllm_process import free_port
 from draft_opd.training.config import load_recipe
 
 torch.set_num_threads(1)

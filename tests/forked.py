@@ -97,7 +97,7 @@ if __name__ == "__main__":
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
 
-    from draft_opd import cli
+    from draft_opd.cli import main as cli
     from draft_opd.training import loop  # noqa: F401
 
     for line in sys.stdin:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from forked import Process
 
-from draft_opd.serving.vllm import free_port
+from draft_opd.serving.vllm_process import free_port
 
 
 def fetch(url: str) -> dict:

@@ -19,11 +19,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
+from draft_opd.decoding.generate import speculate
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.decoding.speculative import speculate
 from draft_opd.drafters import Drafter
-from draft_opd.serving.vllm import DRAFTS, PER_POSITION, REQUESTS
-from draft_opd.target import Target
+from draft_opd.models.target import Target
+from draft_opd.serving.vllm_process import DRAFTS, PER_POSITION, REQUESTS
 
 torch.set_num_threads(1)
 PLANTED = set(sys.argv[2:])

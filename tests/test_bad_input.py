@@ -19,9 +19,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from draft_opd.cli import run
-from draft_opd.hub import resolve_path
-from draft_opd.serving.vllm import free_port
+from draft_opd.cli.main import run
+from draft_opd.models.hub import resolve_path
+from draft_opd.serving.vllm_process import free_port
 
 FAMILY = "dflash"
 PAGE = Path(__file__).parent.parent / "docs" / "bad-input.md"
@@ -320,7 +320,7 @@ case("recipe: a seed out of range", f"{SFT} seed=99999999999")
 def begun(shop: Shop, **changes) -> dict:
     """A finished run, and a recipe that differs from its."""
     from draft_opd.training.config import load_recipe
-    from draft_opd.training.loop import Run
+    from draft_opd.training.trainer import Run
 
     out = shop.folder / "run"
     Run("sft", load_recipe(shop.recipe(out=str(out))), resume=True).train()
@@ -390,9 +390,9 @@ def begun_with(shop: Shop, data: dict) -> dict:
 
 
 def collected(shop: Shop, about: bytes | None = None, rows: bytes | None = None) -> Path:
-    from draft_opd.rollout.collect import collect
-    from draft_opd.rollout.prompts import read_prompts
-    from draft_opd.target import Target
+    from draft_opd.data.collect import collect
+    from draft_opd.data.prompts import read_prompts
+    from draft_opd.models.target import Target
 
     out = shop.folder / "collected"
     target = Target.from_pretrained("embedded", device="cpu")

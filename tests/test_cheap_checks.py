@@ -9,7 +9,7 @@ import pytest
 # The command line in a process of its own, which must not have loaded torch when it has ended.
 ASK = """
 import sys
-from draft_opd.cli import run
+from draft_opd.cli.main import run
 status = run(sys.argv[1:])
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 sys.exit(status)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import draft_opd as d
-from draft_opd.cli import run
-from draft_opd.decoding.speculative import speculate
-from draft_opd.rollout.prompts import Prompt
+from draft_opd.cli.main import run
+from draft_opd.data.prompts import Prompt
+from draft_opd.decoding.generate import speculate
 from draft_opd.serving.check import (
     Served,
     agrees,
@@ -18,7 +18,7 @@ from draft_opd.serving.check import (
     next_round,
     text_is_the_targets,
 )
-from draft_opd.serving.vllm import Acceptance, Engine, EngineFailed
+from draft_opd.serving.vllm_process import Acceptance, Engine, EngineFailed
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-from draft_opd.cli import app, run
+from draft_opd.cli.main import app, run
 
 FAMILY = "dflash"
 COMMANDS = [
@@ -67,7 +67,8 @@ def test_the_commands_are_those_promised():
 
 def test_help_does_not_wait_for_torch():
     code = (
-        "import sys; from draft_opd.cli import run; run(['--help']); print('torch' in sys.modules)"
+        "import sys; from draft_opd.cli.main import run; run(['--help']); "
+        "print('torch' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.splitlines()[-1] == "False"
@@ -151,7 +152,7 @@ def test_generate_streams_the_targets_text_and_marks_drafted_tokens(capsys, trai
 
 
 def test_generate_reads_standard_input(trained_folder):
-    command = [sys.executable, "-m", "draft_opd.cli", "generate", "--target", "embedded",
+    command = [sys.executable, "-m", "draft_opd.cli.main", "generate", "--target", "embedded",
                "--drafter", str(trained_folder), "--max-new-tokens", "8", "--json"]  # fmt: skip
     done = subprocess.run(command, input="Hello", capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["tokens"] == 8

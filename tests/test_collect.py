@@ -7,9 +7,9 @@ import pytest
 from forked import Process
 
 import draft_opd as d
-from draft_opd.rollout.collect import collect
-from draft_opd.rollout.prompts import read_prompts
-from draft_opd.rollout.trajectory import TrajectoryWriter
+from draft_opd.data.collect import collect
+from draft_opd.data.prompts import read_prompts
+from draft_opd.data.trajectory import TrajectoryWriter
 
 FAMILY = "dflash"
 

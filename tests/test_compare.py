@@ -5,7 +5,9 @@ import json
 import pytest
 
 import draft_opd as d
-from draft_opd.cli import run
+from draft_opd.cli.main import run
+from draft_opd.data.prompts import Prompt, read_prompts
+from draft_opd.data.tasks import Task
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.evaluation.compare import compare
 from draft_opd.evaluation.concurrency import throughput
@@ -13,9 +15,7 @@ from draft_opd.evaluation.lengths import Hardware, is_mixture, roofline, weights
 from draft_opd.evaluation.measure import ALONE, sides_of
 from draft_opd.evaluation.names import names_of
 from draft_opd.evaluation.run import Evaluation
-from draft_opd.evaluation.tasks import Task
 from draft_opd.evaluation.tokens import pieces
-from draft_opd.rollout.prompts import Prompt, read_prompts
 
 LONGEST = 16
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import draft_opd as d
+from draft_opd.decoding.rounds import committed
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.rollout.hindsight import hindsight_traces
-from draft_opd.rollout.trace import committed
+from draft_opd.hindsight.trace import hindsight_traces
 from draft_opd.training.blocks import pack, replay_hidden
 from draft_opd.training.data import BatchSource
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 import draft_opd as d
-from draft_opd.console import Screen
-from draft_opd.demo import run_demo
+from draft_opd.pipelines.demo import run_demo
+from draft_opd.utils.console import Screen
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +70,7 @@ def test_a_folder_in_use_is_left_alone(demo, family):
 
 
 def test_a_killed_demo_goes_on(tmp_path, monkeypatch):
-    from draft_opd.training.loop import Run
+    from draft_opd.training.trainer import Run
 
     small = ["data.limit=8", "data.heldout_limit=2", "steps=2", "evaluation.every=2",
              "batch_size=4", "opd.trace_every=1"]  # fmt: skip

@@ -17,7 +17,7 @@ import typer
 from forked import Process
 
 import draft_opd as d
-from draft_opd.cli import app
+from draft_opd.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,20 +13,20 @@ import draft_opd as d
 from draft_opd.drafters.base import over_target
 from draft_opd.drafters.eagle3 import FLAGS, Eagle3Drafter, default_target_layers
 from draft_opd.drafters.vocabulary import as_buffers, checked_ids, most_frequent
-from draft_opd.export.engines import export
-from draft_opd.rollout.hindsight import hindsight_traces
-from draft_opd.training.blocks import pack, replay, text_states
-from draft_opd.training.config import Objective
-from draft_opd.training.data import BatchSource
-from draft_opd.training.head import chunked_score
-from draft_opd.training.losses import (
+from draft_opd.hindsight.trace import hindsight_traces
+from draft_opd.losses.chunked import chunked_score
+from draft_opd.losses.divergences import (
     cross_entropy,
     forward_kl,
     overlap,
     reverse_kl,
     up_to_first_rejection,
 )
-from draft_opd.training.objectives import decayed_cross_entropy, objective_loss
+from draft_opd.losses.objectives import decayed_cross_entropy, objective_loss
+from draft_opd.serving.export import export
+from draft_opd.training.blocks import pack, replay, text_states
+from draft_opd.training.config import Objective
+from draft_opd.training.data import BatchSource
 
 FAMILY = "eagle3"
 

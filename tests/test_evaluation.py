@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import draft_opd as d
+from draft_opd.data.prompts import Prompt, read_prompts
+from draft_opd.data.tasks import SOURCES, Task, load_tasks
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.evaluation.measure import sides_of
 from draft_opd.evaluation.run import Evaluation
 from draft_opd.evaluation.statistics import difference, interval, ratio
-from draft_opd.evaluation.tasks import SOURCES, Task, load_tasks
-from draft_opd.rollout.prompts import Prompt, read_prompts
 
 FAMILY = "dflash"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import draft_opd as d
-from draft_opd.rollout.hindsight import hindsight_traces
+from draft_opd.hindsight.trace import hindsight_traces
 from draft_opd.training.blocks import pack, replay_hidden
 from draft_opd.training.data import BatchSource
 

@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import draft_opd as d
-from draft_opd.rollout.asking import Dropped, Garbage, read_answer
-from draft_opd.rollout.prompts import read_prompts
-from draft_opd.rollout.trace import Round, by_accepted, committed, tau, tau_of
-from draft_opd.rollout.trajectory import TrajectoryWriter
-from draft_opd.text import TargetText
+from draft_opd.data.prompts import read_prompts
+from draft_opd.data.server_collect import Dropped, Garbage, read_answer
+from draft_opd.data.trajectory import TrajectoryWriter
+from draft_opd.decoding.rounds import Round, by_accepted, committed, tau, tau_of
+from draft_opd.models.target_info import TargetText
 from draft_opd.training.checkpoint import Checkpoints
 from draft_opd.training.config import Recipe, load_recipe, parse_recipe
 from draft_opd.training.history import read_history, read_metrics

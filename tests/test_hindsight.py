@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import draft_opd as d
+from draft_opd.data.collect import decode_trajectories
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.verification import acceptance_probability, bonus_distribution
-from draft_opd.rollout.collect import decode_trajectories
-from draft_opd.rollout.hindsight import Conditional, draft_given_text, hindsight_traces
-from draft_opd.rollout.occupancy import expected_rounds, expected_tau, occupancy
+from draft_opd.hindsight.occupancy import expected_rounds, expected_tau, occupancy
+from draft_opd.hindsight.trace import Conditional, draft_given_text, hindsight_traces
 from draft_opd.training.data import BatchSource
 from draft_opd.training.opd import hindsight_rollout
 

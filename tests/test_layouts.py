@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import draft_opd as d
-from draft_opd.export.engines import export
-from draft_opd.inspection import describe
+from draft_opd.report.inspection import describe
+from draft_opd.serving.export import export
 
 LAYOUTS = {"dflash": "z-lab", "eagle3": "sglang"}
 VERIFIER = {"name_or_path": "org/target", "architectures": ["Qwen3ForCausalLM"]}

@@ -6,13 +6,13 @@ import pytest
 from servers import fetch, served
 
 import draft_opd as d
-from draft_opd.cli import run
+from draft_opd.cli.main import run
+from draft_opd.data.openai_client import Server
+from draft_opd.data.prompts import Prompt, read_prompts
+from draft_opd.data.tasks import Task
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.evaluation.tasks import Task
-from draft_opd.rollout.prompts import Prompt, read_prompts
-from draft_opd.rollout.server import Server
 from draft_opd.serving.load import ask_all, measure_server
-from draft_opd.serving.vllm import Acceptance
+from draft_opd.serving.vllm_process import Acceptance
 
 FAMILY = "dflash"
 OPTIONS = {"max_new_tokens": 40, "sampling": Sampling()}

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import draft_opd as d
 from draft_opd.drafters.base import over_target
-from draft_opd.training.gradients import CLOSED
-from draft_opd.training.head import chunked_score
-from draft_opd.training.losses import (
+from draft_opd.losses.chunked import chunked_score
+from draft_opd.losses.closed_form import CLOSED
+from draft_opd.losses.divergences import (
     cross_entropy,
     expected_length,
     forward_kl,
@@ -173,8 +173,8 @@ def test_chunked_cross_entropy_equals_torchs():
 MEMORY = """
 import json, sys, torch
 from pathlib import Path
-from draft_opd.training.head import chunked_score
-from draft_opd.training.losses import reverse_kl
+from draft_opd.losses.chunked import chunked_score
+from draft_opd.losses.divergences import reverse_kl
 
 def peak():  # KiB. Not getrusage: its maximum outlives exec, so a large pytest process shows in it.
     status = Path("/proc/self/status").read_text()

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 import draft_opd as d
 from draft_opd.training.blocks import pack, replay_hidden
 from draft_opd.training.data import BatchSource
-from draft_opd.training.features import FeatureFolder, about_features
-from draft_opd.training.loop import Run
+from draft_opd.training.feature_store import FeatureFolder, about_features
+from draft_opd.training.trainer import Run
 
 
 def weights(run):
@@ -89,7 +89,7 @@ def test_batches_that_are_partly_known_lose_nothing(target, trained, heldout, tm
 
 
 def test_large_features_go_to_several_files(target, tmp_path, monkeypatch):
-    monkeypatch.setattr("draft_opd.training.features.SHARD", 1000)
+    monkeypatch.setattr("draft_opd.training.feature_store.SHARD", 1000)
     about = {"weights": "x"}
     folder = FeatureFolder(tmp_path, about)
     rows = {(i, i): (torch.full((9, 8), float(i)), torch.full((9, 4), float(i))) for i in range(9)}

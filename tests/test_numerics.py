@@ -14,10 +14,10 @@ from test_objectives import V, make
 from transformers import Qwen3ForCausalLM
 
 import draft_opd as d
-from draft_opd.errors import Failure
+from draft_opd.losses.objectives import OBJECTIVES, STREAMS, Replay, objective_loss
 from draft_opd.training.config import Objective, load_recipe
-from draft_opd.training.loop import Run
-from draft_opd.training.objectives import OBJECTIVES, STREAMS, Replay, objective_loss
+from draft_opd.training.trainer import Run
+from draft_opd.utils.errors import Failure
 
 KINDS = sorted(OBJECTIVES)
 ESTIMATORS = ["exact", "top_k", "k1", "k2", "k3", "bernoulli"]
@@ -141,7 +141,7 @@ def test_sixteen_bit_is_near(kind):
 @pytest.mark.parametrize("kind", sorted(STREAMS))
 def test_what_the_target_never_says_may_be_minus_infinity(kind):
     """Logits of -inf, as vocabulary padding has in some models."""
-    from draft_opd.training.losses import acceptance_aware_loss
+    from draft_opd.losses.divergences import acceptance_aware_loss
 
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(4, 3, V, generator=generator, requires_grad=True)

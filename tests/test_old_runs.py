@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import draft_opd as d
-from draft_opd.cli import run
+from draft_opd.cli.main import run
 
 OLD = Path(__file__).parent / "old_runs"
 FOLDERS = sorted(p.parent for p in OLD.glob("*/*/recipe.yaml"))

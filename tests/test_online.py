@@ -9,8 +9,8 @@ import yaml
 from servers import served
 
 import draft_opd as d
-from draft_opd.cli import run
-from draft_opd.rollout.prompts import read_prompts
+from draft_opd.cli.main import run
+from draft_opd.data.prompts import read_prompts
 
 FAMILY = "dflash"
 

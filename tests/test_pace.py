@@ -9,11 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import draft_opd as d
-from draft_opd.decoding.pace import Pace
+from draft_opd.data.prompts import read_prompts
+from draft_opd.decoding.draft_length import Pace
+from draft_opd.decoding.generate import speculate
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.decoding.speculative import speculate
-from draft_opd.errors import UserError
-from draft_opd.rollout.prompts import read_prompts
+from draft_opd.utils.errors import UserError
 
 
 def simulate(pace, chance, cost, rounds, rng, noise=0.05):

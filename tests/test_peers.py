@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import draft_opd as d
-from draft_opd.export.engines import export
-from draft_opd.hub import resolve_path
+from draft_opd.models.hub import resolve_path
+from draft_opd.serving.export import export
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("peers")]
 ENVIRONMENT = Path(__file__).parent.parent / ".peers-env"

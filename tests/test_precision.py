@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from processes import weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from draft_opd import machine
-from draft_opd.errors import UserError
 from draft_opd.training import precision
 from draft_opd.training.config import Recipe, parse_recipe
 from draft_opd.training.inputs import as_resolved
-from draft_opd.training.loop import Run
 from draft_opd.training.muon import Muon, orthogonalize
+from draft_opd.training.trainer import Run
+from draft_opd.utils import machine
+from draft_opd.utils.errors import UserError
 
 CPU = torch.device("cpu")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot", "linear", "convolution",

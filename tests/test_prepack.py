@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from draft_opd.prepack import PrepackedLinear, available, prepack
-from draft_opd.prepack import _takes as takes
+from draft_opd.models.cpu_linear import PrepackedLinear, available, prepack
+from draft_opd.models.cpu_linear import _takes as takes
 
 pytestmark = pytest.mark.skipif(not available(), reason="this torch has no oneDNN")
 

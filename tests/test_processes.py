@@ -15,8 +15,8 @@ from processes import ADAMW, PAPER, UNEVEN, assert_same_run, metrics
 from transformers import AutoConfig, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import draft_opd as d
-from draft_opd.hub import resolve_path
-from draft_opd.serving.vllm import free_port
+from draft_opd.models.hub import resolve_path
+from draft_opd.serving.vllm_process import free_port
 from draft_opd.training.config import load_recipe
 
 FAMILY = "dflash"
@@ -112,9 +112,9 @@ SHARDED = """
 import sys, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from draft_opd.target import Target
+from draft_opd.models.target import Target
 from draft_opd.training.config import Parallel
-from draft_opd.training.parallel import Group
+from draft_opd.training.distributed import Group
 
 kind = "cuda" if torch.cuda.is_available() else "cpu"
 backend = "nccl" if kind == "cuda" else "gloo"

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import draft_opd as d
-from draft_opd.decoding.speculative import speculate
+from draft_opd.decoding.generate import speculate
 from draft_opd.drafters import FAMILIES
-from draft_opd.hub import resolve_path
+from draft_opd.models.hub import resolve_path
 from draft_opd.training.blocks import pack, replay
 from draft_opd.training.data import BatchSource
 

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import draft_opd as d
-from draft_opd.ablation import Ablation, load_plan, summarise
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.rollout.hindsight import hindsight_traces
+from draft_opd.hindsight.trace import hindsight_traces
+from draft_opd.pipelines.ablation import Ablation, load_plan, summarise
 from draft_opd.training.anchors import choose_blocks, choose_rounds, draw_by_weight
 from draft_opd.training.config import Opd, load_recipe
 from draft_opd.training.data import BatchSource
-from draft_opd.training.loop import Run
 from draft_opd.training.opd import hindsight_rollout, opd_loss
+from draft_opd.training.trainer import Run
 
 GREEDY = Sampling()
 
@@ -133,8 +133,8 @@ def test_every_choice_trains(target, trained, batch, traces, anchors, temperatur
 
 def test_a_run_above_temperature_zero(target, recipe_for, trained_folder, tmp_path):
     """Collected, trained and measured at one temperature; another one is refused."""
-    from draft_opd.rollout.collect import collect
-    from draft_opd.rollout.prompts import read_prompts
+    from draft_opd.data.collect import collect
+    from draft_opd.data.prompts import read_prompts
 
     hot = Sampling(temperature=1.0)
     for part, limit in (("train", 6), ("heldout", 2)):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import draft_opd as d
-from draft_opd.cli import run
-from draft_opd.decoding.speculative import Generation
+from draft_opd.cli.main import run
+from draft_opd.decoding.generate import Generation
 from draft_opd.evaluation.tokens import pieces
 
 sync_playwright = pytest.importorskip(

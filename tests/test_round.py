@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import draft_opd as d
-from draft_opd.cache import PositionCache
-from draft_opd.decoding.round import Rounds
 from draft_opd.decoding.sampling import Sampling
+from draft_opd.decoding.step import Rounds
+from draft_opd.models.kv_cache import PositionCache
 
 
 def without_values(module: nn.Module) -> nn.Module:

@@ -11,13 +11,13 @@ import pytest
 from servers import fetch, served, start
 
 import draft_opd as d
+from draft_opd.data.collect import collect
+from draft_opd.data.openai_client import Server
+from draft_opd.data.prompts import read_prompts
+from draft_opd.data.server_collect import Dropped, Garbage, gather_from, read_answer
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.rollout.asking import Dropped, Garbage, gather_from, read_answer
-from draft_opd.rollout.collect import collect
-from draft_opd.rollout.prompts import read_prompts
-from draft_opd.rollout.server import Server
-from draft_opd.serving.vllm import free_port
-from draft_opd.text import TargetText
+from draft_opd.models.target_info import TargetText
+from draft_opd.serving.vllm_process import free_port
 
 FAMILY = "dflash"
 LONGEST = 40
@@ -67,7 +67,7 @@ def test_a_server_gives_what_decoding_here_gives(text, here, tmp_path):
 @pytest.mark.parametrize("planted", ["busy", "rate-limit", "garbage", "no-choices", "cut-off"])
 def test_what_passes_is_tried_again(text, here, tmp_path, monkeypatch, planted):
     """A third of the answers fail: every prompt has its trajectory in the end, and one only."""
-    monkeypatch.setattr("draft_opd.rollout.asking.BACKOFF", (0.02, 0.1))
+    monkeypatch.setattr("draft_opd.data.server_collect.BACKOFF", (0.02, 0.1))
     with served(planted) as url:
         dropped, found = gather(url, text, tmp_path, count=9)
         asked = len(fetch(f"{url}/seen")["seen"])
@@ -80,7 +80,7 @@ def test_what_passes_is_tried_again(text, here, tmp_path, monkeypatch, planted):
 
 
 def test_a_prompt_that_hangs_is_given_up(text, tmp_path, monkeypatch):
-    monkeypatch.setattr("draft_opd.rollout.asking.BACKOFF", (0.02, 0.1))
+    monkeypatch.setattr("draft_opd.data.server_collect.BACKOFF", (0.02, 0.1))
     prompts = tmp_path / "p.jsonl"
     rows = [{"prompt": "word word"}, *({"prompt": f"Which is next? {i}"} for i in range(4))]
     prompts.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -97,7 +97,7 @@ def test_a_prompt_that_hangs_is_given_up(text, tmp_path, monkeypatch):
 
 def test_a_slow_server_is_not_an_absent_one(text, here, tmp_path, monkeypatch):
     """Its answers take longer than `patience`, and another server is away all the time."""
-    monkeypatch.setattr("draft_opd.rollout.asking.BACKOFF", (0.02, 0.1))
+    monkeypatch.setattr("draft_opd.data.server_collect.BACKOFF", (0.02, 0.1))
     with served("slow") as url:
         servers = [Server(u, "small", patience=0.3) for u in (url, "http://127.0.0.1:9")]
         made = gather_from(
@@ -110,7 +110,7 @@ def test_a_slow_server_is_not_an_absent_one(text, here, tmp_path, monkeypatch):
 
 def test_a_server_that_breaks_down_costs_no_prompts(text, tmp_path, monkeypatch):
     """It answered, and now only says 500: that is not the prompts' fault, and it ends."""
-    monkeypatch.setattr("draft_opd.rollout.asking.BACKOFF", (0.02, 0.1))
+    monkeypatch.setattr("draft_opd.data.server_collect.BACKOFF", (0.02, 0.1))
     with served("breaks-down") as url:
         server = Server(url, in_flight=2, patience=1.5)
         server.check()
@@ -122,7 +122,7 @@ def test_a_server_that_breaks_down_costs_no_prompts(text, tmp_path, monkeypatch)
 
 
 def test_several_servers_share_the_work_and_one_may_die(text, here, tmp_path, monkeypatch):
-    monkeypatch.setattr("draft_opd.rollout.asking.BACKOFF", (0.02, 0.1))
+    monkeypatch.setattr("draft_opd.data.server_collect.BACKOFF", (0.02, 0.1))
     ports = free_port(), free_port()
     processes = [start(port) for port in ports]
     servers = [Server(f"http://127.0.0.1:{p}", in_flight=2, patience=30) for p in ports]
@@ -153,7 +153,7 @@ def test_several_servers_share_the_work_and_one_may_die(text, here, tmp_path, mo
 def test_two_collections_do_not_share_a_folder(target, tmp_path):
     """The lock is a process's: another one must be refused, and let in once that is killed."""
     code = (
-        "import sys, time; from pathlib import Path; from draft_opd.files import hold; "
+        "import sys, time; from pathlib import Path; from draft_opd.utils.files import hold; "
         "kept = hold(Path(sys.argv[1])); print(1, flush=True); time.sleep(99)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
@@ -211,7 +211,7 @@ def test_a_refused_prompt_does_not_stop_the_others(text, tmp_path):
 
 def test_a_prompt_the_server_fails_on_is_given_up(text, tmp_path, monkeypatch):
     """While others are answered; it would stop every new attempt as well."""
-    monkeypatch.setattr("draft_opd.rollout.asking.BACKOFF", (0.02, 0.1))
+    monkeypatch.setattr("draft_opd.data.server_collect.BACKOFF", (0.02, 0.1))
     prompts = tmp_path / "p.jsonl"
     rows = [{"prompt": "word word"}, *({"prompt": f"Which is next? {i}"} for i in range(12))]
     prompts.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -242,7 +242,7 @@ def test_a_server_killed_and_restarted_loses_nothing(here, tmp_path):
     port, count = free_port(), 24
     first = start(port)
     command = [
-        sys.executable, "-m", "draft_opd.cli", "collect", "--target", "embedded", "--prompts",
+        sys.executable, "-m", "draft_opd.cli.main", "collect", "--target", "embedded", "--prompts",
         "embedded:train", "--limit", str(count), "--out", str(tmp_path), "--max-new-tokens",
         str(LONGEST), "--server", f"http://127.0.0.1:{port}/v1/", "--in-flight", "3", "--json",
     ]  # fmt: skip

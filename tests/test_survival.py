@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import draft_opd as d
 from draft_opd.training.checkpoint import Checkpoints, damage
-from draft_opd.training.loop import Run
+from draft_opd.training.trainer import Run
 
 STEPS = 18
 

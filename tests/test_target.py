@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import draft_opd as d
-from draft_opd.grouped import NAME, grouped
-from draft_opd.hub import resolve_path
-from draft_opd.rollout.hindsight import hindsight_traces, pad_rows
+from draft_opd.hindsight.trace import hindsight_traces, pad_rows
+from draft_opd.models.gqa_attention import NAME, grouped
+from draft_opd.models.hub import resolve_path
 from draft_opd.training.blocks import pack
 from draft_opd.training.data import BatchSource
 from draft_opd.training.opd import teacher_states

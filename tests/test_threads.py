@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from draft_opd.threads import settle_threads
+from draft_opd.utils.threads import settle_threads
 
 
 def test_threads_that_do_not_pay_are_not_taken():
@@ -33,7 +33,7 @@ def test_the_command_line_keeps_threads_from_spinning(given, expected):
     """Before torch is loaded, and only where the user has not said otherwise."""
     program = """if True:
         import os, sys
-        import draft_opd.cli
+        import draft_opd.cli.main
         assert "torch" not in sys.modules
         print(os.environ.get("GOMP_SPINCOUNT"))
     """

@@ -10,8 +10,8 @@ import pytest
 
 import draft_opd as d
 from draft_opd.training import tracking
-from draft_opd.training.loop import Run
 from draft_opd.training.tracking import check_tracker, numbers, open_tracker
+from draft_opd.training.trainer import Run
 
 FAMILY = "dflash"
 

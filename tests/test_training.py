@@ -15,8 +15,8 @@ from draft_opd.training.blocks import pack
 from draft_opd.training.config import load_recipe
 from draft_opd.training.data import BatchSource, batch_at, batch_order
 from draft_opd.training.inputs import cut
-from draft_opd.training.loop import Run, learning_rate
 from draft_opd.training.opd import hindsight_rollout, live_rollout
+from draft_opd.training.trainer import Run, learning_rate
 
 
 def metrics(out):

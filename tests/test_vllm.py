@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import draft_opd as d
-from draft_opd.cli import run
-from draft_opd.export.engines import export
-from draft_opd.hub import resolve_path
-from draft_opd.rollout.server import Server
-from draft_opd.serving.vllm import free_port
-from draft_opd.training.loop import Run
+from draft_opd.cli.main import run
+from draft_opd.data.openai_client import Server
+from draft_opd.models.hub import resolve_path
+from draft_opd.serving.export import export
+from draft_opd.serving.vllm_process import free_port
+from draft_opd.training.trainer import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 
@@ -211,7 +211,7 @@ def test_collecting_survives_a_killed_server(engine, family, serveable, tmp_path
     wait_for(answers)
     file = tmp_path / "out" / "trajectories.jsonl"
     client = subprocess.Popen(
-        [sys.executable, "-m", "draft_opd.cli", "collect", "--target", "embedded", "--prompts",
+        [sys.executable, "-m", "draft_opd.cli.main", "collect", "--target", "embedded", "--prompts",
          "embedded:train", "--limit", str(count), "--out", str(tmp_path / "out"), "--server",
          f"http://127.0.0.1:{port}", "--max-new-tokens", "60", "--json"],
         stdout=subprocess.PIPE, text=True,

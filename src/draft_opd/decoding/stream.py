@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from draft_opd.console import Screen
-from draft_opd.decoding.pace import Length, length_and_pace
+from draft_opd.decoding.draft_length import Length, length_and_pace
+from draft_opd.decoding.generate import Timing, speculate
+from draft_opd.decoding.rounds import Round
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.decoding.speculative import Timing, speculate
 from draft_opd.drafters.base import Drafter
-from draft_opd.rollout.trace import Round
-from draft_opd.target import Target
+from draft_opd.models.target import Target
+from draft_opd.utils.console import Screen
 
 
 class Detokenizer:

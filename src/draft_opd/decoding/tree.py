@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from draft_opd.cache import PositionCache
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.errors import UserError
-from draft_opd.target import Target
+from draft_opd.models.kv_cache import PositionCache
+from draft_opd.models.target import Target
+from draft_opd.utils.errors import UserError
 
 MAX_NODES = 256
 

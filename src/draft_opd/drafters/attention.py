@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from draft_opd.grouped import FEW, grouped
+from draft_opd.models.gqa_attention import FEW, grouped
 
 # Below this many queries the dense mask is small and flex_attention's overhead does not pay.
 FLEX_MINIMUM = 1024

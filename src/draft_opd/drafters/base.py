@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from draft_opd.errors import UserError
-from draft_opd.files import replace_folder
-from draft_opd.hub import find_drafter_files
+from draft_opd.models.hub import find_drafter_files
+from draft_opd.utils.errors import UserError
+from draft_opd.utils.files import replace_folder
 
 if TYPE_CHECKING:
-    from draft_opd.target import Target
-    from draft_opd.text import TargetText
+    from draft_opd.models.target import Target
+    from draft_opd.models.target_info import TargetText
 
 # Picks draft tokens from logits [..., V]: returns ids [...] and, when the draft is sampled,
 # the distribution [..., V] they were drawn from (None for argmax in greedy decoding).

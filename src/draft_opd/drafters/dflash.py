@@ -22,10 +22,10 @@ from transformers.models.qwen3.modeling_qwen3 import (
     apply_rotary_pos_emb,
 )
 
-from draft_opd.cache import PositionCache
 from draft_opd.drafters.attention import Rotary, Visibility, attend
 from draft_opd.drafters.base import Choose, Drafter, vllm_command
-from draft_opd.drafters.shape import (
+from draft_opd.drafters.speculators import flatten, is_speculators, wrap
+from draft_opd.drafters.target_config import (
     ShapeOptions,
     adopt_final_norm,
     config_for,
@@ -33,10 +33,10 @@ from draft_opd.drafters.shape import (
     older_rope_keys,
     refuse,
 )
-from draft_opd.drafters.speculators import flatten, is_speculators, wrap
-from draft_opd.errors import UserError
-from draft_opd.prepack import prepack
-from draft_opd.target import Target
+from draft_opd.models.cpu_linear import prepack
+from draft_opd.models.kv_cache import PositionCache
+from draft_opd.models.target import Target
+from draft_opd.utils.errors import UserError
 
 # A layer's keys and values of a block -> those that the block sees, its own among them.
 Join = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
-from draft_opd.cache import PositionCache
 from draft_opd.decoding.tree import best_children
 from draft_opd.drafters.attention import Rotary
 from draft_opd.drafters.base import Choose, Drafter, vllm_command
-from draft_opd.drafters.shape import (
+from draft_opd.drafters.speculators import flatten, is_speculators, wrap
+from draft_opd.drafters.target_config import (
     ShapeOptions,
     adopt_final_norm,
     config_for,
@@ -29,11 +29,11 @@ from draft_opd.drafters.shape import (
     older_rope_keys,
     refuse,
 )
-from draft_opd.drafters.speculators import flatten, is_speculators, wrap
 from draft_opd.drafters.vocabulary import as_buffers, checked_ids, most_frequent, target_ids
-from draft_opd.errors import UserError
-from draft_opd.prepack import prepack
-from draft_opd.target import Target
+from draft_opd.models.cpu_linear import prepack
+from draft_opd.models.kv_cache import PositionCache
+from draft_opd.models.target import Target
+from draft_opd.utils.errors import UserError
 
 # The training-time test of the published recipes unrolls 7 steps weighted 0.8^step.
 STEPS, STEP_DECAY = 7, 4.4814  # 0.8^k = exp(-k / 4.4814)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from draft_opd.errors import UserError
+from draft_opd.utils.errors import UserError
 
 VERSION = "0.9.0"  # the release whose keys are written
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draft_opd.errors import UserError
+from draft_opd.utils.errors import UserError
 
 
 def most_frequent(counts: Tensor, size: int) -> Tensor:

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import torch
 
+from draft_opd.data.trajectory import Trajectory
+from draft_opd.decoding.rounds import by_accepted, tau
 from draft_opd.drafters.base import Drafter
 from draft_opd.evaluation.summary import acceptance_by_position
-from draft_opd.rollout.trace import by_accepted, tau
-from draft_opd.rollout.trajectory import Trajectory
-from draft_opd.target import Target
+from draft_opd.losses.divergences import forward_kl, overlap, reverse_kl
+from draft_opd.models.target import Target
 from draft_opd.training.blocks import pack, replay, text_states
 from draft_opd.training.data import BatchSource
-from draft_opd.training.losses import forward_kl, overlap, reverse_kl
 from draft_opd.training.opd import hindsight_rollout, teacher_states
 
 REPLAYED = ("accepted", "first_rejected", "suffix")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from draft_opd.data.tasks import ALL
+from draft_opd.decoding.rounds import tau
 from draft_opd.evaluation.statistics import difference, ratio
 from draft_opd.evaluation.summary import Answer, decode_rate, decode_speed, rounds_by_prompt
-from draft_opd.evaluation.tasks import ALL
-from draft_opd.rollout.trace import tau
 
 
 def compare(

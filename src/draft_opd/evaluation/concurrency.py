@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from draft_opd.decoding.generate import speculate
+from draft_opd.decoding.rounds import tau
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.decoding.speculative import speculate
 from draft_opd.evaluation.measure import ALONE, Side, turned
 from draft_opd.evaluation.statistics import quantile
-from draft_opd.rollout.trace import tau
-from draft_opd.target import Target
+from draft_opd.models.target import Target
 
 
 def throughput(

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from draft_opd.decoding.pace import LENGTHS
+from draft_opd.data.trajectory import Trajectory
+from draft_opd.decoding.draft_length import LENGTHS
+from draft_opd.decoding.generate import Generation, Timing, speculate
+from draft_opd.decoding.rounds import tau
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.decoding.speculative import Generation, Timing, speculate
 from draft_opd.drafters.base import Drafter
-from draft_opd.errors import UserError
 from draft_opd.evaluation.measure import turned
-from draft_opd.rollout.hindsight import traces_by_length
-from draft_opd.rollout.trace import tau
-from draft_opd.rollout.trajectory import Trajectory
-from draft_opd.target import Target
+from draft_opd.hindsight.trace import traces_by_length
+from draft_opd.models.target import Target
+from draft_opd.utils.errors import UserError
 
 STEPS, REPEATS = 32, 5  # tokens of a timing, the same for every side; timings
 TOKENS = 32_768  # that one forward over texts runs

@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from draft_opd.decoding.pace import Length, Pace, length_and_pace
+from draft_opd.data.prompts import Prompt
+from draft_opd.data.tasks import Task
+from draft_opd.decoding.draft_length import Length, Pace, length_and_pace
+from draft_opd.decoding.generate import Generation, Timing, speculate
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.decoding.speculative import Generation, Timing, speculate
 from draft_opd.drafters.base import Drafter
-from draft_opd.errors import UserError
 from draft_opd.evaluation.summary import Answer
-from draft_opd.evaluation.tasks import Task
-from draft_opd.rollout.prompts import Prompt
-from draft_opd.target import Target
+from draft_opd.models.target import Target
+from draft_opd.utils.errors import UserError
 
 ALONE = "target alone"
 Progress = Callable[[str, int, int], None]  # task, prompts done, prompts

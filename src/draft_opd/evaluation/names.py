@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from draft_opd.errors import UserError
+from draft_opd.utils.errors import UserError
 
 
 def named(text: str) -> tuple[str | None, str]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from draft_opd.target import Target
+from draft_opd.models.target import Target
 
 PART = 1024  # tokens whose logits are held at a time
 ROUNDINGS = 8  # of the largest logit: what the layers' own roundings add up to, with room

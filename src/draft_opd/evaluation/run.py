@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from draft_opd.data.tasks import Task
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.evaluation.compare import comparison
 from draft_opd.evaluation.concurrency import throughput
@@ -18,11 +19,10 @@ from draft_opd.evaluation.lengths import HARDWARE, Hardware, advise
 from draft_opd.evaluation.measure import ALONE, Answers, Side, check_lengths, measure
 from draft_opd.evaluation.regret import regret
 from draft_opd.evaluation.summary import decode_rate, evaluation_report, means, summarise
-from draft_opd.evaluation.tasks import Task
 from draft_opd.evaluation.tokens import sample
-from draft_opd.files import make_folder, write_json, write_lines
-from draft_opd.machine import machine
-from draft_opd.target import Target
+from draft_opd.models.target import Target
+from draft_opd.utils.files import make_folder, write_json, write_lines
+from draft_opd.utils.machine import machine
 
 SAMPLES = 3  # responses that the report shows token by token
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from draft_opd.rollout.trace import Round
+from draft_opd.decoding.rounds import Round
 
 DRAWS = 2000
 Interval = tuple[float, float]

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from draft_opd.decoding.speculative import Generation, Timing
+from draft_opd.decoding.generate import Generation, Timing
+from draft_opd.decoding.rounds import Round, by_accepted, tau
 from draft_opd.drafters.base import Drafter
 from draft_opd.evaluation.regret import regret
 from draft_opd.evaluation.statistics import interval, ratio
-from draft_opd.rollout.trace import Round, by_accepted, tau
-from draft_opd.target import Target
+from draft_opd.models.target import Target
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from draft_opd.decoding.speculative import Generation
+from draft_opd.decoding.generate import Generation
 from draft_opd.decoding.stream import Detokenizer
 
 DRAFTED, OWN = "drafted", "own"

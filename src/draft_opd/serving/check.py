@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import httpx2 as httpx
 import torch
 
+from draft_opd.data.openai_client import Server
+from draft_opd.data.prompts import Prompt
+from draft_opd.data.trajectory import Trajectory
 from draft_opd.drafters import Drafter
-from draft_opd.errors import UserError
 from draft_opd.evaluation.regret import regret
-from draft_opd.rollout.hindsight import hindsight_traces, pad_rows
-from draft_opd.rollout.prompts import Prompt
-from draft_opd.rollout.server import Server
-from draft_opd.rollout.trajectory import Trajectory
-from draft_opd.serving.vllm import Acceptance, read_metrics
-from draft_opd.target import Target
+from draft_opd.hindsight.trace import hindsight_traces, pad_rows
+from draft_opd.models.target import Target
+from draft_opd.serving.vllm_process import Acceptance, read_metrics
+from draft_opd.utils.errors import UserError
 
 BATCH = 16
 ENOUGH = 20  # rounds below which nothing is shown

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import httpx2 as httpx
 
+from draft_opd.data.openai_client import Server, said, why
+from draft_opd.data.prompts import Prompt
+from draft_opd.data.tasks import Task
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.errors import UserError
 from draft_opd.evaluation.statistics import quantile
-from draft_opd.evaluation.tasks import Task
-from draft_opd.rollout.prompts import Prompt
-from draft_opd.rollout.server import Server, said, why
-from draft_opd.serving.vllm import Acceptance, read_metrics
+from draft_opd.serving.vllm_process import Acceptance, read_metrics
+from draft_opd.utils.errors import UserError
 
 
 @dataclass

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from draft_opd.decoding.rounds import Round, Traces
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.drafters.base import Drafter
-from draft_opd.rollout.hindsight import text_chooser
-from draft_opd.rollout.occupancy import LOGITS, occupancy, text_acceptance
-from draft_opd.rollout.trace import Round, Traces
-from draft_opd.target import Target
+from draft_opd.hindsight.occupancy import LOGITS, occupancy, text_acceptance
+from draft_opd.hindsight.trace import text_chooser
+from draft_opd.losses.objectives import needs_branches
+from draft_opd.models.target import Target
 from draft_opd.training.blocks import Blocks, pack, text_states
 from draft_opd.training.config import Opd
 from draft_opd.training.data import Batch
-from draft_opd.training.objectives import needs_branches
 
 
 def random_anchors(batch: Batch, count: int | list[int], seed: str) -> list[list[int]]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draft_opd.decoding.rounds import Round
 from draft_opd.drafters.base import Drafter
-from draft_opd.rollout.trace import Round
-from draft_opd.target import Target
+from draft_opd.losses.objectives import Replay
+from draft_opd.models.target import Target
 from draft_opd.training.config import Objective
 from draft_opd.training.data import Batch
-from draft_opd.training.objectives import Replay
 
 
 @dataclass

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from draft_opd.drafters.base import write_model
-from draft_opd.errors import UserError
-from draft_opd.files import replace_folder
 from draft_opd.training.optimizer import Optimizer
+from draft_opd.utils.errors import UserError
+from draft_opd.utils.files import replace_folder
 
 STATE = "training"
 HASHES = f"{STATE}/files.json"

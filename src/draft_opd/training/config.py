@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.errors import UserError
+from draft_opd.utils.errors import UserError
 
 EMBEDDED_RECIPES = Path(__file__).parent.parent / "embedded" / "recipes"
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from draft_opd.cache import PositionCache
-from draft_opd.rollout.hindsight import pad_rows
-from draft_opd.rollout.trajectory import Trajectory
-from draft_opd.target import Target
-from draft_opd.training.features import FeatureFolder, Key, Said
+from draft_opd.data.trajectory import Trajectory
+from draft_opd.hindsight.trace import pad_rows
+from draft_opd.models.kv_cache import PositionCache
+from draft_opd.models.target import Target
+from draft_opd.training.feature_store import FeatureFolder, Key, Said
 
 
 @dataclass

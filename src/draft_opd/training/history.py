@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from draft_opd.errors import UserError
+from draft_opd.utils.errors import UserError
 
 
 @dataclass(frozen=True)

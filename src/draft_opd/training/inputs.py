@@ -7,11 +7,11 @@ from pathlib import Path
 
 import yaml
 
-from draft_opd.errors import UserError
-from draft_opd.hub import check_models
-from draft_opd.rollout.trajectory import Trajectory, read_trajectories
+from draft_opd.data.trajectory import Trajectory, read_trajectories
+from draft_opd.models.hub import check_models
 from draft_opd.training.config import Recipe
 from draft_opd.training.tracking import check_tracker
+from draft_opd.utils.errors import UserError
 
 Rows = list[Trajectory]
 MAY_CHANGE = ("out:", "tracker:", "parallel.", "keep_checkpoints:")  # on --resume

@@ -11,11 +11,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from draft_opd.files import make_folder, write_json, write_lines, write_text
-from draft_opd.rollout.trajectory import Trajectory
+from draft_opd.data.trajectory import Trajectory
 from draft_opd.training.checkpoint import Checkpoints, State
 from draft_opd.training.config import Recipe
-from draft_opd.training.parallel import whole
+from draft_opd.training.distributed import whole
+from draft_opd.utils.files import make_folder, write_json, write_lines, write_text
 
 IN_A_ROW = 10  # skipped steps: then a run that may skip stops as well
 KEPT = 3  # folders

@@ -8,18 +8,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from draft_opd.data.trajectory import Trajectory
+from draft_opd.decoding.generate import speculate
+from draft_opd.decoding.rounds import Traces, by_accepted
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.decoding.speculative import speculate
 from draft_opd.drafters.base import Drafter
-from draft_opd.rollout.hindsight import everywhere, walk
-from draft_opd.rollout.trace import Traces, by_accepted
-from draft_opd.rollout.trajectory import Trajectory
-from draft_opd.target import Target
+from draft_opd.hindsight.trace import everywhere, walk
+from draft_opd.losses.objectives import needs_branches, needs_states, objective_loss, on_text
+from draft_opd.models.target import Target
 from draft_opd.training.anchors import choose_blocks
 from draft_opd.training.blocks import Blocks, replay, text_states
 from draft_opd.training.config import Opd
 from draft_opd.training.data import Batch
-from draft_opd.training.objectives import needs_branches, needs_states, objective_loss, on_text
 from draft_opd.training.stopwatch import Stopwatch
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from draft_opd.training.config import Optim
+from draft_opd.training.distributed import like, whole
 from draft_opd.training.muon import Muon
-from draft_opd.training.parallel import like, whole
 
 
 class Optimizer:

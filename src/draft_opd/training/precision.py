@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from draft_opd.machine import speed_over_float32, warn_if_slow
 from draft_opd.training.config import Recipe
+from draft_opd.utils.machine import speed_over_float32, warn_if_slow
 
 ENOUGH = 1.5  # times the rate of float32: less would be lost again by converting
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import yaml
 
-from draft_opd.files import append, make_folder, sync, write_json, write_lines, write_text
-from draft_opd.machine import machine
 from draft_opd.training.config import Recipe
 from draft_opd.training.history import read_metrics
 from draft_opd.training.tracking import numbers, open_tracker
+from draft_opd.utils.files import append, make_folder, sync, write_json, write_lines, write_text
+from draft_opd.utils.machine import machine
 
 
 class Record:

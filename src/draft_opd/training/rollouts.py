@@ -7,15 +7,15 @@ from math import ceil
 
 import torch
 
+from draft_opd.data.trajectory import Trajectory
+from draft_opd.decoding.rounds import Round, Traces
 from draft_opd.drafters.base import Drafter
-from draft_opd.rollout.trace import Round, Traces
-from draft_opd.rollout.trajectory import Trajectory
-from draft_opd.target import Target
+from draft_opd.losses.objectives import needs_branches
+from draft_opd.models.target import Target
 from draft_opd.training.config import Recipe
 from draft_opd.training.data import Batch, BatchSource
-from draft_opd.training.objectives import needs_branches
+from draft_opd.training.distributed import Group
 from draft_opd.training.opd import hindsight_rollout, live_rollout
-from draft_opd.training.parallel import Group
 from draft_opd.training.stopwatch import Stopwatch
 
 FEW = 3.0  # trajectories times τ below which drafting at every position is faster

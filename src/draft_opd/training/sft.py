@@ -12,11 +12,11 @@ from dataclasses import replace
 from torch import Tensor
 
 from draft_opd.drafters.base import Drafter
-from draft_opd.target import Target
+from draft_opd.losses.objectives import decayed_cross_entropy, decayed_divergence
+from draft_opd.models.target import Target
 from draft_opd.training.anchors import random_anchors
 from draft_opd.training.blocks import pack, replay, text_states
 from draft_opd.training.data import Batch
-from draft_opd.training.objectives import decayed_cross_entropy, decayed_divergence
 
 
 def sft_loss(

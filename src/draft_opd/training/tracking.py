@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from draft_opd.errors import UserError
-from draft_opd.files import write_json
+from draft_opd.utils.errors import UserError
+from draft_opd.utils.files import write_json
 
 PROJECT = "draft-opd"
 

@@ -1,0 +1,158 @@
+"""Options that several commands share, and what they become."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from draft_opd.utils.errors import UserError
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+TargetName = Annotated[
+    str, typer.Option("--target", help="Folder, hub id, or 'embedded' (the shipped target).")
+]
+DrafterName = Annotated[str, typer.Option("--drafter", help="Drafter folder or hub id.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: best there is.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32 or bfloat16; default: float32 on CPU, else as stored.")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that ships with the target.")
+]
+Length = Annotated[
+    int | None, typer.Option("--draft-length", help="Tokens drafted a round; default: all.")
+]
+AutoLength = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-length",
+        help="Tokens drafted a round, or 'auto': what is fastest here. Default: auto when greedy "
+        "and no --tree is given, else all.",
+    ),
+]
+Tree = Annotated[
+    str | None,
+    typer.Option("--tree", help="Draft a tree: nodes at depth 1, 2, ..., as 4,4,2 (EAGLE-3)."),
+]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="0 keeps all tokens.")]
+TopP = Annotated[float, typer.Option(help="1 keeps all tokens.")]
+Thinking = Annotated[
+    bool | None, typer.Option("--thinking/--no-thinking", help="For templates that know it.")
+]
+
+
+def _in_range(seed: int) -> int:
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed}: must be from 0 to {2**32 - 1}")
+    return seed
+
+
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn.", callback=_in_range)]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest response.")]
+Config = Annotated[
+    Path,
+    typer.Option("--config", help="Recipe, YAML; or 'embedded', 'embedded:eagle3': the demo's."),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override recipe keys.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+
+
+def example(text: str) -> str:
+    return f"Example: {text}"
+
+
+def to_sampling(temperature: float, top_k: int, top_p: float, draft: str = "sample"):
+    from pydantic import ValidationError
+
+    from draft_opd.decoding.sampling import Sampling
+
+    try:
+        return Sampling(temperature=temperature, top_k=top_k, top_p=top_p, draft=draft)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        raise UserError(f"--{name} {first['input']}: {first['msg'].lower()}") from None
+
+
+def to_numbers(text: str | None, option: str) -> list[int] | None:
+    """2,4,8 as a list, ascending."""
+    if text is None:
+        return None
+    try:
+        found = sorted({int(x) for x in text.split(",")})
+    except ValueError:
+        found = [0]
+    if found[0] < 1:
+        raise UserError(f"{option} {text}: give numbers from 1 on, as 2,4,8")
+    return found
+
+
+def to_lengths(text: str | None) -> list[int | str] | None:
+    """2,4,auto as a list, ascending, "auto" last."""
+    if text is None:
+        return None
+    words = {w.strip() for w in text.split(",")}
+    auto, numbers = words & {"auto"}, words - {"auto"}
+    if any(not w.isdecimal() or int(w) < 1 for w in numbers):
+        raise UserError(f"--draft-length {text}: give numbers from 1 on, as 2,4,8, or auto")
+    return [*sorted(map(int, numbers)), *auto]
+
+
+def one_length(text: str | None) -> int | str | None:
+    """A number or "auto"."""
+    found = to_lengths(text)
+    if found and len(found) > 1:
+        raise UserError(f"--draft-length {text}: give one number, or 'auto'")
+    return found and found[0]
+
+
+def to_widths(tree: str | None) -> list[int] | None:
+    if tree is None:
+        return None
+    try:
+        return [int(x) for x in tree.split(",")]
+    except ValueError:
+        raise UserError(f"--tree {tree}: give the nodes at each depth, as 4,4,2") from None
+
+
+def to_target(name: str, device: str | None, dtype: str | None, trust: bool):
+    import torch
+
+    from draft_opd.models.target import Target
+    from draft_opd.utils.machine import warn_if_slow
+
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype}: choose float32, bfloat16 or float16")
+    try:
+        where = torch.device(device) if device else None
+        if where is not None:
+            torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {device}: not usable here ({str(error).splitlines()[0]})"
+        ) from None
+    if dtype:
+        here = where or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        warn_if_slow(f"--dtype {dtype}", getattr(torch, dtype), here)
+    return Target.from_pretrained(name, dtype=dtype, device=where, trust_remote_code=trust)
+
+
+def to_drafter(name: str, target):
+    from draft_opd.drafters import Drafter
+
+    drafter = Drafter.from_pretrained(name, device=target.device)
+    drafter.check_target(target)
+    return drafter.to(target.dtype)
+
+
+MARKS = ("auto", "brackets", "none")  # how `generate` shows accepted draft tokens
+
+
+def at_least(value: int | None, least: int, option: str) -> None:
+    if value is not None and value < least:
+        raise UserError(f"{option} {value}: must be at least {least}")

@@ -1,0 +1,218 @@
+"""Prompts -> trajectories: a file that a killed run goes on with, whoever answers."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from draft_opd.data.prompts import Prompt
+from draft_opd.data.trajectory import Trajectory, TrajectoryWriter, read_trajectories
+from draft_opd.decoding.generate import speculate
+from draft_opd.decoding.sampling import Sampling
+from draft_opd.drafters.base import Drafter
+from draft_opd.models.target import Target
+from draft_opd.models.target_info import TargetText, check_prompt
+from draft_opd.utils.errors import UserError
+from draft_opd.utils.files import hold, make_folder, write_json
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to be answered: its name in the file, its token ids, and the messages they are."""
+
+    id: str
+    prompt_ids: list[int]
+    messages: list[dict]
+
+
+# Answers requests, handing trajectories to its second argument as they are made.
+Answer = Callable[[list[Request], Callable[[list[Trajectory]], None]], None]
+
+
+def decode_trajectories(
+    target: Target,
+    requests: list[tuple[str, list[int]]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    drafter: Drafter | None = None,
+) -> Iterator[list[Trajectory]]:
+    """Decodes (id, prompt ids) pairs in length-sorted batches, yielding each batch when done."""
+    sampling = sampling or Sampling()
+    ordered = sorted(requests, key=lambda r: len(r[1]))
+    for start in range(0, len(ordered), batch_size):
+        batch = ordered[start : start + batch_size]
+        # From the names, so that a collection that goes on later draws nothing twice.
+        batch_seed = seed + zlib.crc32("/".join(name for name, _ in batch).encode())
+        made = speculate(
+            target,
+            drafter,
+            [ids for _, ids in batch],
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=batch_seed,
+        )
+        yield [
+            Trajectory(
+                ids,
+                g.token_ids,
+                name,
+                g.finish_reason,
+                *sampling.filters,
+                batch_seed,
+            )
+            for (name, ids), g in zip(batch, made, strict=True)
+        ]
+
+
+def gather(
+    target: TargetText,
+    prompts: list[Prompt],
+    out: Path,
+    answer: Answer,
+    about: dict,
+    *,
+    samples: int = 1,
+    thinking: bool | None = None,
+    progress: Callable[[int, int, int], None] | None = None,
+) -> Path:
+    """Writes `out/trajectories.jsonl`; what is already there is not asked for again.
+
+    about: how the trajectories are made; a folder that was made otherwise is refused, and one that
+    another process is writing. `collect.json` says so and, once all was asked, how many answered.
+    `progress(done, total, tokens)` is called after every write. Raises `UserError` when the folder
+    holds trajectories of other prompts under the same ids, or a prompt does not fit the context.
+    """
+    path = make_folder(out) / "trajectories.jsonl"
+    with hold(out):
+        return _gather(target, prompts, path, answer, about, samples, thinking, progress)
+
+
+def _gather(target, prompts, path, answer, about, samples, thinking, progress) -> Path:
+    writer = TrajectoryWriter(path)
+    about = {"target": target.name, **about}
+    made = path.with_name("collect.json")
+    try:
+        if writer.done:
+            _check_made(made, about)
+        todo, seen = [], set()
+        for prompt in prompts:
+            ids = prompt.ids(target, thinking)
+            check_prompt(ids, target, prompt.id)
+            if len(ids) >= target.max_positions:
+                raise UserError(
+                    f"prompt {prompt.id} has {len(ids)} tokens, the target's context holds "
+                    f"{target.max_positions}: shorten or remove it"
+                )
+            for sample in range(samples):
+                name = prompt.id if samples == 1 else f"{prompt.id}-{sample}"
+                if name in seen:
+                    raise UserError(f"two prompts have the id '{name}': make ids unique")
+                seen.add(name)
+                if name not in writer.done:
+                    todo.append(Request(name, ids, prompt.messages))
+                elif writer.done[name] != ids:
+                    raise UserError(
+                        f"'{path}' already holds another prompt under the id '{name}': "
+                        "use another --out"
+                    )
+        counts = {"done": len(seen) - len(todo), "tokens": 0}
+
+        def emit(batch: list[Trajectory]) -> None:
+            writer.write(batch)
+            counts["done"] += len(batch)
+            counts["tokens"] += sum(len(t.response_ids) for t in batch)
+            if progress:
+                progress(counts["done"], len(seen), counts["tokens"])
+
+        write_json(made, about)
+        emit([])
+        if todo:
+            answer(todo, emit)
+        ended = {"asked": len(seen), "answered": len(seen & writer.done.keys())}
+        write_json(made, {**about, "ended": ended})
+    finally:
+        writer.close()
+    return path
+
+
+def collect(
+    target: Target,
+    prompts: list[Prompt],
+    out: Path,
+    *,
+    max_new_tokens: int = 512,
+    samples: int = 1,
+    batch_size: int = 16,
+    sampling: Sampling | None = None,
+    thinking: bool | None = None,
+    seed: int = 0,
+    drafter: Drafter | None = None,
+    progress: Callable[[int, int, int], None] | None = None,
+) -> Path:
+    """`gather` with a target that decodes here."""
+    sampling = sampling or Sampling()
+
+    def answer(requests: list[Request], emit) -> None:
+        for batch in decode_trajectories(
+            target,
+            [(r.id, r.prompt_ids) for r in requests],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            sampling=sampling,
+            seed=seed,
+            drafter=drafter,
+        ):
+            emit(batch)
+
+    about = how_made(sampling, seed, max_new_tokens, samples)
+    return gather(
+        target, prompts, out, answer, about, samples=samples, thinking=thinking, progress=progress
+    )
+
+
+def how_made(sampling: Sampling, seed: int, max_new_tokens: int, samples: int) -> dict:
+    """What `collect.json` remembers. Raises `UserError` where samples would all be equal."""
+    if samples > 1 and sampling.greedy:
+        raise UserError("samples > 1 needs temperature > 0: greedy samples would all be equal")
+    return {"sampling": sampling.model_dump(), "seed": seed, "max_new_tokens": max_new_tokens}
+
+
+def _check_made(path: Path, about: dict) -> None:
+    """Refuses to go on in another way than the file says."""
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+            if not isinstance(before, dict):
+                raise ValueError
+        except ValueError:
+            raise UserError(f"'{path}' is damaged: remove it, or use another --out") from None
+        changed = [k for k in about if k in before and before[k] != about[k]]
+        if changed:
+            told = "; ".join(f"{k} {before.get(k)} before, {about[k]} now" for k in changed)
+            raise UserError(f"'{path.parent}' was collected otherwise ({told}): use another --out")
+
+
+def summary(path: Path) -> dict:
+    """What a trajectories file holds, in figures."""
+    rows = read_trajectories(path)
+    ends = Counter(t.finish_reason for t in rows)
+    prompt, response = (
+        sum(len(getattr(t, name)) for t in rows) for name in ("prompt_ids", "response_ids")
+    )
+    return {
+        "kind": "trajectories",
+        "path": str(path),
+        "trajectories": len(rows),
+        "prompt_tokens": prompt,
+        "response_tokens": response,
+        "mean_response": response / len(rows),
+        "longest": max(len(t.ids) for t in rows),
+        "finish_reasons": dict(ends),
+    }

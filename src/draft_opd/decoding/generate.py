@@ -1,0 +1,242 @@
+"""The decode loop: draft a block, verify it in one target forward, commit, repeat.
+
+Without a drafter the same loop is the target decoding alone, one token a round: the baseline
+of every speed-up runs on the same kernels and the same cache.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from draft_opd.decoding.draft_length import Length, Pace, length_and_pace
+from draft_opd.decoding.rounds import Round, committed, tau
+from draft_opd.decoding.sampling import Sampling
+from draft_opd.decoding.step import Rounds
+from draft_opd.decoding.tree import check_widths
+from draft_opd.drafters.base import Drafter
+from draft_opd.models.target import Target
+from draft_opd.models.target_info import check_prompt
+from draft_opd.utils.errors import UserError
+
+# Called after every round with the row's index, the tokens committed and the round.
+OnRound = Callable[[int, list[int], Round], None]
+
+
+@dataclass
+class Generation:
+    """What one prompt became. `token_ids` is the response, its stop token included."""
+
+    prompt_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    finish_reason: str = "length"
+
+    @property
+    def tau(self) -> float:
+        return tau(self.rounds)
+
+
+@dataclass
+class Timing:
+    """Seconds spent, summed over rounds; `prefill` is the prompts' forward, `first_token` all until
+    the first round was done."""
+
+    prefill: float = 0.0
+    first_token: float = 0.0
+    draft: float = 0.0
+    verify: float = 0.0
+    rest: float = 0.0
+
+    @property
+    def decode(self) -> float:
+        return self.draft + self.verify + self.rest
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def _synchronize(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@torch.inference_mode()
+def speculate(
+    target: Target,
+    drafter: Drafter | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int],
+    draft_length: int | None = None,
+    tree: Sequence[int] | None = None,
+    sampling: Sampling | None = None,
+    stop_ids: Iterable[int] | None = None,
+    seed: int = 0,
+    pace: Pace | None = None,
+    timing: Timing | None = None,
+    on_round: OnRound | None = None,
+) -> list[Generation]:
+    """Decodes a batch of prompts; every row accepts what it accepts.
+
+    Args:
+        drafter: None decodes with the target alone.
+        prompts: token ids, one list a row, none empty.
+        max_new_tokens: for all rows, or one a row.
+        draft_length: tokens proposed a round; at most, and by default, what was trained.
+        tree: draft a tree with so many nodes at depths 1, 2, .. instead. A round's `drafted` is
+            then the path that was accepted, -1 behind it.
+        pace: chooses the draft length of every round, `draft_length` at most; it learns from them.
+        sampling: greedy by default.
+        stop_ids: tokens that end a row; by default the target's.
+        timing: filled in when given (this adds a device synchronisation a phase).
+
+    Raises:
+        UserError: an empty prompt, one that leaves no room in the context, a draft length that the
+            drafter was not trained for, or a drafter that does not fit.
+    """
+    sampling = sampling or Sampling()
+    stops = frozenset(target.stop_ids if stop_ids is None else stop_ids)
+    length = _draft_length(target, drafter, draft_length)
+    if drafter and tree is not None:
+        if draft_length is not None or pace:
+            raise UserError("give a draft length or a tree, not both")
+        if not drafter.has_trees:
+            raise UserError(f"{drafter.family} drafts a block at once, so it has no trees")
+        tree = check_widths(tree, drafter.draft_length)
+        length = len(tree)
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {i} is empty: at least one token is needed")
+        check_prompt(prompt, target, str(i))
+        if len(prompt) >= target.max_positions:
+            raise UserError(
+                f"prompt {i} has {len(prompt)} tokens, the target's context holds "
+                f"{target.max_positions}: shorten it"
+            )
+    results = [Generation(list(p)) for p in prompts]
+    asked = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    limits = [min(n, target.max_positions - len(p)) for n, p in zip(asked, prompts, strict=True)]
+    if not limits or min(limits) < 1:
+        return results
+    device = target.device
+    clock = timing or Timing()
+    now = (lambda: _synchronize(device)) if timing is not None else (lambda: 0.0)
+
+    started = began = now()
+    layers = drafter.target_layers if drafter else ()
+    active = list(range(len(prompts)))
+    capacity = max(map(len, prompts)) + max(limits) + length + 1
+    cache, context = target.cache(capacity), None
+    width = max(len(p) for p in prompts) - 1
+    rows = [[*p[:-1]] + [0] * (width + 1 - len(p)) for p in prompts]
+    ids = torch.tensor(rows, dtype=torch.long, device=device)
+    if width:
+        out = target.trajectories(ids, layers, cache)
+        features = out.features
+    elif drafter:
+        features = torch.zeros(
+            len(prompts), 0, len(layers) * target.hidden_size, dtype=target.dtype, device=device
+        )
+    if drafter:
+        context = drafter.context(target, ids.view(len(prompts), width), features)
+        context.reserve(capacity)
+    generator = torch.Generator(device).manual_seed(seed)
+    rounds = Rounds(target, drafter, cache, context, sampling, generator, tree)
+    clock.prefill += now() - began
+
+    while active:
+        began, entered = now(), time.perf_counter()
+        rows = [results[i] for i in active]
+        anchor_list = [len(r.prompt_ids) + len(r.token_ids) - 1 for r in rows]
+        anchors = torch.tensor(anchor_list, device=device)
+        last = torch.tensor([(r.token_ids or r.prompt_ids)[-1] for r in rows], device=device)
+        # Never run past the context; the last rounds draft less.
+        furthest = max(anchor_list)
+        count = min(length, target.max_positions - 1 - furthest)
+        if pace:
+            count = pace.choose(count)
+        rounds.bound(furthest + count + 1, filled=len(active) == 1)
+        drafted_at = began
+
+        def drafted_now():
+            nonlocal drafted_at
+            drafted_at = now()
+
+        table = rounds(anchors, last, count, drafted_now)
+        verified_at = now()
+        clock.draft += drafted_at - began
+        clock.verify += verified_at - drafted_at
+        table = table.tolist()
+        if pace:
+            pace.tell(count, [line[0] for line in table], time.perf_counter() - entered)
+        going = []
+        for row, (result, anchor, line) in enumerate(zip(rows, anchor_list, table, strict=True)):
+            room = limits[active[row]] - len(result.token_ids)
+            tokens, kept, ended = committed(line[2:], line[0], line[1], stops, room)
+            result.token_ids += tokens
+            result.rounds.append(Round(anchor, line[2:], kept))
+            if on_round:
+                on_round(active[row], tokens, result.rounds[-1])
+            if ended:
+                result.finish_reason = ended
+            else:
+                going.append(row)
+        if len(going) < len(rows):
+            rounds.select(torch.tensor(going, dtype=torch.long, device=device))
+            active = [active[i] for i in going]
+        clock.rest += now() - verified_at
+        if started is not None:
+            clock.first_token += now() - started
+            started = None
+    return results
+
+
+def _draft_length(target: Target, drafter: Drafter | None, asked: int | None) -> int:
+    if drafter is None:
+        return 0
+    drafter.check_target(target)
+    return drafter.checked_length(asked)
+
+
+def generate(
+    target: Target,
+    drafter: Drafter | None,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    draft_length: Length = None,
+    tree: Sequence[int] | None = None,
+    seed: int = 0,
+    on_round: OnRound | None = None,
+) -> Generation:
+    """Decodes one prompt speculatively; see `speculate`. The text is the target's own.
+
+    draft_length: None, as trained; "auto", what is fastest here (`Pace`): then rounds depend on
+    timings, and with them, at a temperature above 0, what is drawn from the same distribution.
+
+    >>> import draft_opd as d
+    >>> target = d.Target.from_pretrained("embedded", device="cpu")
+    >>> d.generate(target, None, [1, 2, 3], max_new_tokens=2).finish_reason
+    'length'
+    """
+    length, pace = length_and_pace(draft_length, drafter.draft_length if drafter else 0)
+    return speculate(
+        target,
+        drafter,
+        [list(prompt_ids)],
+        max_new_tokens=max_new_tokens,
+        draft_length=length,
+        tree=tree,
+        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
+        seed=seed,
+        pace=pace if drafter else None,
+        on_round=on_round,
+    )[0]

@@ -1,0 +1,100 @@
+"""One round as tensors: draft, verify, and let target and drafter know what was committed.
+
+Nothing here looks at a tensor's value or does Python work that grows with the context: where the
+round begins and how far it reaches is known to the caller, who reads its result in one transfer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draft_opd.decoding.sampling import Sampling
+from draft_opd.decoding.tree import verify_tree
+from draft_opd.decoding.verification import accepted_prefix, verify_sampled
+from draft_opd.drafters.base import Drafter
+from draft_opd.models.kv_cache import PositionCache
+from draft_opd.models.target import Target
+
+
+@dataclass
+class Rounds:
+    """What all rounds of a batch share."""
+
+    target: Target
+    drafter: Drafter | None
+    cache: PositionCache
+    context: PositionCache | None
+    sampling: Sampling
+    generator: torch.Generator
+    tree: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        self.choose = self.sampling.chooser(self.generator)
+        self.layers = self.drafter.target_layers if self.drafter else ()
+
+    def bound(self, slots: int, filled: bool = False) -> None:
+        """How many slots the next round may look at; `filled`: every row's block ends there."""
+        for cache in (self.cache, self.context):
+            if cache is not None:
+                cache.bound, cache.filled = slots, filled
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps only the given batch rows."""
+        self.cache.select(rows)
+        if self.drafter:
+            self.drafter.select(self.context, rows)
+
+    def __call__(
+        self,
+        anchors: Tensor,
+        last: Tensor,
+        count: int,
+        drafted_now: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """anchors, last [batch]: where the last committed token stands, and which it is; `count`
+        tokens are drafted.
+
+        Returns [batch, 2 + count]: how many were accepted, the bonus token, the drafted ones (of a
+        tree: the path that was accepted, -1 behind it).
+        """
+        device, tree = last.device, self.tree[:count] if self.tree else None
+        drafted, probs = last.new_empty(len(last), 0), None
+        if self.drafter and tree:
+            nodes = self.drafter.propose_tree(self.target, self.context, anchors, last, tree)
+        elif self.drafter and count:
+            drafted, probs = self.drafter.propose(
+                self.target, self.context, anchors[:, None], last[:, None], count, self.choose
+            )
+            drafted, probs = drafted[:, 0], None if probs is None else probs[:, 0]
+        drafted_now()
+        if self.drafter and tree:
+            block, positions, features, accepted, bonus = verify_tree(
+                self.target, self.cache, self.layers, *nodes, count, anchors, self.sampling,
+                self.generator,
+            )  # fmt: skip
+            behind = torch.arange(1, count + 1, device=device) > accepted[:, None]
+            drafted = block[:, 1:].masked_fill(behind, -1)
+        else:
+            block = torch.cat([last[:, None], drafted], 1)
+            positions = anchors[:, None] + torch.arange(block.shape[1], device=device)
+            features, accepted, bonus = self._verify(block, positions, drafted, probs)
+        if self.drafter:
+            self.drafter.observe(self.context, self.target, block, features, positions)
+        return torch.cat([accepted[:, None], bonus[:, None], drafted], 1)
+
+    def _verify(self, block: Tensor, positions: Tensor, drafted: Tensor, draft_probs):
+        out = self.target.extend(block, positions, self.cache, self.layers)
+        logits = self.target.logits(out.hidden)
+        if self.sampling.greedy:
+            chosen = logits.argmax(-1)
+            accepted = accepted_prefix(drafted == chosen[:, :-1])
+            bonus = chosen.gather(1, accepted[:, None])[:, 0]
+        else:
+            probs = self.sampling.probabilities(logits)
+            draft_probs = probs[:, :0] if draft_probs is None else draft_probs
+            accepted, bonus = verify_sampled(drafted, draft_probs, probs, self.generator)
+        return out.features, accepted, bonus

@@ -1,0 +1,262 @@
+"""From replayed blocks to a loss: one small function an objective.
+
+Notation: n accepted length, K offsets, p the target's distribution in the draft-induced state, q
+the drafter's, y the trajectory's token. Block weights (1 unless anchors are weighted by occupancy)
+multiply a block's share of every mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from draft_opd.losses.chunked import chunked_score
+from draft_opd.losses.divergences import (
+    Score,
+    combine_streams,
+    cross_entropy,
+    dpace_weights,
+    expected_length,
+    forward_kl,
+    negative_log_overlap,
+    reverse_kl,
+    sampled,
+    stream_weights,
+    top_k,
+    total_variation,
+    up_to_first_rejection,
+)
+from draft_opd.training.config import Objective
+
+
+@dataclass
+class Replay:
+    """What an objective sees; N blocks of K offsets.
+
+    hidden [N, K, H] with gradient; states [N, K, Ht], the target's (None when nothing asks for
+    them); labels, drafted [N, K]; accepted [N]; valid [N, K]; weight [N]; heads [Vd, H], [V, Ht];
+    decay γ_sft. With a draft vocabulary [Vd] q is 0 outside of it, and draftable [N, K] says which
+    labels are in it. Where several processes share a batch, `total` adds up over them: losses and
+    figures are this process's part of theirs all, which add up.
+    """
+
+    hidden: Tensor
+    states: Tensor | None
+    labels: Tensor
+    drafted: Tensor
+    accepted: Tensor
+    valid: Tensor
+    weight: Tensor
+    head: Tensor
+    target_head: Tensor
+    decay: float
+    vocabulary: Tensor | None = None
+    draftable: Tensor | None = None
+    sees_drafts: bool = False
+    supervision_temperature: float = 1.0
+    draft_temperature: float = 1.0
+    total: Callable[[Tensor], Tensor] = Tensor.detach
+
+    def score(self, score: Score, where: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """A score against the target, dense [N, K], zero outside `where`."""
+        return self._dense(
+            where,
+            chunked_score(
+                score,
+                self.hidden[where],
+                self.head,
+                teacher_hidden=self.states[where],
+                teacher_weight=self.target_head,
+                labels=None if tokens is None else tokens[where],
+                temperature=self.supervision_temperature,
+                draft_temperature=self.draft_temperature,
+                vocabulary=self.vocabulary,
+            ),
+        )
+
+    @cached_property
+    def reachable(self) -> Tensor:
+        """[N, K]: valid, and no label so far is one that the drafter cannot draft."""
+        if self.draftable is None:
+            return self.valid
+        return self.valid & self.draftable.cumprod(1).bool()
+
+    def _surprise(self, temperature: float) -> Tensor:
+        hidden, labels = self.hidden[self.reachable], self.labels[self.reachable]
+        values = chunked_score(
+            cross_entropy, hidden, self.head, labels=labels, teacher_weight=self.target_head,
+            draft_temperature=temperature, vocabulary=self.vocabulary,
+        )  # fmt: skip
+        return self._dense(self.reachable, values)
+
+    @cached_property
+    def plain_surprise(self) -> Tensor:
+        """-log q(y) at temperature 1, [N, K], zero where not reachable."""
+        return self._surprise(1.0)
+
+    @cached_property
+    def surprise(self) -> Tensor:
+        """The same at `draft_temperature`."""
+        return (
+            self.plain_surprise
+            if self.draft_temperature == 1
+            else self._surprise(self.draft_temperature)
+        )
+
+    @staticmethod
+    def _dense(where: Tensor, values: Tensor) -> Tensor:
+        return torch.zeros(where.shape, dtype=values.dtype, device=values.device).masked_scatter(
+            where, values
+        )
+
+    def mean(self, values: Tensor, weights: Tensor) -> Tensor:
+        """Weighted mean over blocks and offsets, [N, K] each."""
+        weights = weights * self.weight[:, None]
+        return (values * weights).sum() / self.total(weights.sum()).clamp_min(1e-9)
+
+    def block_mean(self, values: Tensor, valid: Tensor) -> Tensor:
+        """Weighted mean of [N] over blocks that have a valid offset."""
+        weights = self.weight * valid.any(1)
+        return (values * weights).sum() / self.total(weights.sum()).clamp_min(1e-9)
+
+
+def decayed_cross_entropy(r: Replay, decay: float | None = None) -> Tensor:
+    """Σ w_k (-log q(y_k)) / Σ w_k with w_k = exp(-(k-1)/γ), over reachable offsets (method §3)."""
+    return _decayed(r, r.plain_surprise, decay)
+
+
+def decayed_divergence(r: Replay, decay: float | None = None) -> Tensor:
+    """The same with KL(p || q), the soft cross-entropy up to a constant."""
+    return _decayed(r, r.score(forward_kl, r.reachable), decay)
+
+
+def _decayed(r: Replay, values: Tensor, decay: float | None) -> Tensor:
+    offsets = torch.arange(values.shape[1]).to(values)
+    return r.mean(values, r.reachable * torch.exp(-offsets / (decay or r.decay)))
+
+
+def _divergence(objective: Objective, score: Score, direction: str) -> tuple[Score, bool]:
+    """The estimator asked for, and whether it looks at the drafted token."""
+    if objective.estimator == "exact":
+        return score, False
+    if objective.estimator == "top_k":
+        return top_k(score, objective.top_k), False
+    return sampled(objective.estimator, direction, objective.clamp), True
+
+
+STREAMS = {
+    "acceptance_aware": ((forward_kl, "forward"), (reverse_kl, "reverse")),
+    "forward_kl": ((forward_kl, "forward"),) * 2,
+    "reverse_kl": ((reverse_kl, "reverse"),) * 2,
+    "total_variation": ((total_variation, ""),) * 2,
+    "log_overlap": ((negative_log_overlap, ""),) * 2,
+}
+
+
+def _streams(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+    """(λ_a L_acc + λ_r L_rej) / (λ_a + λ_r), method §4."""
+    weights = stream_weights(
+        r.accepted, r.valid.shape[1], r.valid, o.gamma, o.accepted_gamma, o.supervise_correction,
+        o.suffix,
+    )  # fmt: skip
+    lambdas = (o.accepted_weight, o.rejected_weight)
+    # A stream that counts nothing is not scored either.
+    weights = [w * r.weight[:, None] * (x > 0) for w, x in zip(weights, lambdas, strict=True)]
+    # In the accepted stream a drafted token is the trajectory's (at the correction: in its place).
+    tokens = (r.labels, r.drafted)
+    scores = []
+    for (score, direction), w, ids in zip(STREAMS[o.kind], weights, tokens, strict=True):
+        estimate, single = _divergence(o, score, direction)
+        scores.append(r.score(estimate, w > 0, ids if single else None))
+    parts = combine_streams(*scores, *weights, *lambdas, o.normalization, r.total)
+    used = (weights[0] > 0) | (weights[1] > 0)
+    return parts.total, {
+        "supervised": int(used.sum()),
+        "accepted_loss": parts.accepted.item(),
+        "rejected_loss": parts.rejected.item(),
+    }
+
+
+def _cross_entropy(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+    return decayed_cross_entropy(r), {}
+
+
+def _auf(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+    """Mean of -log q(y_k) over k <= n + 1."""
+    used = up_to_first_rejection(r.accepted, r.reachable)
+    return r.mean(r.surprise, used.to(r.surprise)), {"supervised": int(used.sum())}
+
+
+def _dpace(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+    """Σ w_k (-log q(y_k)) / blocks, w by D-PACE (its authors' normalisation)."""
+    weights = dpace_weights((-r.surprise).exp(), r.reachable, o.dpace_alpha)
+    return r.block_mean((r.surprise * weights).sum(1), r.valid), {}
+
+
+def _length(r: Replay, log_accept: Tensor, valid: Tensor) -> Tensor:
+    """1 - Σ accepted / Σ offsets: 0 when every block would be accepted whole."""
+    accepted = (expected_length(log_accept, valid) * r.weight).sum()
+    offsets = (valid * r.weight[:, None]).sum()
+    return (offsets - accepted) / r.total(offsets).clamp_min(1e-9)
+
+
+def _expected_length(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+    return _length(r, -r.surprise, r.reachable), {}
+
+
+def _expected_overlap(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+    """With p along the trajectory: the expectation over texts of what sampling accepts."""
+    log_overlap = -r.score(negative_log_overlap, r.valid)
+    return _length(r, log_overlap, r.valid), {"supervised": int(r.valid.sum())}
+
+
+def _chain_tv(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+    """Mean over blocks of 1 - Σ_k Π_{j<=k} A_j / (n + 1), A = Σ_v min(p, q), k <= n + 1."""
+    valid = up_to_first_rejection(r.accepted, r.valid)
+    accepted = expected_length(-r.score(negative_log_overlap, valid), valid)
+    loss = r.block_mean(1 - accepted / valid.sum(1).clamp_min(1), valid)
+    return loss, {"supervised": int(valid.sum())}
+
+
+OBJECTIVES: dict[str, Callable[[Replay, Objective], tuple[Tensor, dict]]] = {
+    **dict.fromkeys(STREAMS, _streams),
+    "cross_entropy": _cross_entropy,
+    "auf": _auf,
+    "dpace": _dpace,
+    "expected_length": _expected_length,
+    "expected_overlap": _expected_overlap,
+    "chain_tv": _chain_tv,
+}
+
+
+def on_text(o: Objective) -> bool:
+    """Whether offsets are conditioned on the trajectory's tokens, not on what was drafted."""
+    return o.kind not in STREAMS
+
+
+def needs_states(o: Objective) -> bool:
+    """Whether the target's distribution enters at all."""
+    return o.kind in STREAMS or o.kind in ("expected_overlap", "chain_tv")
+
+
+def needs_branches(o: Objective) -> bool:
+    """Whether what was drafted behind the first rejection does, in states off the trajectory."""
+    return o.kind in STREAMS and o.suffix and o.rejected_weight > 0
+
+
+def objective_loss(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+    """The loss (0-d) and figures for the metrics."""
+    loss, figures = OBJECTIVES[o.kind](r, o)
+    figures = {"supervised": int(r.reachable.sum()), **figures}
+    if o.trajectory_weight:
+        figures["supervised"] = int(r.reachable.sum())
+        along = r
+        if r.sees_drafts and not on_text(o):
+            # Behind the first wrong proposal q is not conditioned on the text.
+            along = replace(r, valid=up_to_first_rejection(r.accepted, r.valid))
+        loss = loss + o.trajectory_weight * decayed_cross_entropy(along)
+    return loss, figures

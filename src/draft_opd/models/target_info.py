@@ -1,0 +1,92 @@
+"""What is known of a target without its weights: tokenizer, chat template, shape, limits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from draft_opd.models.hub import find_target_files
+from draft_opd.utils.errors import UserError
+
+
+def find_target(path_or_id: str, weights: bool = True) -> str:
+    """What transformers loads a target from. Raises `UserError` for what cannot be one: no folder
+    and no hub id, a drafter, weights that are pickles only."""
+    from draft_opd.drafters import FAMILIES  # drafters need targets
+
+    path, config = find_target_files(path_or_id, weights)
+    if config is not None and any(f.matches(config) for f in FAMILIES.values()):
+        raise UserError(f"'{path}' is a drafter, not a target: it goes to --drafter")
+    return path
+
+
+def check_tokenizer(tokenizer) -> None:
+    """Raises ValueError for one that knows no words: transformers makes it where there are no
+    files."""
+    if len(tokenizer) < 2:
+        raise ValueError("it has no tokenizer files")
+
+
+def check_prompt(ids: Sequence[int], target: TargetText, name: str) -> None:
+    """Raises `UserError` for token ids that the target does not have."""
+    if ids and max(ids) >= target.vocab_size:
+        raise UserError(
+            f"prompt {name} has token id {max(ids)}, the target's vocabulary ends at "
+            f"{target.vocab_size - 1}: its tokenizer belongs to another model"
+        )
+
+
+class TargetText:
+    """A target without its weights: for what a server decodes, and for what is written to disk."""
+
+    def __init__(self, config, generation_config, tokenizer, name: str):
+        self.config = config.get_text_config()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.vocab_size: int = self.config.vocab_size
+        self.num_layers: int = self.config.num_hidden_layers
+        self.hidden_size: int = self.config.hidden_size
+        self.architectures: list[str] = config.architectures or []
+        self.max_positions: int = getattr(self.config, "max_position_embeddings", None) or 1 << 30
+        self._generation = generation_config
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str, *, trust_remote_code: bool = False) -> TargetText:
+        """Reads configuration and tokenizer only. Raises `UserError` when there are none."""
+        path = find_target(path_or_id, weights=False)
+        trust = {"trust_remote_code": trust_remote_code}
+        try:
+            config = AutoConfig.from_pretrained(path, **trust)
+            tokenizer = AutoTokenizer.from_pretrained(path, **trust)
+            check_tokenizer(tokenizer)
+        except Exception as error:
+            line = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"target '{path_or_id}' has no readable configuration and tokenizer ({line})"
+            ) from error
+        try:
+            generation = GenerationConfig.from_pretrained(path)
+        except OSError:  # it has none
+            generation = None
+        return cls(config, generation, tokenizer, str(path_or_id))
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end a response: the generation config's, else the tokenizer's."""
+        eos = getattr(self._generation, "eos_token_id", None)
+        if eos is None:
+            eos = self.config.eos_token_id
+        if eos is None and self.tokenizer is not None:
+            eos = self.tokenizer.eos_token_id
+        if eos is None:
+            return frozenset()
+        return frozenset([eos] if isinstance(eos, int) else eos)
+
+    def chat_ids(self, messages: list[dict], thinking: bool | None = None) -> list[int]:
+        """Messages through the chat template, ready for the response to begin."""
+        extra = {} if thinking is None else {"enable_thinking": thinking}
+        text = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, **extra
+        )
+        return self.tokenizer.encode(text, add_special_tokens=False)

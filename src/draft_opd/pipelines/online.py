@@ -1,0 +1,187 @@
+"""A deployed drafter follows its users' traffic.
+
+Round by round: collect what a server (running the current drafter) answers to the next prompts,
+train on it, export, have the server take the export up. Every round is a folder of `out`; a loop
+that was killed goes on where it stopped.
+
+    out/round-0/trajectories.jsonl   what the server answered
+    out/round-0/train.jsonl          that, and the rounds before it within `online.window`
+    out/round-0/run                  the training run
+    out/round-0/round.json           written when the round is done
+    out/served                       what the server should run now
+    out/served.json                  which drafter that is, written when the server has taken it up
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from draft_opd.data.openai_client import Server
+from draft_opd.data.prompts import Prompt, read_prompt
+from draft_opd.data.server_collect import gather_from
+from draft_opd.data.trajectory import read_trajectories
+from draft_opd.drafters import Drafter
+from draft_opd.models.hub import resolve_path
+from draft_opd.models.target import Target
+from draft_opd.serving.model_card import model_card
+from draft_opd.training.config import Recipe
+from draft_opd.training.inputs import check_online
+from draft_opd.training.trainer import Run
+from draft_opd.utils.errors import UserError
+from draft_opd.utils.files import make_folder, write_json, write_text
+
+
+class OnlineLoop:
+    """See the module docstring; `run()` does the rounds that are missing."""
+
+    def __init__(self, recipe: Recipe, say: Callable[[str], None] = lambda _: None):
+        """Raises `UserError` for a recipe without `online`, or a drafter that does not fit."""
+        check_online(recipe)
+        held_out = read_trajectories(recipe.data.heldout, limit=recipe.data.heldout_limit)
+        self.recipe, self.say, self.options = recipe, say, recipe.online
+        self.out = make_folder(Path(recipe.out))
+        self.served = self.out / "served"
+        self.target = Target.from_pretrained(
+            recipe.target, trust_remote_code=recipe.trust_remote_code
+        )
+        Drafter.from_pretrained(recipe.drafter, device="cpu").check_target(self.target)
+        o = self.options
+        self.server = Server(o.server, o.server_model, o.endpoint, o.in_flight, o.patience)
+        self.held_out = {tuple(t.prompt_ids) for t in held_out}
+
+    def run(self) -> dict:
+        """All rounds, or as many as there are prompts for; returns what `out/online.json` holds."""
+        done: list[dict] = []
+        while len(done) < self.options.rounds:
+            place = self.out / f"round-{len(done)}"
+            about = place / "round.json"
+            if not about.exists():
+                before = done[-1] if done else {"drafter": self.recipe.drafter, "next_line": 0}
+                value = self._round(len(done), place, before)
+                if value is None:
+                    break
+                write_json(about, value)
+            done.append(json.loads(about.read_text()))
+            write_json(self.out / "online.json", {"kind": "online", "rounds": done})
+        if not done:
+            raise UserError(
+                f"'{self.options.prompts}' has no usable prompts (held-out ones do not count)"
+            )
+        return {"kind": "online", "path": str(self.out), "served": str(self.served), "rounds": done}
+
+    def _prompts(self, first: int) -> tuple[list[Prompt], int, int]:
+        """The next prompts from line `first` (0-based), the line behind them, and how many lines
+        were of no use: no prompt, too long, or held out. The file may be a log that grows; a last
+        line that is being written is left for later."""
+        path = Path(self.options.prompts)
+        try:
+            lines = path.read_bytes().split(b"\n")[:-1]
+        except OSError as error:
+            raise UserError(f"online.prompts: '{path}' cannot be read ({error.strerror})") from None
+        found, passed, number = [], 0, first
+        for number, line in enumerate(itertools.islice(lines, first, None), first + 1):
+            prompt = self._usable(line, number)
+            passed += prompt is None
+            if prompt is not None:
+                found.append(prompt)
+            if len(found) == self.options.prompts_per_round:
+                break
+        return found, number, passed
+
+    def _usable(self, line: bytes, number: int) -> Prompt | None:
+        try:
+            prompt = read_prompt(json.loads(line), f"line {number}")
+            ids = prompt.ids(self.target, self.options.thinking)
+        except Exception:  # whatever a template raises: the log is not ours to mend
+            return None
+        if tuple(ids) in self.held_out or len(ids) >= self.target.max_positions:
+            return None
+        return Prompt(str(number), prompt.messages)
+
+    def _round(self, index: int, place: Path, before: dict) -> dict | None:
+        """Returns what `round.json` holds; None where no prompts are left."""
+        o, start = self.options, before["drafter"]
+        prompts, line, passed = self._prompts(before["next_line"])
+        if not prompts:
+            self.say(f"round {index}: no usable prompts behind line {before['next_line']}")
+            return None
+        self._serve(start)
+        self.server.wait()
+        collected = gather_from(
+            self.server, self.target, prompts, place, max_new_tokens=o.max_new_tokens,
+            sampling=self.recipe.sampling, seed=self.recipe.seed + index, thinking=o.thinking,
+        )  # fmt: skip
+        parts = [self.out / f"round-{i}" for i in range(max(0, index - o.window + 1), index + 1)]
+        rows = [
+            {**json.loads(row), "id": f"{part.name}/{json.loads(row)['id']}"}
+            for part in parts
+            for row in (part / "trajectories.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+        write_text(place / "train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        data = self.recipe.data.model_copy(
+            update={"trajectories": str(place / "train.jsonl"), "limit": None}
+        )
+        recipe = self.recipe.model_copy(
+            update={"drafter": start, "out": str(place / "run"), "data": data, "online": None}
+        )
+        going_on = (place / "run").exists()
+        result = Run("opd", recipe, target=self.target, resume=going_on).train()
+        # τ may have fallen, as traffic is not the held-out text: then the server keeps what it has.
+        better = result.best_tau > (result.start_tau or 0.0)
+        drafter = str(result.best) if better else start
+        self._serve(drafter)
+        value = {
+            "round": index,
+            "trajectories": len(prompts) - collected.dropped.total(),
+            "dropped": dict(collected.dropped),
+            "passed_over": passed,
+            "next_line": line,
+            "tau_before": result.start_tau,
+            "tau": result.best_tau if better else result.start_tau,
+            "served": better,
+            "drafter": drafter,
+        }
+        self.say(
+            f"round {index}: {value['trajectories']} trajectories, held-out τ "
+            f"{result.start_tau:.3f} -> {value['tau']:.3f}" + ("" if better else " (kept)")
+        )
+        return value
+
+    def _serve(self, drafter: str) -> None:
+        """Exports, runs the user's command and waits until the server answers, unless done."""
+        o, marker = self.options, self.out / "served.json"
+        if marker.exists() and json.loads(marker.read_text())["drafter"] == drafter:
+            return
+        made = Drafter.from_pretrained(drafter, device="cpu")
+        made.check_target(self.target)
+        engine = "vllm" if "vllm" in made.formats else made.formats[0]
+        path = resolve_path(self.recipe.target)
+        card = model_card(made, drafter, path, made.serve_command(path, self.served, engine))
+        made.save_pretrained(self.served, getattr(torch, o.export_dtype), card=card)
+        if o.reload:
+            self._reload(o.reload.replace("{drafter}", shlex.quote(str(self.served.resolve()))))
+            self.server.wait()
+        write_json(marker, {"drafter": drafter})
+
+    def _reload(self, command: str) -> None:
+        log = self.out / "reload.log"
+        with log.open("ab") as file:  # not a pipe: a server started in the background would keep it
+            try:
+                status = subprocess.run(
+                    command, shell=True, stdin=subprocess.DEVNULL, stdout=file,
+                    stderr=subprocess.STDOUT, timeout=self.options.patience,
+                ).returncode  # fmt: skip
+            except subprocess.TimeoutExpired:
+                status = f"nothing in {self.options.patience:.0f} s (start servers with &)"
+        if status:
+            raise UserError(
+                f"online.reload ended with status {status}, its output is in '{log}': mend the "
+                "command and run again, the loop goes on from here"
+            )

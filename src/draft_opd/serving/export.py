@@ -1,0 +1,60 @@
+"""Drafters for inference engines.
+
+A drafter folder is in the layout that engines read already: for DFlash that of z-lab, for EAGLE-3
+the one that SGLang and vLLM share. `speculators` is the other one that vLLM reads. An export fixes
+the type of the weights, and its README.md says what the drafter is and how to serve it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from draft_opd.drafters import Drafter
+from draft_opd.models.hub import resolve_path
+from draft_opd.models.target_info import TargetText
+from draft_opd.serving.model_card import model_card
+from draft_opd.utils.errors import UserError
+
+FORMATS = ("z-lab", "sglang", "vllm", "speculators")
+
+
+def export(
+    target: str,
+    drafter: str,
+    format: str,
+    out: Path,
+    *,
+    dtype: str = "bfloat16",
+    trust_remote_code: bool = False,
+) -> dict:
+    """Writes the folder `out`, once it is certain that the drafter fits the target."""
+    if format not in FORMATS:
+        raise UserError(f"--format {format}: choose one of {', '.join(FORMATS)}")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype}: choose float32, bfloat16 or float16")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"'{out}' exists and is not empty: choose a new folder")
+    helper = Drafter.from_pretrained(drafter, device="cpu")
+    model = TargetText.from_pretrained(target, trust_remote_code=trust_remote_code)
+    helper.check_target(model)
+    if format not in helper.formats:
+        raise UserError(
+            f"--format {format}: this {helper.family} drafter has {', '.join(helper.formats)} only"
+        )
+    path = resolve_path(target)
+    serve = helper.serve_command(path, out, "vllm" if format == "speculators" else format)
+    verifier = None
+    if format == "speculators":
+        verifier = {"name_or_path": path, "architectures": model.architectures}
+    card = model_card(helper, drafter, target, serve)
+    helper.save_pretrained(out, dtype=getattr(torch, dtype), verifier=verifier, card=card)
+    return {
+        "kind": "drafter",
+        "path": str(out),
+        "family": helper.family,
+        "format": format,
+        "dtype": dtype,
+        "serve": serve,
+    }

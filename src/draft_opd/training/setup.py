@@ -1,0 +1,96 @@
+"""What a run begins with: its data, target and drafter, and whether they belong together."""
+
+from __future__ import annotations
+
+from array import array
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from draft_opd.data.trajectory import check_trajectories
+from draft_opd.drafters.base import FAMILIES, Drafter
+from draft_opd.models.hub import EMBEDDED
+from draft_opd.models.target import Target
+from draft_opd.training.config import Model, Recipe
+from draft_opd.training.distributed import Group
+from draft_opd.training.inputs import Rows
+from draft_opd.utils.errors import UserError
+
+
+def check_shares(recipe: Recipe, train_set: Rows, held_out: Rows, processes: int) -> None:
+    """Raises `UserError` where some process would have nothing to do."""
+    for name, count in (
+        ("batch_size", min(recipe.batch_size, len(train_set))),
+        ("data.heldout", len(held_out)),
+    ):
+        if count < processes:
+            raise UserError(
+                f"{name}: {count} trajectories cannot be shared by {processes} processes: start "
+                "fewer, or raise it"
+            )
+
+
+def check_data(train_set: Rows, held_out: Rows, target: Target) -> None:
+    """Raises `UserError` for data of another target."""
+    for name, rows in (("trajectories", train_set), ("heldout", held_out)):
+        check_trajectories(rows, target, f"data.{name}")
+
+
+def load_target(recipe: Recipe, group: Group) -> Target:
+    """Whole, or this process's part of it."""
+    options = {"trust_remote_code": recipe.trust_remote_code}
+    if not group.splits_target:
+        return Target.from_pretrained(recipe.target, **options)
+    # Whole it may fit the host's memory only. There types would be float32.
+    stored = group.device.type == "cuda" and recipe.target != EMBEDDED
+    target = Target.from_pretrained(
+        recipe.target, dtype="auto" if stored else None, device="cpu", prepacked=False, **options
+    )
+    target.split(group)
+    return target
+
+
+def new_drafter(model: Model, target: Target, counts: torch.Tensor) -> Drafter:
+    """An untrained drafter; counts [V] of the target's tokens. Raises `UserError` for a family or
+    an option that there is not."""
+    family = FAMILIES.get(model.family)
+    if family is None:
+        raise UserError(f"unknown drafter family '{model.family}'; known: {', '.join(FAMILIES)}")
+    try:
+        return family.create(target, counts, **model.options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, said = ".".join(map(str, first["loc"])), first["msg"].lower()
+        if first["type"] == "extra_forbidden":
+            said = f"unknown option; {model.family} has {', '.join(family.options.model_fields)}"
+        raise UserError(f"model.options.{key}: {said}") from None
+
+
+def first_drafter(model: Model, target: Target, train_set: Rows) -> Drafter:
+    """The drafter that training begins with; draft vocabularies follow the data."""
+    said = [i for t in train_set for i in t.response_ids]
+    counts = torch.bincount(torch.tensor(said), minlength=target.vocab_size)
+    return new_drafter(model, target, counts)
+
+
+def made_from(target: Target, train_set: Rows, held_out: Rows) -> dict[str, str]:
+    """What a checkpoint belongs to, by hashes."""
+    found = {"target": target.fingerprint}
+    for name, rows in (("data.trajectories", train_set), ("data.heldout", held_out)):
+        digest = sha256()
+        for t in rows:
+            digest.update(array("q", [len(t.prompt_ids), len(t.ids), *t.ids]).tobytes())
+        found[name] = f"{len(rows)} trajectories, {digest.hexdigest()[:16]}"
+    return found
+
+
+def check_made_from(out: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    """Raises `UserError` where a run is resumed with something else than it began with."""
+    for name, told in before.items():
+        if now[name] != told:
+            raise UserError(
+                f"cannot resume '{out}': {name} is not what the run began with ({told} then, "
+                f"{now[name]} now): restore it, or set another `out`"
+            )

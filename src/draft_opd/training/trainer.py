@@ -1,0 +1,489 @@
+"""One loop for both stages: batches, schedule, held-out τ, metrics, checkpoints, resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import torch
+
+from draft_opd.data.trajectory import Trajectory
+from draft_opd.decoding.rounds import by_accepted, tau_of
+from draft_opd.drafters.base import Drafter
+from draft_opd.models.target import Target
+from draft_opd.training import nonfinite
+from draft_opd.training.checkpoint import Checkpoints, Progress, State, load_checkpoint
+from draft_opd.training.config import Recipe
+from draft_opd.training.data import BatchSource, batch_at
+from draft_opd.training.distributed import Group, whole
+from draft_opd.training.feature_store import FeatureFolder, about_features
+from draft_opd.training.inputs import Inputs, check_folder, read_inputs
+from draft_opd.training.opd import opd_loss
+from draft_opd.training.optimizer import Optimizer
+from draft_opd.training.precision import measured_before, resolve, warn_of
+from draft_opd.training.record import Record
+from draft_opd.training.rollouts import ROWS, Rollouts
+from draft_opd.training.setup import (
+    check_data,
+    check_made_from,
+    check_shares,
+    first_drafter,
+    load_target,
+    made_from,
+)
+from draft_opd.training.sft import sft_loss
+from draft_opd.training.stopwatch import Stopwatch
+from draft_opd.utils.errors import Failure, Stopped, UserError
+from draft_opd.utils.files import hold, make_folder, recover_folder, replace_folder, write_json
+
+Stage = Literal["sft", "opd"]
+OnMetrics = Callable[[dict], None]
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RunResult:
+    """Held-out τ before, at the end and at its best; `best` and `last` are drafter folders."""
+
+    out: Path
+    start_tau: float | None
+    tau: float
+    best_tau: float
+    best_step: int
+    step: int
+    supervised: int
+    seconds: float
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return {
+            "kind": "run",
+            "path": str(self.out),
+            "best": str(self.best),
+            "last": str(self.last),
+            **{k: v for k, v in asdict(self).items() if k != "out"},
+        }
+
+    @property
+    def best(self) -> Path:
+        return self.out / "best"
+
+    @property
+    def last(self) -> Path:
+        return self.out / "last"
+
+
+def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
+    """Linear warm-up, then cosine to `final_ratio` of the peak, for step 0..steps-1."""
+    o = recipe.optim
+    warm = max(1, round(o.warmup * steps))
+    if step < warm:
+        return o.learning_rate * (step + 1) / warm
+    part = (step - warm) / max(1, steps - warm)
+    return o.learning_rate * (
+        o.final_ratio + (1 - o.final_ratio) * (1 + math.cos(math.pi * part)) / 2
+    )
+
+
+class Run:
+    """A stage of training, from recipe to checkpoints. `train()` does it."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        recipe: Recipe,
+        *,
+        target: Target | None = None,
+        after: Run | None = None,
+        resume: bool = False,
+        on_metrics: OnMetrics | None = None,
+        group: Group | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        inputs: Inputs | None = None,
+    ):
+        """`after`: an earlier run, whose target and remembered features serve again. `group`: the
+        processes that train together (`parallel.joined`). `stop`: whether to end after the step
+        that is running, with everything saved (`train` then raises `Stopped`). `inputs`: the
+        recipe's, where they are read already."""
+        self.stage, self.on_metrics = stage, on_metrics
+        self.group = group or Group()
+        self.out = Path(recipe.out)
+        # Before the target: a bad file should not cost a model's loading time.
+        if inputs is None:
+            inputs = read_inputs(stage, recipe, resume, models=target is None and after is None)
+        recipe, self.train_set, self.held_out = (
+            inputs.recipe, inputs.train_set, inputs.held_out
+        )  # fmt: skip
+        check_shares(recipe, self.train_set, self.held_out, self.group.size)
+        self.target = target or (after and after.target) or load_target(recipe, self.group)
+        check_data(self.train_set, self.held_out, self.target)
+        recipe, bfloat16_speed = self._resolve(recipe)
+        self.recipe = recipe
+        self.checkpoints = Checkpoints(self.out, recipe.keep_checkpoints)
+        self.group.wait()  # all have seen the folder as it was
+        self._lock: BinaryIO | None = None
+        begun = self.group.in_turn(lambda: self._take_up(resume))
+        if resume and not begun and self.group.first:
+            log.warning("nothing to resume in '%s': beginning at step 0", self.out)
+        torch.manual_seed(recipe.seed)
+        source = str(begun) if begun else recipe.drafter
+        if source:
+            self.drafter = Drafter.from_pretrained(source, device=self.target.device)
+            self.drafter.check_target(self.target)
+        else:
+            self.drafter = first_drafter(recipe.model, self.target, self.train_set)
+        self.drafter.gradient_checkpointing = recipe.gradient_checkpointing
+        self.length = self.drafter.checked_length(recipe.draft_length)
+        self.called = self.group.wrap(self.drafter)
+        self.optimizer = Optimizer(self.drafter, recipe.optim)
+        self.progress = load_checkpoint(begun, self.optimizer) if begun else Progress()
+        if not self.group.agreed(self.progress.step):
+            raise UserError(f"not all processes see the same run folder '{self.out}': share it")
+        made_of = made_from(self.target, self.train_set, self.held_out)
+        check_made_from(self.out, self.progress.made_of, made_of)
+        self.progress.made_of = made_of
+        self._sources(after)
+        self.clock = Stopwatch(self.target.device)
+        # Not methods of this one: a run that nobody wants any more should go at once.
+        self._rows = partial(_batch, self.train_set, recipe)
+        self.rollouts = Rollouts(
+            recipe, self.target, self.drafter, self.source, self._rows, self.length, self.group,
+            partial(_quietly, self.called, self.group), self.clock,
+        )  # fmt: skip
+        self.rollouts.load(self.progress.traces)
+        if self.progress.evaluated >= 0:
+            self.rollouts.tau = self.progress.tau
+        self._asked_to_stop, self.stopping = stop, False
+        about = {
+            "stage": stage,
+            "device": str(self.target.device),
+            "processes": self.group.world,
+            "bfloat16_speed": bfloat16_speed,
+            "drafter_parameters": sum(p.numel() for p in self.drafter.parameters()),
+        }
+        self.record: Record | None = None
+        if self.group.first:
+            self.record = Record(recipe, about, self.progress.step, self.progress.evaluated)
+            self._mend_best(begun)
+        kept = begun == self.checkpoints.last
+        self._saved = (self.progress.step, self.progress.evaluated) if kept else None
+
+    # -- setting up -------------------------------------------------------------------------
+
+    def _resolve(self, recipe: Recipe) -> tuple[Recipe, float | None]:
+        """The recipe with types for `auto`, the same in every process, and what decided it."""
+        if self.group.first:
+            warn_of(recipe, self.target.device)
+        known = measured_before(self.out)
+        resolved, ratio = self.group.of_first(
+            resolve(recipe, self.target.device, self.target.hidden_size)
+        )
+        return resolved, known if ratio is None else ratio
+
+    def _take_up(self, resume: bool) -> Path | None:
+        """The checkpoint to go on from. The first process keeps others out of the folder."""
+        if self.group.first:
+            self._lock = hold(make_folder(self.out))
+            check_folder(self.recipe, resume)  # another one may have come and gone meanwhile
+            recover_folder(self.out / "best")
+        begun = self.checkpoints.newest() if resume else None
+        if resume and not begun and (self.out / "best").exists():
+            raise UserError(
+                f"'{self.out}' holds a run's `best` but no checkpoint to resume from: begin in "
+                "another `out`, and keep this one for its drafter"
+            )
+        return begun
+
+    def _sources(self, after: Run | None) -> None:
+        """Where batches come from, for training and for held-out τ."""
+        data, layers = self.recipe.data, self.drafter.target_layers
+        dtype = getattr(torch, data.cache_dtype)
+        self.features: FeatureFolder | None = None
+        if data.cache_features == "disk":
+            folder = Path(data.features or self.out / "features")
+            about = about_features(self.target, layers, dtype)
+            self.features = self.group.in_turn(lambda: FeatureFolder(folder, about))
+        keep = data.cache_features != "none"
+        known = self.features if self.features is not None else {} if keep else None
+        self.source = BatchSource(self.target, layers, known, dtype)
+        # The yardstick is never rounded: its features stay in the target's own type.
+        self.yardstick = BatchSource(self.target, layers, {} if keep else None, self.target.dtype)
+        if after is not None:
+            self.source.adopt(after.source)
+            self.yardstick.adopt(after.yardstick)
+
+    # -- training ---------------------------------------------------------------------------
+
+    def train(self) -> RunResult:
+        """Runs to the last step; on a fresh run step 0 is evaluated first.
+
+        Raises `Stopped` when `stop` says so and `Failure` where it cannot go on.
+        """
+        try:
+            result = self._train()
+        except BaseException:
+            if self.record:
+                self.record.close(failed=True)
+            raise
+        finally:
+            if self._lock:
+                self._lock.close()
+        if self.record:
+            self.record.close(failed=False)
+        return result
+
+    def _train(self) -> RunResult:
+        p, r = self.progress, self.recipe
+        while True:
+            last = p.step == r.steps
+            better = False
+            due = last or p.step % r.evaluation.every == 0
+            if due and p.evaluated < p.step and not self._stop_now():
+                better = self._evaluate()
+            last = last or self._at_plateau()
+            stop = self._stop_now()
+            if last or better or p.step % r.save_interval == 0 or stop:
+                self._save()
+            if better and self.group.first:
+                self._save_best(self.out / "last")  # behind the checkpoint that names it
+            if stop:
+                self.group.wait()  # for the first one, which writes
+                raise Stopped(
+                    f"stopped at step {p.step} of {r.steps}, saved in '{self.out / 'last'}': go "
+                    "on with --resume"
+                )
+            if last:
+                break
+            self._next()
+        return RunResult(
+            self.out, p.start_tau, p.tau, p.best_tau, p.best_step, p.step, p.supervised, p.seconds
+        )
+
+    def _stop_now(self) -> bool:
+        """In several processes: what they agreed upon with the last step's figures."""
+        return self.stopping if self.group.world > 1 else self._asked_to_stop()
+
+    def _at_plateau(self) -> bool:
+        """Whether held-out τ has not risen for as long as the recipe waits."""
+        p, e = self.progress, self.recipe.evaluation
+        waited = p.step - p.best_step if p.evaluated == p.step else 0
+        return e.patience is not None and waited >= e.patience * e.every
+
+    def _record(self, line: dict) -> None:
+        if self.record:
+            self.record.line(line)
+        if self.on_metrics:
+            self.on_metrics(line)
+
+    def _autocast(self):
+        enabled = self.recipe.precision == "bfloat16"
+        return torch.autocast(self.target.device.type, torch.bfloat16, enabled=enabled)
+
+    def _forward(self, index: int) -> tuple[torch.Tensor, dict]:
+        """This process's part of the index-th forward's loss, and of its figures."""
+        r, seed = self.recipe, f"{self.recipe.seed}/{index}"
+        common = {"length": self.length, "seed": seed, "total": self.group.total}
+        self.drafter.eval()
+        if self.stage == "opd":
+            batch, traces = self.rollouts.batch(index)
+
+            def part():
+                return opd_loss(
+                    self.target, self.drafter, batch, traces, r.opd, sampling=r.sampling,
+                    clock=self.clock, **common,
+                )  # fmt: skip
+        else:
+            rows = self._rows(index)
+            with self.clock("target"), self._autocast():
+                batch = self.source.batch(
+                    self.group.share(rows), numbers=self.group.share(range(len(rows)))
+                )
+
+            def part():
+                with self.clock("forward"):
+                    return sft_loss(
+                        self.target, self.drafter, batch, anchors=r.sft.anchors,
+                        decay=r.sft.decay, **common,
+                    )  # fmt: skip
+
+        self.drafter.train()
+        with self._autocast():
+            return self.called(part)
+
+    def _next(self) -> None:
+        """The next step and what is kept of it."""
+        p, began = self.progress, time.perf_counter()
+        line = self.step(p.step)
+        p.skipped = p.skipped + 1 if "skipped" in line else 0
+        p.supervised += line.get("supervised", 0)
+        p.step += 1
+        self.rollouts.forget(before=p.step * self.recipe.accumulate)
+        p.seconds += time.perf_counter() - began
+        seconds = {"all": time.perf_counter() - began, **self.clock.take()}
+        self._record({"step": p.step, **line, "seconds": seconds})
+        if self.group.world > 1:
+            self.stopping = self.group.any(self._asked_to_stop())
+
+    def step(self, step: int) -> dict:
+        """The update of that step (0-based) from the drafter as it is; returns its figures.
+
+        Raises `Failure` where it is not finite and may not be skipped.
+        """
+        r = self.recipe
+        rate = learning_rate(step, r.steps, r)
+        self.optimizer.set_rate(rate)
+        self.rollouts.tau = self.progress.tau
+        parts = []
+        for index in range(step * r.accumulate, (step + 1) * r.accumulate):
+            more = index + 1 < (step + 1) * r.accumulate
+            with self.group.unreduced(self.called) if more else nullcontext():
+                loss, figures = self._forward(index)
+                with self.clock("backward"):
+                    # Gradients are averaged over processes; they should be added.
+                    (loss * self.group.size / r.accumulate).backward()
+            parts.append(self.group.totals({"loss": loss.item(), **figures}))
+        losses = [x["loss"] for x in parts]
+        with self.clock("update"):
+            norm = nonfinite.norm_of(list(self.drafter.parameters()), r.optim.clip)
+            finite = all(map(math.isfinite, [*losses, norm.item()]))
+            if finite:
+                self.optimizer.step()
+        if not finite:
+            return self._not_finite(losses)
+        return {**self._figures(parts), "lr": rate, "grad_norm": norm.item()}
+
+    def _figures(self, parts: list[dict]) -> dict:
+        """Those of a step: counts are added up over its forwards, the rest is averaged."""
+        found = {key: _together(key, [x[key] for x in parts]) for key in parts[0]}
+        if "rounds_by_accepted" in found:
+            found["train_tau"] = tau_of(found["rounds_by_accepted"])
+        if self.stage == "sft" and not self.drafter.soft_labels:
+            found["perplexity"] = math.exp(min(found["loss"], 50))
+        return found
+
+    def _not_finite(self, losses: list[float]) -> dict:
+        """Keeps the step for replay, then stops or says what the metrics hold of it."""
+        r, p = self.recipe, self.progress
+        what = nonfinite.describe(losses, list(self.drafter.named_parameters()))
+        self.optimizer.forget()
+        first = p.step * r.accumulate
+        rows = [t for i in range(first, first + r.accumulate) for t in self._rows(i)]
+        state, where = self._state(), ""
+        if self.group.first:
+            about = {"what": what, "losses": [str(x) for x in losses]}
+            where = nonfinite.keep(self.out, self.stage, r, state, rows, about)
+        count = p.skipped + 1
+        if r.optim.nonfinite == "stop" or count >= nonfinite.IN_A_ROW:
+            self.group.wait()
+            row = f" ({count} times in a row: see the first ones)" if count > 1 else ""
+            raise Failure(f"step {p.step + 1}: {what}{row}; {where}")
+        if self.group.first:
+            log.warning("step %d skipped: %s; %s", p.step + 1, what, where)
+        return {"skipped": what}
+
+    # -- saving -----------------------------------------------------------------------------
+
+    def _state(self) -> State:
+        self.progress.traces = self.rollouts.state()
+        return State(
+            self.drafter.config_dict(), whole(self.drafter.tensors()), self.optimizer.state(),
+            self.progress,
+        )  # fmt: skip
+
+    def _save(self) -> None:
+        now = (self.progress.step, self.progress.evaluated)
+        if now == self._saved:
+            return
+        if self.features is not None:
+            self.features.flush()
+        state = self._state()
+        if self.record:
+            self.record.sync()
+            self.checkpoints.save(state)
+        self._saved = now
+
+    def _save_best(self, checkpoint: Path) -> None:
+        with replace_folder(self.out / "best") as folder:
+            for name in ("config.json", "model.safetensors"):
+                shutil.copyfile(checkpoint / name, folder / name)
+            about = {"step": self.progress.best_step, "tau": self.progress.best_tau}
+            write_json(folder / "best.json", about)
+
+    def _mend_best(self, begun: Path | None) -> None:
+        """A kill may have come between a checkpoint that is the best so far and `best`."""
+        p, found = self.progress, self.out / "best" / "best.json"
+        if not begun or p.evaluated < 0:
+            return
+        try:
+            step = json.loads(found.read_text(encoding="utf-8"))["step"]
+        except (OSError, ValueError, KeyError, TypeError):
+            step = None
+        if step == p.best_step:
+            return
+        if p.best_step == p.step == p.evaluated:
+            self._save_best(begun)
+            return
+        of = "missing or damaged" if step is None else f"of step {step}"
+        log.warning("'%s' is %s, the run's best is step %d", found.parent, of, p.best_step)
+
+    # -- measuring --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def held_out_counts(self) -> list[int] | None:
+        """Rounds of speculative decoding on the held-out texts, by how many tokens they accepted
+        (above temperature 0: one draw). None when a stop was asked for meanwhile."""
+        self.drafter.eval()
+        counts = [0] * (self.length + 1)
+        for number, rows in enumerate(self.group.parts(self.held_out, ROWS)):
+            if self._stop_now():
+                return None
+            batch = self.yardstick.batch(rows)
+            seed = number * self.group.size + self.group.rank
+            traces = self.rollouts.hindsight(batch, seed)
+            found = by_accepted((r for trace in traces for r in trace), self.length)
+            counts = [a + b for a, b in zip(counts, found, strict=True)]
+        return self.group.totals({"counts": counts})["counts"]
+
+    def _evaluate(self) -> bool:
+        """Held-out τ at this step; whether it is the best so far."""
+        p = self.progress
+        counts = self.held_out_counts()
+        if counts is None:
+            return False
+        value = tau_of(counts)
+        self._record({"step": p.step, "tau": value})
+        p.evaluated, p.tau = p.step, value
+        if p.step == 0:
+            p.start_tau = value
+        if value <= p.best_tau:
+            return False
+        p.best_tau, p.best_step = value, p.step
+        return True
+
+
+def _batch(train_set: list[Trajectory], recipe: Recipe, index: int) -> list[Trajectory]:
+    """The whole batch of the index-th forward since the run began."""
+    lengths = [len(t.ids) for t in train_set]
+    return [train_set[i] for i in batch_at(lengths, recipe.batch_size, recipe.seed, index)]
+
+
+def _quietly(called: torch.nn.Module, group: Group, part: Callable, *inputs):
+    """Without gradient; through the wrapper only where that gathers weights."""
+    with torch.no_grad():
+        return called(part, *inputs) if group.shards_drafter else part(*inputs)
+
+
+def _together(key: str, values: list):
+    """A figure of several forwards as one: counts are added, the rest is averaged."""
+    if isinstance(values[0], list):
+        return [sum(column) for column in zip(*values, strict=True)]
+    return sum(values) if key in ("supervised", "anchors") else sum(values) / len(values)
