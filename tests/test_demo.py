@@ -60,7 +60,7 @@ def test_its_drafters_can_be_used(demo):
     target = d.Target.from_pretrained("embedded", device="cpu")
     for name in ("untrained", "sft/last", "sft_continued/last", "draft_opd/last", "draft_opd/best"):
         drafter = d.Drafter.from_pretrained(str(out / name), device="cpu")
-        drafter.check_target(target)
+        drafter.bind(target)
 
 
 def test_a_folder_in_use_is_left_alone(demo, family):

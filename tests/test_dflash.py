@@ -108,7 +108,7 @@ def test_a_drafter_that_does_not_fit_is_refused(target, field, value, message):
     place = drafter.config if field in ("hidden_size", "vocab_size") else drafter
     setattr(place, field, value)
     with pytest.raises(d.UserError, match=message):
-        drafter.check_target(target)
+        drafter.bind(target)
 
 
 @pytest.mark.gpu

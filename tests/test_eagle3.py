@@ -187,7 +187,7 @@ def test_variants_of_the_layout_draft_as_the_second_implementation(
         (folder / "config.json").write_text(json.dumps(config))
         save_file(tensors, folder / "model.safetensors")
     ours = d.Drafter.from_pretrained(str(folder), device="cpu")
-    ours.check_target(target)
+    ours.bind(target)
     assert ours.draft_length == 9
     again = tmp_path / "again"
     ours.save_pretrained(again)
@@ -284,7 +284,7 @@ def test_a_broken_folder_says_what_is_wrong(target, trained, tmp_path, change, m
     (tmp_path / "d" / "config.json").write_text(json.dumps(config))
     save_file(tensors, tmp_path / "d" / "model.safetensors")
     with pytest.raises(d.UserError, match=message):
-        d.Drafter.from_pretrained(str(tmp_path / "d"), device="cpu").check_target(target)
+        d.Drafter.from_pretrained(str(tmp_path / "d"), device="cpu").bind(target)
 
 
 @pytest.mark.parametrize(

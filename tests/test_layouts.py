@@ -26,7 +26,7 @@ def test_layouts_round_trip_bit_for_bit(target, family, trained, heldout, tmp_pa
     for folder, verifier in zip(folders, (None, VERIFIER, None, VERIFIER), strict=True):
         at.save_pretrained(folder, dtype=dtype, verifier=verifier)
         at = d.Drafter.from_pretrained(str(folder), device="cpu", dtype=dtype)
-        at.check_target(target)
+        at.bind(target)
         assert at.layout == ("speculators" if verifier else LAYOUTS[family])
     for one, two in (folders[::2], folders[1::2]):
         a, b = (load_file(f / "model.safetensors") for f in (one, two))
@@ -90,7 +90,7 @@ def test_what_speculators_files_may_hold_and_we_do_not(
     path = tmp_path / "d" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(d.UserError, match=message):
-        d.Drafter.from_pretrained(str(tmp_path / "d"), device="cpu").check_target(target)
+        d.Drafter.from_pretrained(str(tmp_path / "d"), device="cpu").bind(target)
 
 
 @pytest.mark.parametrize("family", ["eagle3"], indirect=True)
@@ -105,7 +105,7 @@ def test_safe_ai_labs_files_are_known(target, family, untrained, tmp_path):
     save_file({k: v.half() if v.is_floating_point() else v for k, v in tensors.items()},
               tmp_path / "d" / "model.safetensors")  # fmt: skip
     drafter = d.Drafter.from_pretrained(str(tmp_path / "d"), device="cpu")
-    drafter.check_target(target)
+    drafter.bind(target)
     assert drafter.family == "eagle3" and drafter.draft_length == 7
 
 

@@ -115,6 +115,7 @@ from torch.distributed.tensor import DTensor
 from draft_opd.models.target import Target
 from draft_opd.training.config import Parallel
 from draft_opd.training.distributed import Group
+from draft_opd.training.setup import split_target
 
 kind = "cuda" if torch.cuda.is_available() else "cpu"
 backend = "nccl" if kind == "cuda" else "gloo"
@@ -125,7 +126,7 @@ whole, target = (
     Target.from_pretrained("embedded", device=device, prepacked=False)
     for device in (group.device, "cpu")
 )
-target.split(group)
+split_target(target, group)
 ids = torch.arange(3, 40, device=group.device)[None]
 parts = list(target.decoder.layers.parameters())
 for _ in range(2):

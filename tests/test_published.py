@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import draft_opd as d
 from draft_opd.decoding.generate import speculate
-from draft_opd.drafters import FAMILIES
-from draft_opd.models.hub import resolve_path
+from draft_opd.drafters.registry import family_of
+from draft_opd.models.hub import is_drafter, resolve_path
 from draft_opd.training.blocks import pack, replay
 from draft_opd.training.data import BatchSource
 
@@ -147,7 +147,8 @@ def test_published_shapes_load_draft_and_replay(make_target, tmp_path, name):
              "max_position_embeddings": 512}  # fmt: skip
     if "transformer_layer_config" not in config:
         config = {**sizes, **config}
-    family = next(f for f in FAMILIES.values() if f.matches(config))
+    family = family_of(config)
+    assert is_drafter(config)
     # The tensors that such a file has, random.
     tables = {"d2t": torch.arange(DRAFT_VOCAB) // 3, "t2d": torch.zeros(VOCAB, dtype=torch.bool)}
     tables["t2d"][tables["d2t"] + torch.arange(DRAFT_VOCAB)] = True
@@ -159,18 +160,18 @@ def test_published_shapes_load_draft_and_replay(make_target, tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(tensors, tmp_path / "model.safetensors")
     drafter = d.Drafter.from_pretrained(str(tmp_path), device="cpu")
-    drafter.check_target(target)
+    drafter.bind(target)
 
     prompts = [torch.randint(2, VOCAB, (n,)).tolist() for n in (40, 23)]
-    alone = speculate(target, None, prompts, max_new_tokens=10)
-    made = speculate(target, drafter, prompts, max_new_tokens=10)
+    alone = speculate(target, None, prompts, max_new_tokens=20)
+    made = speculate(target, drafter, prompts, max_new_tokens=20)
     # Written in our own hand and read again, in every layout it has, it drafts the same.
     for verifier in (None, {"name_or_path": target_name, "architectures": []}):
         if verifier is None or "speculators" in drafter.formats:
             drafter.save_pretrained(tmp_path / "again", verifier=verifier)
             again = d.Drafter.from_pretrained(str(tmp_path / "again"), device="cpu")
-            again.check_target(target)
-            other = speculate(target, again, prompts, max_new_tokens=10)
+            again.bind(target)
+            other = speculate(target, again, prompts, max_new_tokens=20)
             assert [g.rounds for g in other] == [g.rounds for g in made]
     assert [g.token_ids for g in made] == [g.token_ids for g in alone]
 

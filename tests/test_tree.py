@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 import draft_opd as d
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.decoding.tree import ancestry, best_children, follow_path
+from draft_opd.decoding.tree import ancestry
+from draft_opd.decoding.verification import follow_path
+from draft_opd.drafters.expansion import best_children
 
 FAMILY = "eagle3"
 

@@ -146,7 +146,7 @@ def to_drafter(name: str, target):
     from draft_opd.drafters import Drafter
 
     drafter = Drafter.from_pretrained(name, device=target.device)
-    drafter.check_target(target)
+    drafter.bind(target)
     return drafter.to(target.dtype)
 
 

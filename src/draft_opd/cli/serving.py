@@ -96,7 +96,7 @@ def check_serving(
         untrained(config, target, trust_remote_code).save_pretrained(drafter)
     # The engine needs the device for itself: until it has ended, the target stays on disk.
     helper = Drafter.from_pretrained(drafter, device="cpu")
-    helper.check_target(TargetText.from_pretrained(target, trust_remote_code=trust_remote_code))
+    helper.bind(TargetText.from_pretrained(target, trust_remote_code=trust_remote_code))
     length = helper.checked_length(draft_length)
     with ExitStack() as stack:
         if url is None:

@@ -199,7 +199,7 @@ def speculate(
 def _draft_length(target: Target, drafter: Drafter | None, asked: int | None) -> int:
     if drafter is None:
         return 0
-    drafter.check_target(target)
+    drafter.bind(target)
     return drafter.checked_length(asked)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.tree import verify_tree
-from draft_opd.decoding.verification import accepted_prefix, verify_sampled
+from draft_opd.decoding.verification import verify
 from draft_opd.drafters.base import Drafter
 from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.target import Target
@@ -89,12 +89,4 @@ class Rounds:
     def _verify(self, block: Tensor, positions: Tensor, drafted: Tensor, draft_probs):
         out = self.target.extend(block, positions, self.cache, self.layers)
         logits = self.target.logits(out.hidden)
-        if self.sampling.greedy:
-            chosen = logits.argmax(-1)
-            accepted = accepted_prefix(drafted == chosen[:, :-1])
-            bonus = chosen.gather(1, accepted[:, None])[:, 0]
-        else:
-            probs = self.sampling.probabilities(logits)
-            draft_probs = probs[:, :0] if draft_probs is None else draft_probs
-            accepted, bonus = verify_sampled(drafted, draft_probs, probs, self.generator)
-        return out.features, accepted, bonus
+        return out.features, *verify(drafted, draft_probs, logits, self.sampling, self.generator)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from draft_opd.decoding.sampling import Sampling
+from draft_opd.decoding.verification import follow_path
 from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.target import Target
 from draft_opd.utils.errors import UserError
@@ -35,18 +36,6 @@ def check_widths(widths: Sequence[int], longest: int) -> tuple[int, ...]:
     return tuple(widths)
 
 
-def best_children(logits: Tensor, score: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `width` most probable children of W nodes.
-
-    logits [batch, W, V], score [batch, W] (log-probability of the path so far). Returns their
-    tokens, parents (0..W-1) and scores, [batch, width] each, best first.
-    """
-    total = logits.float().log_softmax(-1) + score[..., None]
-    scores, flat = total.flatten(1).topk(min(width, total[0].numel()), -1)
-    size = logits.shape[-1]
-    return flat % size, flat // size, scores
-
-
 def ancestry(parents: Tensor) -> Tensor:
     """[batch, N] parents (index in the tree, root 0 has -1) -> [batch, N, N], who sees whom: a node
     its ancestors and itself. Parents come before their children."""
@@ -56,25 +45,6 @@ def ancestry(parents: Tensor) -> Tensor:
     for i in range(1, count):
         seen[:, i] |= seen[rows, parents[:, i]]
     return seen
-
-
-def follow_path(tokens: Tensor, parents: Tensor, chosen: Tensor, depth: int):
-    """Walks the tree from its root along the target's tokens.
-
-    tokens, parents, chosen [batch, N]: the nodes, and what the target says behind each. Returns the
-    path's nodes [batch, depth + 1] (behind its end the last one again) and how many were accepted
-    [batch].
-    """
-    at = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
-    accepted = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-    path = [at]
-    for _ in range(depth):
-        match = (parents == at) & (tokens == chosen.gather(1, at))
-        found = match.any(1, keepdim=True)
-        at = torch.where(found, match.long().argmax(1, keepdim=True), at)
-        accepted += found[:, 0]
-        path.append(at)
-    return torch.cat(path, 1), accepted
 
 
 def verify_tree(

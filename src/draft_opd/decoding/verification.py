@@ -1,17 +1,55 @@
-"""Acceptance rules of speculative decoding, as pure functions over tensors.
+"""Acceptance rules of speculative decoding, as pure functions. Decoding, trees, hindsight, training
+and check-serving all ask these.
 
 Shapes: N rounds, K drafted tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from draft_opd.decoding.sampling import Sampling
 
 
 def accepted_prefix(matches: Tensor) -> Tensor:
     """[N, K] booleans -> [N] length of the leading run of True."""
     return matches.long().cumprod(-1).sum(-1)
+
+
+def matching_prefix(drafted: Sequence[int], text: Sequence[int]) -> int:
+    """How many tokens a draft and a text have in common before they first differ.
+
+    >>> matching_prefix([4, 8, 1], [4, 8, 2, 7])
+    2
+    """
+    for k, (proposed, said) in enumerate(zip(drafted, text, strict=False)):
+        if proposed != said:
+            return k
+    return min(len(drafted), len(text))
+
+
+def verify(
+    drafted: Tensor,
+    draft_probs: Tensor | None,
+    target_logits: Tensor,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Accepted lengths [N] and bonus tokens [N] of rounds, greedy or sampled.
+
+    drafted [N, K]; draft_probs [N, K, V], None for greedy decoding and where K is 0; target_logits
+    [N, K + 1, V]. Raises ValueError where the shapes do not belong together.
+    """
+    if sampling.greedy:
+        accepted = verify_greedy(drafted, target_logits)
+        rows = torch.arange(len(drafted), device=drafted.device)
+        return accepted, target_logits[rows, accepted].argmax(-1)
+    probs = sampling.probabilities(target_logits)
+    draft_probs = probs[:, :0] if draft_probs is None else draft_probs
+    return verify_sampled(drafted, draft_probs, probs, generator)
 
 
 def verify_greedy(drafted: Tensor, target_logits: Tensor) -> Tensor:
@@ -98,6 +136,25 @@ def bonus_distribution(accepted: Tensor, draft_probs: Tensor, target_probs: Tens
     mass = residual.sum(-1, keepdim=True)
     # p == q up to rounding: such a draft is rejected with probability ~0, p is as good.
     return torch.where(mass > 0, residual / mass.clamp_min(torch.finfo(p.dtype).tiny), p)
+
+
+def follow_path(tokens: Tensor, parents: Tensor, chosen: Tensor, depth: int):
+    """Walks the tree from its root along the target's tokens.
+
+    tokens, parents, chosen [batch, N]: the nodes, and what the target says behind each. Returns the
+    path's nodes [batch, depth + 1] (behind its end the last one again) and how many were accepted
+    [batch].
+    """
+    at = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
+    accepted = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+    path = [at]
+    for _ in range(depth):
+        match = (parents == at) & (tokens == chosen.gather(1, at))
+        found = match.any(1, keepdim=True)
+        at = torch.where(found, match.long().argmax(1, keepdim=True), at)
+        accepted += found[:, 0]
+        path.append(at)
+    return torch.cat(path, 1), accepted
 
 
 def _check(drafted: Tensor, scores: Tensor, rows: int) -> None:

@@ -1,6 +1,7 @@
 """Drafter families. Importing a family's module registers it."""
 
 from draft_opd.drafters import dflash, eagle3  # noqa: F401
-from draft_opd.drafters.base import FAMILIES, Drafter
+from draft_opd.drafters.base import Drafter
+from draft_opd.drafters.registry import FAMILIES, register
 
-__all__ = ["FAMILIES", "Drafter"]
+__all__ = ["FAMILIES", "Drafter", "register"]

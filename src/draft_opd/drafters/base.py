@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from draft_opd.drafters.registry import FAMILIES, family_of
 from draft_opd.models.hub import find_drafter_files
 from draft_opd.utils.errors import UserError
 from draft_opd.utils.files import replace_folder
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 # the distribution [..., V] they were drawn from (None for argmax in greedy decoding).
 Choose = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
-FAMILIES: dict[str, type[Drafter]] = {}
-
 
 class Drafter(nn.Module):
     """A trainable drafter for one target.
@@ -36,7 +35,7 @@ class Drafter(nn.Module):
     already run on (for DFlash, projected keys and values by position). It is opaque to callers.
     """
 
-    family: ClassVar[str]
+    family: ClassVar[str]  # set by `register`
     target_layers: tuple[int, ...]  # 0-based target layers whose outputs are the features
     draft_length: int  # K, tokens proposed per round as trained
     vocabulary: Tensor | None = None  # [Vd] the target's ids it can draft, ascending; None: all
@@ -48,10 +47,6 @@ class Drafter(nn.Module):
     has_trees: ClassVar[bool] = False
     sees_drafts: ClassVar[bool] = False  # an offset is conditioned on the tokens before it
     soft_labels: ClassVar[bool] = False  # SFT learns the target's distribution, not its token
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        FAMILIES[cls.family] = cls
 
     # -- what a family implements ---------------------------------------------------------
 
@@ -91,8 +86,13 @@ class Drafter(nn.Module):
         raise NotImplementedError
 
     def check_target(self, target: TargetText) -> None:
-        """Raises `UserError` when this drafter cannot serve `target`."""
+        """Raises `UserError` when this drafter cannot serve `target`; changes nothing."""
         raise NotImplementedError
+
+    def bind(self, target: TargetText) -> None:
+        """Checks the target and takes from it what the drafter's files leave open. Must come before
+        the drafter is used; may be repeated. Raises `UserError` as `check_target` does."""
+        self.check_target(target)
 
     def context(self, target: Target, ids: Tensor, features: Tensor) -> Any:
         """ids [batch, L], features [batch, L, F] of whole right-padded rows -> context."""
@@ -170,8 +170,8 @@ class Drafter(nn.Module):
         """γ_sft for blocks of `length` offsets: SFT weighs offset k with exp(-(k-1)/γ_sft)."""
         raise NotImplementedError
 
-    def serve_command(self, target: str, folder: Path, engine: str) -> str:
-        """How `engine` (one of `export`'s formats) serves this drafter from `folder`."""
+    def sglang_flags(self) -> dict[str, int | str]:
+        """What SGLang's command line needs to know, by the names of its --speculative flags."""
         raise NotImplementedError
 
     def faults(self, num_layers: int) -> dict[str, Callable[[dict, dict[str, Tensor]], None]]:
@@ -270,10 +270,8 @@ class Drafter(nn.Module):
         """
         config, weights = find_drafter_files(path_or_id)
         folder = weights.parent
-        for family in FAMILIES.values():
-            if family.matches(config):
-                break
-        else:
+        family = family_of(config)
+        if family is None:
             raise UserError(
                 f"'{path_or_id}' is not a drafter we know: its config.json names "
                 f"{config.get('architectures')}; known families: {', '.join(FAMILIES)}"
@@ -345,12 +343,3 @@ def over_target(logits: Tensor, vocabulary: Tensor | None, size: int) -> Tensor:
         return logits
     wide = logits.new_full((*logits.shape[:-1], size), -torch.inf)
     return wide.index_copy(-1, vocabulary, logits)
-
-
-def vllm_command(target: str, drafter: Drafter, folder: Path) -> str:
-    speculative = {
-        "method": drafter.vllm_method,
-        "model": str(folder),
-        "num_speculative_tokens": drafter.draft_length,
-    }
-    return f"vllm serve {target} --speculative-config '{json.dumps(speculative)}'"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from pydantic import Field
@@ -23,7 +22,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from draft_opd.drafters.attention import Rotary, Visibility, attend
-from draft_opd.drafters.base import Choose, Drafter, vllm_command
+from draft_opd.drafters.base import Choose, Drafter
+from draft_opd.drafters.registry import register
 from draft_opd.drafters.speculators import flatten, is_speculators, wrap
 from draft_opd.drafters.target_config import (
     ShapeOptions,
@@ -115,10 +115,11 @@ class DFlashOptions(ShapeOptions):
     )
 
 
+@register("dflash")
 class DFlashDrafter(Drafter):
     """See the module docstring. `config` is a Qwen3Config with the z-lab keys."""
 
-    family = vllm_method = "dflash"
+    vllm_method = "dflash"
     options = DFlashOptions
 
     def __init__(self, config: Qwen3Config):
@@ -182,7 +183,7 @@ class DFlashDrafter(Drafter):
         mask = o.mask_token_id if o.mask_token_id is not None else find_mask_token(target)
         config.dflash_config = {"mask_token_id": mask, "target_layer_ids": list(layers)}
         drafter = cls(config)
-        drafter.check_target(target)
+        drafter.bind(target)
         adopt_final_norm(drafter.norm, target)
         return drafter.to(target.device)
 
@@ -255,6 +256,9 @@ class DFlashDrafter(Drafter):
             refuse(target, "tapped layers", layers, f"usable layers 0..{target.num_layers - 2}")
         if not 0 <= self.mask_token_id < target.vocab_size:
             refuse(target, "mask token", self.mask_token_id, f"vocabulary of {target.vocab_size}")
+
+    def bind(self, target: Target) -> None:
+        super().bind(target)
         if not getattr(self.config, "num_target_layers", None):  # not in speculators' layout
             self.config.num_target_layers = target.num_layers
 
@@ -353,16 +357,8 @@ class DFlashDrafter(Drafter):
     def passes(self, length: int) -> list[int]:
         return [length + 1]
 
-    def serve_command(self, target: str, folder: Path, engine: str) -> str:
-        if engine == "vllm":
-            return vllm_command(target, self, folder)
-        if engine == "sglang":
-            return (
-                f"python -m sglang.launch_server --model-path {target} "
-                f"--speculative-algorithm DFLASH --speculative-draft-model-path {folder} "
-                f"--speculative-num-draft-tokens {self.block_size}"
-            )
-        return f'dflash\'s DFlashDraftModel.from_pretrained("{folder}")'
+    def sglang_flags(self) -> dict[str, int | str]:
+        return {"algorithm": "DFLASH", "num-draft-tokens": self.block_size}
 
 
 def _from_speculators(config: dict) -> dict:

@@ -8,7 +8,6 @@ the step before; once the target has run on a token, its slot is made again from
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,9 +16,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
-from draft_opd.decoding.tree import best_children
 from draft_opd.drafters.attention import Rotary
-from draft_opd.drafters.base import Choose, Drafter, vllm_command
+from draft_opd.drafters.base import Choose, Drafter
+from draft_opd.drafters.expansion import best_children
+from draft_opd.drafters.registry import register
 from draft_opd.drafters.speculators import flatten, is_speculators, wrap
 from draft_opd.drafters.target_config import (
     ShapeOptions,
@@ -137,6 +137,7 @@ class Eagle3Options(ShapeOptions):
     fc_norm: bool = Field(False, description="one norm for the features of each layer")
 
 
+@register("eagle3")
 class Eagle3Drafter(Drafter):
     """See the module docstring. `config` is a LlamaConfig with the EAGLE-3 keys.
 
@@ -144,7 +145,7 @@ class Eagle3Drafter(Drafter):
     are kept as they are, since SGLang would serve the target's).
     """
 
-    family = vllm_method = "eagle3"
+    vllm_method = "eagle3"
     options = Eagle3Options
     has_trees = sees_drafts = soft_labels = True
 
@@ -265,7 +266,7 @@ class Eagle3Drafter(Drafter):
             drafter.d2t, drafter.t2d = as_buffers(ids, target.vocab_size)
         else:
             ids = torch.arange(size)
-        drafter.check_target(target)
+        drafter.bind(target)
         drafter.lm_head.weight.data.copy_(target.head.weight[ids.to(target.device)])
         adopt_final_norm(drafter.norm, target)
         return drafter.to(target.device)
@@ -327,8 +328,6 @@ class Eagle3Drafter(Drafter):
         return made
 
     def check_target(self, target: Target) -> None:
-        if not self._given_layers:
-            self.target_layers = default_target_layers(target.num_layers)
         pairs = (
             ("hidden size", self.config.hidden_size, target.hidden_size),
             ("features of", self.feature_size, target.hidden_size),
@@ -337,7 +336,7 @@ class Eagle3Drafter(Drafter):
         for what, ours, theirs in pairs:
             if ours != theirs:
                 refuse(target, what, ours, theirs)
-        layers = list(self.target_layers)
+        layers = list(self._given_layers or default_target_layers(target.num_layers))
         if layers != sorted(set(layers)) or len(layers) * self.feature_size != self.fc.in_features:
             count = self.fc.in_features // self.feature_size
             raise UserError(f"tapped target layers {layers} must be {count}, ascending and unique")
@@ -346,6 +345,11 @@ class Eagle3Drafter(Drafter):
         ids = checked_ids(self.d2t, target.vocab_size)
         if len(ids) == target.vocab_size and self.d2t.any():
             raise UserError("d2t reorders a whole vocabulary, which engines do not expect")
+
+    def bind(self, target: Target) -> None:
+        super().bind(target)
+        # SafeAILab's files name no layers: engines take these then.
+        self.target_layers = self._given_layers or default_target_layers(target.num_layers)
 
     @property
     def vocabulary(self) -> Tensor | None:
@@ -369,15 +373,11 @@ class Eagle3Drafter(Drafter):
     def passes(self, length: int) -> list[int]:
         return [1] * length
 
-    def serve_command(self, target: str, folder: Path, engine: str) -> str:
-        if engine == "sglang":
-            return (
-                f"python -m sglang.launch_server --model-path {target} "
-                f"--speculative-algorithm EAGLE3 --speculative-draft-model-path {folder} "
-                f"--speculative-num-steps {self.draft_length} --speculative-eagle-topk 1 "
-                f"--speculative-num-draft-tokens {self.draft_length + 1}"
-            )
-        return vllm_command(target, self, folder)
+    def sglang_flags(self) -> dict[str, int | str]:
+        return {
+            "algorithm": "EAGLE3", "num-steps": self.draft_length, "eagle-topk": 1,
+            "num-draft-tokens": self.draft_length + 1,
+        }  # fmt: skip
 
     # -- drafting ---------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ def analyse(
     count. `share` is the composition of the replayed tokens. `anchors` counts rounds by tenth of
     the response; `rounds_by_accepted` by accepted length 0..K.
     """
-    drafter.check_target(target)
+    drafter.bind(target)
     length = drafter.checked_length(draft_length)
     source = BatchSource(target, drafter.target_layers)
     tokens = dict.fromkeys(GROUPS, 0)

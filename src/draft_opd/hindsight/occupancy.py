@@ -103,7 +103,7 @@ def expected_rounds(
     from draft_opd.hindsight.trace import pad_rows
 
     sampling = sampling or Sampling()
-    drafter.check_target(target)
+    drafter.bind(target)
     length = drafter.checked_length(draft_length)
     rounds, tokens = [], []
     for t in trajectories:

@@ -18,7 +18,11 @@ from torch import Tensor
 from draft_opd.data.trajectory import Trajectory
 from draft_opd.decoding.rounds import Round
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.decoding.verification import acceptance_probability, accepted_prefix
+from draft_opd.decoding.verification import (
+    acceptance_probability,
+    accepted_prefix,
+    matching_prefix,
+)
 from draft_opd.drafters.base import Drafter
 from draft_opd.models.target import Target
 
@@ -165,9 +169,7 @@ def walk(
         for row, i in enumerate(active):
             anchor, end, proposal = anchors[i], ends[i], proposals[row]
             text = trajectories[i].ids[anchor + 1 : anchor + 1 + count]
-            accepted = 0
-            while accepted < len(text) and text[accepted] == proposal[accepted]:
-                accepted += 1
+            accepted = matching_prefix(proposal, text)
             traces[i].append(Round(anchor, proposal, accepted))
             anchors[i] = anchor + accepted + 1
             if anchors[i] < end:
@@ -256,7 +258,7 @@ def traces_by_length(
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[int, list[list[Round]]]:
     """The same at several draft lengths, {length: traces}, with one forward of the target."""
-    drafter.check_target(target)
+    drafter.bind(target)
     order = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].ids))
     traces: dict[int, list[list[Round]]] = {n: [[] for _ in trajectories] for n in lengths}
     for start in range(0, len(order), batch_size):

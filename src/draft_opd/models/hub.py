@@ -13,6 +13,9 @@ from safetensors import SafetensorError, safe_open
 from draft_opd.utils.errors import UserError
 
 EMBEDDED = "embedded"
+# What no target's config.json has: keys, and words in the names of architectures.
+DRAFTER_KEYS = ("dflash_config", "draft_vocab_size", "speculators_model_type")
+DRAFTER_WORDS = ("DFlash", "Eagle")
 
 
 def resolve_path(path_or_id: str) -> str:
@@ -84,6 +87,14 @@ def read_config(folder: Path, kind: str) -> dict:
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise UserError(f"'{path}': architectures must be a list of names")
     return config
+
+
+def is_drafter(config: dict) -> bool:
+    """Whether a config.json is a drafter's, of whichever family and layout."""
+    names = config.get("architectures") or []
+    return any(key in config for key in DRAFTER_KEYS) or any(
+        word in name for name in names for word in DRAFTER_WORDS
+    )
 
 
 def find_target_files(path_or_id: str, weights: bool = True) -> tuple[str, dict | None]:

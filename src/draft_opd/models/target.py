@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,9 +21,6 @@ from draft_opd.models.hub import EMBEDDED
 from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.target_info import TargetText, check_tokenizer, find_target
 from draft_opd.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from draft_opd.training.distributed import Group
 
 
 @dataclass
@@ -135,12 +131,6 @@ class Target(TargetText):
         for weight in (self.head.weight, *self.decoder.parameters()):
             digest.update(weight.detach()[:4].float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
-
-    def split(self, group: Group) -> None:
-        """Leaves every process of a group its part; then all must call upon it equally often."""
-        self.fingerprint  # noqa: B018 - while it is whole
-        group.split_target(self.model, self.decoder, self.config)
-        self.sharded = True
 
     @property
     def device(self) -> torch.device:

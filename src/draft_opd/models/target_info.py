@@ -6,17 +6,15 @@ from collections.abc import Sequence
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from draft_opd.models.hub import find_target_files
+from draft_opd.models.hub import find_target_files, is_drafter
 from draft_opd.utils.errors import UserError
 
 
 def find_target(path_or_id: str, weights: bool = True) -> str:
     """What transformers loads a target from. Raises `UserError` for what cannot be one: no folder
     and no hub id, a drafter, weights that are pickles only."""
-    from draft_opd.drafters import FAMILIES  # drafters need targets
-
     path, config = find_target_files(path_or_id, weights)
-    if config is not None and any(f.matches(config) for f in FAMILIES.values()):
+    if config is not None and is_drafter(config):
         raise UserError(f"'{path}' is a drafter, not a target: it goes to --drafter")
     return path
 

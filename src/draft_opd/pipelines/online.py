@@ -30,6 +30,7 @@ from draft_opd.data.trajectory import read_trajectories
 from draft_opd.drafters import Drafter
 from draft_opd.models.hub import resolve_path
 from draft_opd.models.target import Target
+from draft_opd.serving.engines import serve_command
 from draft_opd.serving.model_card import model_card
 from draft_opd.training.config import Recipe
 from draft_opd.training.inputs import check_online
@@ -51,7 +52,7 @@ class OnlineLoop:
         self.target = Target.from_pretrained(
             recipe.target, trust_remote_code=recipe.trust_remote_code
         )
-        Drafter.from_pretrained(recipe.drafter, device="cpu").check_target(self.target)
+        Drafter.from_pretrained(recipe.drafter, device="cpu").bind(self.target)
         o = self.options
         self.server = Server(o.server, o.server_model, o.endpoint, o.in_flight, o.patience)
         self.held_out = {tuple(t.prompt_ids) for t in held_out}
@@ -160,10 +161,10 @@ class OnlineLoop:
         if marker.exists() and json.loads(marker.read_text())["drafter"] == drafter:
             return
         made = Drafter.from_pretrained(drafter, device="cpu")
-        made.check_target(self.target)
+        made.bind(self.target)
         engine = "vllm" if "vllm" in made.formats else made.formats[0]
         path = resolve_path(self.recipe.target)
-        card = model_card(made, drafter, path, made.serve_command(path, self.served, engine))
+        card = model_card(made, drafter, path, serve_command(made, path, self.served, engine))
         made.save_pretrained(self.served, getattr(torch, o.export_dtype), card=card)
         if o.reload:
             self._reload(o.reload.replace("{drafter}", shlex.quote(str(self.served.resolve()))))

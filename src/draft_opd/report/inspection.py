@@ -9,7 +9,8 @@ from rich.text import Text
 
 from draft_opd.data.collect import summary
 from draft_opd.data.trajectory import Trajectory, read_trajectories
-from draft_opd.drafters import FAMILIES, Drafter
+from draft_opd.drafters import Drafter
+from draft_opd.drafters.registry import family_of
 from draft_opd.models.hub import EMBEDDED, find_folder, read_config, resolve_path
 from draft_opd.models.target import Target, is_target_folder
 from draft_opd.training.history import is_run, read_history
@@ -29,7 +30,7 @@ def describe(path: str, target: str | None = None, sample: int = 0) -> tuple[dic
     if (place / "best").is_dir() or (place / "summary.json").exists():
         return _demo(place)
     folder = find_folder(place, "path")
-    if any(family.matches(read_config(folder, "model")) for family in FAMILIES.values()):
+    if family_of(read_config(folder, "model")):
         value = _drafter(folder)
     elif is_target_folder(folder):
         model = Target.from_pretrained(str(folder), device="cpu")

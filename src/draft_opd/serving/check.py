@@ -17,6 +17,7 @@ import torch
 from draft_opd.data.openai_client import Server
 from draft_opd.data.prompts import Prompt
 from draft_opd.data.trajectory import Trajectory
+from draft_opd.decoding.verification import verify_greedy
 from draft_opd.drafters import Drafter
 from draft_opd.evaluation.regret import regret
 from draft_opd.hindsight.trace import hindsight_traces, pad_rows
@@ -113,9 +114,9 @@ def next_round(target: Target, drafter: Drafter, texts: list[list[int]], length:
     drafted = drafted[:, 0]
     whole = [t + d for t, d in zip(texts, drafted.tolist(), strict=True)]
     hidden = target.trajectories(pad_rows(whole, target.device)).hidden
-    where = anchors + torch.arange(length, device=target.device)
-    said = target.logits(hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1])))
-    return (said.argmax(-1) == drafted).long().cumprod(1).sum(1).tolist()
+    where = anchors + torch.arange(length + 1, device=target.device)
+    logits = target.logits(hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1])))
+    return verify_greedy(drafted, logits).tolist()
 
 
 def text_is_the_targets(target: Target, rows: Sequence[Trajectory]) -> list[bool]:

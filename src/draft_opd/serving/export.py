@@ -14,6 +14,7 @@ import torch
 from draft_opd.drafters import Drafter
 from draft_opd.models.hub import resolve_path
 from draft_opd.models.target_info import TargetText
+from draft_opd.serving.engines import serve_command
 from draft_opd.serving.model_card import model_card
 from draft_opd.utils.errors import UserError
 
@@ -38,13 +39,13 @@ def export(
         raise UserError(f"'{out}' exists and is not empty: choose a new folder")
     helper = Drafter.from_pretrained(drafter, device="cpu")
     model = TargetText.from_pretrained(target, trust_remote_code=trust_remote_code)
-    helper.check_target(model)
+    helper.bind(model)
     if format not in helper.formats:
         raise UserError(
             f"--format {format}: this {helper.family} drafter has {', '.join(helper.formats)} only"
         )
     path = resolve_path(target)
-    serve = helper.serve_command(path, out, "vllm" if format == "speculators" else format)
+    serve = serve_command(helper, path, out, "vllm" if format == "speculators" else format)
     verifier = None
     if format == "speculators":
         verifier = {"name_or_path": path, "architectures": model.architectures}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from draft_opd.decoding.rounds import Round, Traces
 from draft_opd.decoding.sampling import Sampling
+from draft_opd.decoding.verification import accepted_prefix
 from draft_opd.drafters.base import Drafter
 from draft_opd.hindsight.occupancy import LOGITS, occupancy, text_acceptance
 from draft_opd.hindsight.trace import text_chooser
@@ -166,8 +167,7 @@ def draft_at(
         at = blocks.anchors[:, part]
         found.append(drafter.propose(target, context, at, ids[:, part], length, choose)[0])
     drafted = torch.cat(found, 1)
-    agree = (drafted == blocks.labels) & blocks.valid
-    accepted = agree.long().cumprod(-1).sum(-1)
+    accepted = accepted_prefix((drafted == blocks.labels) & blocks.valid)
     return [
         [Round(a, drafted[i, j].tolist(), int(accepted[i, j])) for j, a in enumerate(row)]
         for i, row in enumerate(anchors)

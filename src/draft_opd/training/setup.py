@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from draft_opd.data.trajectory import check_trajectories
-from draft_opd.drafters.base import FAMILIES, Drafter
+from draft_opd.drafters import FAMILIES, Drafter
 from draft_opd.models.hub import EMBEDDED
 from draft_opd.models.target import Target
 from draft_opd.training.config import Model, Recipe
@@ -48,8 +48,15 @@ def load_target(recipe: Recipe, group: Group) -> Target:
     target = Target.from_pretrained(
         recipe.target, dtype="auto" if stored else None, device="cpu", prepacked=False, **options
     )
-    target.split(group)
+    split_target(target, group)
     return target
+
+
+def split_target(target: Target, group: Group) -> None:
+    """Leaves every process of a group its part; then all must call upon it equally often."""
+    target.fingerprint  # noqa: B018 - it is remembered, while the weights are whole
+    group.split_target(target.model, target.decoder, target.config)
+    target.sharded = True
 
 
 def new_drafter(model: Model, target: Target, counts: torch.Tensor) -> Drafter:

@@ -138,7 +138,7 @@ class Run:
         source = str(begun) if begun else recipe.drafter
         if source:
             self.drafter = Drafter.from_pretrained(source, device=self.target.device)
-            self.drafter.check_target(self.target)
+            self.drafter.bind(self.target)
         else:
             self.drafter = first_drafter(recipe.model, self.target, self.train_set)
         self.drafter.gradient_checkpointing = recipe.gradient_checkpointing
