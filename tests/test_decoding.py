@@ -7,7 +7,7 @@ import draft_opd as d
 from draft_opd.decoding.rounds import committed
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.hindsight.trace import hindsight_traces
-from draft_opd.training.blocks import pack, replay_hidden
+from draft_opd.training.blocks import attach_drafts, pack_anchors, replay_hidden
 from draft_opd.training.data import BatchSource
 
 MAX_NEW_TOKENS = 320
@@ -43,7 +43,7 @@ def same_rounds(target, drafter, trajectory, one, other):
         if a.drafted == b.drafted:
             continue
         batch = BatchSource(target, drafter.target_layers).batch([trajectory])
-        blocks = pack(batch, [[a.anchor]], [[a]], len(a.drafted))
+        blocks = attach_drafts(pack_anchors(batch, [[a.anchor]], len(a.drafted)), [[a]])
         logits = drafter.logits(target, replay_hidden(target, drafter, batch, blocks)[0, 0])
         for k, (x, y) in enumerate(zip(a.drafted, b.drafted, strict=True)):
             assert x == y or (logits[k, x] - logits[k, y]).abs() < 1e-4 * logits[k].abs().max()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import draft_opd as d
 from draft_opd.drafters.attention import Visibility, attend
 from draft_opd.drafters.dflash import DFlashDrafter, default_target_layers
-from draft_opd.training.blocks import pack, replay_hidden
+from draft_opd.training.blocks import pack_anchors, replay_hidden
 from draft_opd.training.data import BatchSource
 
 FAMILY = "dflash"
@@ -122,7 +122,7 @@ def test_cuda_flex_replay_equals_sdpa(trained_folder, heldout):
     for model, drafter in ((target, there), (cpu_target, here)):
         batch = BatchSource(model, drafter.target_layers).batch(heldout[:2])
         anchors = [list(range(len(t.prompt_ids) - 1, len(t.ids) - 1)) for t in batch.trajectories]
-        blocks = pack(batch, anchors, [[] for _ in anchors], 15)
+        blocks = pack_anchors(batch, anchors, 15)
         hidden = replay_hidden(model, drafter, batch, blocks)
         hidden[blocks.valid].square().sum().backward()
         found.append((hidden[blocks.valid].detach().cpu(), drafter.fc.weight.grad.cpu()))

@@ -15,6 +15,7 @@ from draft_opd.drafters.eagle3 import FLAGS, Eagle3Drafter, default_target_layer
 from draft_opd.drafters.vocabulary import as_buffers, checked_ids, most_frequent
 from draft_opd.hindsight.trace import hindsight_traces
 from draft_opd.losses.chunked import chunked_score
+from draft_opd.losses.config import Objective
 from draft_opd.losses.divergences import (
     cross_entropy,
     forward_kl,
@@ -24,8 +25,7 @@ from draft_opd.losses.divergences import (
 )
 from draft_opd.losses.objectives import decayed_cross_entropy, objective_loss
 from draft_opd.serving.export import export
-from draft_opd.training.blocks import pack, replay, text_states
-from draft_opd.training.config import Objective
+from draft_opd.training.blocks import attach_drafts, pack_anchors, replay, text_states
 from draft_opd.training.data import BatchSource
 
 FAMILY = "eagle3"
@@ -386,7 +386,7 @@ def test_a_trained_head_gets_the_gradient_of_the_whole(score):
 def test_nothing_to_supervise_is_a_loss_of_zero(target, trained, heldout):
     """No label is draftable: zero, with zero gradients."""
     batch = BatchSource(target, trained.target_layers).batch(heldout[:1])
-    blocks = pack(batch, [[len(heldout[0].prompt_ids) - 1]], [[]], 3)
+    blocks = pack_anchors(batch, [[len(heldout[0].prompt_ids) - 1]], 3)
     blocks.labels = torch.full_like(blocks.labels, int((~trained.t2d).nonzero()[0, 0]))
     r = replay(target, trained, batch, blocks)
     loss = decayed_cross_entropy(r)
@@ -399,7 +399,7 @@ def test_the_trajectory_term_stops_where_q_leaves_the_text(target, trained, held
     """Behind the first wrong proposal the replayed states are not the text's."""
     batch = BatchSource(target, trained.target_layers).batch(heldout[:4], with_cache=True)
     traces = hindsight_traces(target, trained, heldout[:4])
-    blocks = pack(batch, [[r.anchor for r in t] for t in traces], traces, 15)
+    blocks = attach_drafts(pack_anchors(batch, [[r.anchor for r in t] for t in traces], 15), traces)
     fed = {"drafts": blocks, "text": replace(blocks, drafted=blocks.labels)}
     states = text_states(batch, blocks)
     objective = Objective(kind="forward_kl", suffix=False, trajectory_weight=1.0)
@@ -414,7 +414,7 @@ def test_the_trajectory_term_stops_where_q_leaves_the_text(target, trained, held
 def test_labels_outside_end_what_a_block_can_reach(target, trained, heldout):
     batch = BatchSource(target, trained.target_layers).batch(heldout[:8])
     anchors = [list(range(len(t.prompt_ids) - 1, len(t.ids) - 1)) for t in batch.trajectories]
-    blocks = pack(batch, anchors, [[] for _ in anchors], 15)
+    blocks = pack_anchors(batch, anchors, 15)
     blocks.drafted = blocks.labels
     r = replay(target, trained, batch, blocks)
     inside = torch.isin(r.labels, trained.vocabulary)

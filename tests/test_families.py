@@ -5,7 +5,7 @@ import torch
 
 import draft_opd as d
 from draft_opd.hindsight.trace import hindsight_traces
-from draft_opd.training.blocks import pack, replay_hidden
+from draft_opd.training.blocks import attach_drafts, pack_anchors, replay_hidden
 from draft_opd.training.data import BatchSource
 
 
@@ -31,7 +31,7 @@ def test_replay_gives_the_logits_of_decoding(target, trained, heldout):
             del trained.propose
         batch = BatchSource(target, trained.target_layers).batch([t])
         anchors = [r.anchor for r in rounds]
-        blocks = pack(batch, [anchors], [rounds], trained.draft_length)
+        blocks = attach_drafts(pack_anchors(batch, [anchors], trained.draft_length), [rounds])
         hidden = replay_hidden(target, trained, batch, blocks)
         assert hidden.requires_grad and [a for a, _ in seen] == anchors
         logits = trained.logits(target, hidden.detach())
@@ -44,13 +44,11 @@ def test_batched_anchors_are_single_anchors(target, untrained, heldout):
     source = BatchSource(target, untrained.target_layers)
     together = source.batch(rows)
     anchors = [[len(t.prompt_ids) - 1 + 7 * j for j in range(3)] for t in rows]
-    hidden = replay_hidden(
-        target, untrained, together, pack(together, anchors, [[] for _ in rows], 15)
-    )
+    hidden = replay_hidden(target, untrained, together, pack_anchors(together, anchors, 15))
     for i, t in enumerate(rows):
         for j, a in enumerate(anchors[i]):
             alone = source.batch([t])
-            one = replay_hidden(target, untrained, alone, pack(alone, [[a]], [[]], 15))
+            one = replay_hidden(target, untrained, alone, pack_anchors(alone, [[a]], 15))
             torch.testing.assert_close(hidden[i, j], one[0, 0], rtol=1e-4, atol=1e-4)
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import draft_opd as d
-from draft_opd.training.blocks import pack, replay_hidden
+from draft_opd.training.blocks import pack_anchors, replay_hidden
 from draft_opd.training.data import BatchSource
 from draft_opd.training.feature_store import FeatureFolder, about_features
 from draft_opd.training.trainer import Run
@@ -105,7 +105,7 @@ def test_large_features_go_to_several_files(target, tmp_path, monkeypatch):
 def test_gradient_checkpointing_keeps_less_and_changes_nothing(target, trained, heldout):
     batch = BatchSource(target, trained.target_layers).batch(heldout[:4])
     anchors = [list(range(len(t.prompt_ids) - 1, len(t.prompt_ids) + 7)) for t in heldout[:4]]
-    blocks = pack(batch, anchors, [[] for _ in anchors], trained.draft_length)
+    blocks = pack_anchors(batch, anchors, trained.draft_length)
     blocks.drafted = blocks.labels
     found = {}
     for again in (False, True):

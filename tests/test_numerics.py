@@ -14,8 +14,9 @@ from test_objectives import V, make
 from transformers import Qwen3ForCausalLM
 
 import draft_opd as d
+from draft_opd.losses.config import Objective
 from draft_opd.losses.objectives import OBJECTIVES, STREAMS, Replay, objective_loss
-from draft_opd.training.config import Objective, load_recipe
+from draft_opd.training.config import load_recipe
 from draft_opd.training.trainer import Run
 from draft_opd.utils.errors import Failure
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from draft_opd.losses.config import Objective
 from draft_opd.losses.divergences import dpace_weights, sampled, stream_weights, top_k
 from draft_opd.losses.objectives import OBJECTIVES, STREAMS, Replay, objective_loss
-from draft_opd.training.config import Objective
 
 V, H = 6, 5
 

@@ -19,7 +19,7 @@ import draft_opd as d
 from draft_opd.decoding.generate import speculate
 from draft_opd.drafters.registry import family_of
 from draft_opd.models.hub import is_drafter, resolve_path
-from draft_opd.training.blocks import pack, replay
+from draft_opd.training.blocks import attach_drafts, pack_anchors, replay
 from draft_opd.training.data import BatchSource
 
 VOCAB, HIDDEN, DRAFT_VOCAB = 320, 64, 200
@@ -181,7 +181,9 @@ def test_published_shapes_load_draft_and_replay(make_target, tmp_path, name):
     ]
     batch = BatchSource(target, drafter.target_layers).batch(rows)
     traces = [g.rounds for g in made]
-    blocks = pack(batch, [[r.anchor for r in t] for t in traces], traces, drafter.draft_length)
+    blocks = attach_drafts(
+        pack_anchors(batch, [[r.anchor for r in t] for t in traces], drafter.draft_length), traces
+    )
     replayed = replay(target, drafter.requires_grad_(), batch, blocks)
     drafted = drafter.logits(target, replayed.hidden).argmax(-1)
     rounds = [r for t in traces for r in t]

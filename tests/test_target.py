@@ -10,7 +10,7 @@ import draft_opd as d
 from draft_opd.hindsight.trace import hindsight_traces, pad_rows
 from draft_opd.models.gqa_attention import NAME, grouped
 from draft_opd.models.hub import resolve_path
-from draft_opd.training.blocks import pack
+from draft_opd.training.blocks import attach_drafts, pack_anchors
 from draft_opd.training.data import BatchSource
 from draft_opd.training.opd import teacher_states
 
@@ -111,7 +111,9 @@ def test_rejected_suffixes_are_scored_as_verification_scores_them(target, traine
     rows = heldout[:4]
     batch = BatchSource(target, trained.target_layers).batch(rows, with_cache=True)
     traces = hindsight_traces(target, trained, rows)
-    blocks = pack(batch, [[r.anchor for r in t] for t in traces], traces, trained.draft_length)
+    blocks = attach_drafts(
+        pack_anchors(batch, [[r.anchor for r in t] for t in traces], trained.draft_length), traces
+    )
     states = teacher_states(target, batch, blocks)
     checked = 0
     for row, (t, trace) in enumerate(zip(rows, traces, strict=True)):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import draft_opd as d
 from draft_opd.drafters import dflash
 from draft_opd.training.anchors import random_anchors
-from draft_opd.training.blocks import pack
+from draft_opd.training.blocks import attach_drafts, pack_anchors
 from draft_opd.training.config import load_recipe
 from draft_opd.training.data import BatchSource, batch_at, batch_order
 from draft_opd.training.inputs import cut
@@ -171,7 +171,9 @@ def test_live_rollouts_end_where_the_stored_text_ends(target, trained, heldout):
 def test_offsets_that_were_not_drafted_carry_no_loss(target, trained, heldout):
     batch = BatchSource(target, trained.target_layers).batch(heldout[:1])
     first = len(heldout[0].prompt_ids) - 1
-    blocks = pack(batch, [[first]], [[d.Round(first, heldout[0].response_ids[:3], 3)]], 15)
+    blocks = attach_drafts(
+        pack_anchors(batch, [[first]], 15), [[d.Round(first, heldout[0].response_ids[:3], 3)]]
+    )
     assert blocks.valid[0, 0].tolist() == [True] * 3 + [False] * 12
 
 

@@ -13,7 +13,7 @@ from draft_opd.drafters.base import Drafter
 from draft_opd.evaluation.summary import acceptance_by_position
 from draft_opd.losses.divergences import forward_kl, overlap, reverse_kl
 from draft_opd.models.target import Target
-from draft_opd.training.blocks import pack, replay, text_states
+from draft_opd.training.blocks import attach_drafts, pack_anchors, replay, text_states
 from draft_opd.training.data import BatchSource
 from draft_opd.training.opd import hindsight_rollout, teacher_states
 
@@ -56,7 +56,8 @@ def analyse(
             for r in trace:
                 part = (r.anchor + 1 - len(t.prompt_ids)) / len(t.response_ids)
                 anchors[min(BINS - 1, int(part * BINS))] += 1
-        blocks = pack(batch, [[r.anchor for r in trace] for trace in traces], traces, length)
+        anchors = [[r.anchor for r in trace] for trace in traces]
+        blocks = attach_drafts(pack_anchors(batch, anchors, length), traces)
         drafted = replay(target, drafter, batch, blocks, teacher_states(target, batch, blocks))
         on_text = replay(
             target, drafter, batch, replace(blocks, drafted=blocks.labels),

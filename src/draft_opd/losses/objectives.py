@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from draft_opd.losses.chunked import chunked_score
+from draft_opd.losses.config import Objective
 from draft_opd.losses.divergences import (
     Score,
     combine_streams,
@@ -30,7 +32,6 @@ from draft_opd.losses.divergences import (
     total_variation,
     up_to_first_rejection,
 )
-from draft_opd.training.config import Objective
 
 
 @dataclass
@@ -222,40 +223,47 @@ def _chain_tv(r: Replay, o: Objective) -> tuple[Tensor, dict]:
     return loss, {"supervised": int(valid.sum())}
 
 
-OBJECTIVES: dict[str, Callable[[Replay, Objective], tuple[Tensor, dict]]] = {
-    **dict.fromkeys(STREAMS, _streams),
-    "cross_entropy": _cross_entropy,
-    "auf": _auf,
-    "dpace": _dpace,
-    "expected_length": _expected_length,
-    "expected_overlap": _expected_overlap,
-    "chain_tv": _chain_tv,
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """An objective and what it reads.
+
+    loss: replay and options -> loss (0-d) and figures. conditioned_on: whether offset k follows the
+    text or the drafted tokens. needs_target_states: whether the target's distribution enters.
+    needs_branches: whether it enters behind the first rejection, in states off the trajectory.
+    """
+
+    loss: Callable[[Replay, Objective], tuple[Tensor, dict]]
+    conditioned_on: Literal["text", "draft"] = "text"
+    needs_target_states: bool = False
+    needs_branches: bool = False
+
+
+OBJECTIVES: dict[str, ObjectiveSpec] = {
+    **dict.fromkeys(STREAMS, ObjectiveSpec(_streams, "draft", True, True)),
+    "cross_entropy": ObjectiveSpec(_cross_entropy),
+    "auf": ObjectiveSpec(_auf),
+    "dpace": ObjectiveSpec(_dpace),
+    "expected_length": ObjectiveSpec(_expected_length),
+    "expected_overlap": ObjectiveSpec(_expected_overlap, needs_target_states=True),
+    "chain_tv": ObjectiveSpec(_chain_tv, needs_target_states=True),
 }
 
 
-def on_text(o: Objective) -> bool:
-    """Whether offsets are conditioned on the trajectory's tokens, not on what was drafted."""
-    return o.kind not in STREAMS
-
-
-def needs_states(o: Objective) -> bool:
-    """Whether the target's distribution enters at all."""
-    return o.kind in STREAMS or o.kind in ("expected_overlap", "chain_tv")
-
-
-def needs_branches(o: Objective) -> bool:
-    """Whether what was drafted behind the first rejection does, in states off the trajectory."""
-    return o.kind in STREAMS and o.suffix and o.rejected_weight > 0
+def spec_of(o: Objective) -> ObjectiveSpec:
+    """What this objective reads with these options."""
+    spec = OBJECTIVES[o.kind]
+    return replace(spec, needs_branches=spec.needs_branches and o.suffix and o.rejected_weight > 0)
 
 
 def objective_loss(r: Replay, o: Objective) -> tuple[Tensor, dict]:
     """The loss (0-d) and figures for the metrics."""
-    loss, figures = OBJECTIVES[o.kind](r, o)
+    spec = spec_of(o)
+    loss, figures = spec.loss(r, o)
     figures = {"supervised": int(r.reachable.sum()), **figures}
     if o.trajectory_weight:
         figures["supervised"] = int(r.reachable.sum())
         along = r
-        if r.sees_drafts and not on_text(o):
+        if r.sees_drafts and spec.conditioned_on == "draft":
             # Behind the first wrong proposal q is not conditioned on the text.
             along = replace(r, valid=up_to_first_rejection(r.accepted, r.valid))
         loss = loss + o.trajectory_weight * decayed_cross_entropy(along)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from draft_opd.decoding.rounds import Round, Traces
+from draft_opd.decoding.rounds import Traces
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.verification import accepted_prefix
 from draft_opd.drafters.base import Drafter
 from draft_opd.hindsight.occupancy import LOGITS, occupancy, text_acceptance
 from draft_opd.hindsight.trace import text_chooser
-from draft_opd.losses.objectives import needs_branches
+from draft_opd.losses.objectives import spec_of
 from draft_opd.models.target import Target
-from draft_opd.training.blocks import Blocks, pack, text_states
+from draft_opd.training.blocks import Blocks, attach_drafts, pack_anchors, text_states
 from draft_opd.training.config import Opd
 from draft_opd.training.data import Batch
 
@@ -61,28 +62,26 @@ def choose_blocks(
 ) -> Blocks:
     """What is replayed: rounds of the trace, or other anchors with the same number of blocks."""
     rounds = choose_rounds(traces, options, length, seed, batch.numbers)
+    every = [range(len(t.prompt_ids) - 1, len(t.ids) - 1) for t in batch.trajectories]
+    weight = None
     if options.anchors == "trace":
         anchors = [[r.anchor for r in row] for row in rounds]
-        partly = any(-1 in r.drafted for row in rounds for r in row)
-        if partly and needs_branches(options.objective):
-            # What was drafted behind the first mistake counts here; the trace had no use for it.
-            rounds = draft_at(target, drafter, batch, anchors, length, sampling, seed)
-        return pack(batch, anchors, rounds, length)
-    every = [range(len(t.prompt_ids) - 1, len(t.ids) - 1) for t in batch.trajectories]
-    weights = None
-    if options.anchors == "random":
+    elif options.anchors == "random":
         anchors = random_anchors(batch, [len(row) for row in rounds], seed)
     elif options.anchors == "all":
-        anchors = random_anchors(batch, [options.max_anchors] * len(every), seed)
+        anchors = random_anchors(batch, options.max_anchors, seed)
     else:
-        anchors, weights = _by_occupancy(
+        anchors, weight = _by_occupancy(
             target, drafter, batch, every, length, sampling, options, seed
         )
-    rounds = draft_at(target, drafter, batch, anchors, length, sampling, seed)
-    blocks = pack(batch, anchors, rounds, length)
-    if weights is not None:
-        blocks.weight = weights
-    return blocks
+    blocks = pack_anchors(batch, anchors, length)
+    if weight is not None:
+        blocks = replace(blocks, weight=weight)
+    # What was drafted behind the first mistake may not be known: the trace had no use for it.
+    partly = any(-1 in r.drafted for row in rounds for r in row)
+    if options.anchors == "trace" and not (partly and spec_of(options.objective).needs_branches):
+        return attach_drafts(blocks, rounds)
+    return draft_at(target, drafter, batch, blocks, sampling, seed)
 
 
 def _by_occupancy(
@@ -97,7 +96,7 @@ def _by_occupancy(
 ) -> tuple[list[list[int]], Tensor]:
     """About `max_anchors` anchors a row, drawn in proportion to the probability that a round begins
     there; their weights make every mean that of all positions."""
-    blocks = pack(batch, every, [[] for _ in every], length)
+    blocks = pack_anchors(batch, every, length)
     with torch.no_grad():
         context = drafter.context(target, batch.ids, batch.features)
         alpha = text_acceptance(
@@ -141,24 +140,18 @@ def draw_by_weight(weights: list[float], count: int, start: float) -> list[tuple
 
 @torch.no_grad()
 def draft_at(
-    target: Target,
-    drafter: Drafter,
-    batch: Batch,
-    anchors: list[list[int]],
-    length: int,
-    sampling: Sampling,
-    seed: str,
-) -> Traces:
-    """What the drafter proposes at given anchors, and how much of it the text confirms."""
-    blocks = pack(batch, anchors, [[] for _ in anchors], length)
+    target: Target, drafter: Drafter, batch: Batch, blocks: Blocks, sampling: Sampling, seed: str
+) -> Blocks:
+    """The blocks with what the drafter proposes there, and how much of it the text confirms."""
+    length = blocks.labels.shape[2]
     states = text_states(batch, blocks)
     context = drafter.context(target, batch.ids, batch.features)
     ids = batch.ids.gather(1, blocks.anchors)
     rng = random.Random(f"{seed}/{batch.numbers[0]}")  # other draws in other processes
     generator = torch.Generator(batch.device).manual_seed(rng.getrandbits(32))
-    step = max(1, LOGITS // (len(anchors) * length * target.vocab_size))
+    step = max(1, LOGITS // (len(ids) * length * target.vocab_size))
     found = []
-    for start in range(0, blocks.anchors.shape[1], step):
+    for start in range(0, ids.shape[1], step):
         part = slice(start, start + step)
         choose = text_chooser(
             target, sampling, blocks.labels[:, part].flatten(0, 1),
@@ -168,7 +161,4 @@ def draft_at(
         found.append(drafter.propose(target, context, at, ids[:, part], length, choose)[0])
     drafted = torch.cat(found, 1)
     accepted = accepted_prefix((drafted == blocks.labels) & blocks.valid)
-    return [
-        [Round(a, drafted[i, j].tolist(), int(accepted[i, j])) for j, a in enumerate(row)]
-        for i, row in enumerate(anchors)
-    ]
+    return replace(blocks, drafted=drafted, accepted=accepted)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from draft_opd.decoding.rounds import Round
 from draft_opd.drafters.base import Drafter
+from draft_opd.losses.config import Objective
 from draft_opd.losses.objectives import Replay
 from draft_opd.models.target import Target
-from draft_opd.training.config import Objective
 from draft_opd.training.data import Batch
 
 
@@ -34,35 +34,39 @@ class Blocks:
     weight: Tensor
 
 
-def pack(
-    batch: Batch, anchors: Sequence[Sequence[int]], rounds: Sequence[Sequence[Round]], length: int
-) -> Blocks:
-    """Packs chosen anchors a row; `rounds` gives what was drafted there (empty: nothing known)."""
+def pack_anchors(batch: Batch, anchors: Sequence[Sequence[int]], length: int) -> Blocks:
+    """Blocks of K = `length` offsets at anchors [row][anchor], with nothing drafted in them yet."""
     rows, width = len(anchors), max(1, max(map(len, anchors)))
     at = torch.zeros(rows, width, dtype=torch.long)
     present = torch.zeros(rows, width, dtype=torch.bool)
-    drafted = torch.zeros(rows, width, length, dtype=torch.long)
-    accepted = torch.zeros(rows, width, dtype=torch.long)
-    proposed = torch.full((rows, width), length)
     for i, row in enumerate(anchors):
         at[i] = int(batch.starts[i])  # padding drafts at the first anchor, unsupervised
         at[i, : len(row)] = torch.tensor(row, dtype=torch.long)
         present[i, : len(row)] = True
-        for j, r in enumerate(rounds[i]):
+    at, present = at.to(batch.device), present.to(batch.device)
+    where = at[:, :, None] + torch.arange(1, length + 1, device=batch.device)
+    valid = (where <= batch.ends[:, None, None]) & present[:, :, None]
+    rowwise = torch.arange(rows, device=batch.device)[:, None, None]
+    labels = batch.ids[rowwise, where.clamp_max(batch.ids.shape[1] - 1)]
+    nothing, none = torch.zeros_like(labels), torch.zeros_like(at)
+    return Blocks(at, present, nothing, none, labels, valid, present.float())
+
+
+def attach_drafts(blocks: Blocks, rounds: Sequence[Sequence[Round]]) -> Blocks:
+    """The same blocks with what was drafted at each anchor; `rounds` [row][anchor]."""
+    drafted, accepted = torch.zeros_like(blocks.drafted.cpu()), blocks.accepted.cpu().clone()
+    length = drafted.shape[2]
+    proposed = torch.full(accepted.shape, length)
+    for i, row in enumerate(rounds):
+        for j, r in enumerate(row):
             ids = torch.tensor(r.drafted, dtype=torch.long)
             drafted[i, j, : len(ids)] = ids.clamp_min(0)  # what nobody looked at nobody scores
             proposed[i, j] = len(r.drafted)  # fewer where the context ends
             accepted[i, j] = r.accepted
-    at, present, drafted, accepted, proposed = (
-        x.to(batch.device) for x in (at, present, drafted, accepted, proposed)
-    )
-    offset = torch.arange(1, length + 1, device=batch.device)
-    where = at[:, :, None] + offset
-    valid = (where <= batch.ends[:, None, None]) & present[:, :, None]
-    valid &= offset <= proposed[:, :, None]
-    rowwise = torch.arange(rows, device=batch.device)[:, None, None]
-    labels = batch.ids[rowwise, where.clamp_max(batch.ids.shape[1] - 1)]
-    return Blocks(at, present, drafted, accepted, labels, valid, present.float())
+    device = blocks.anchors.device
+    drafted, accepted, proposed = (x.to(device) for x in (drafted, accepted, proposed))
+    within = torch.arange(1, length + 1, device=device) <= proposed[:, :, None]
+    return replace(blocks, drafted=drafted, accepted=accepted, valid=blocks.valid & within)
 
 
 def text_states(batch: Batch, blocks: Blocks) -> Tensor:

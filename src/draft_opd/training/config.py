@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from draft_opd.decoding.sampling import Sampling
+from draft_opd.losses.config import Objective
+from draft_opd.utils.config import Section
 from draft_opd.utils.errors import UserError
 
 EMBEDDED_RECIPES = Path(__file__).parent.parent / "embedded" / "recipes"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class Data(_Section):
+class Data(Section):
     """What to train and to evaluate on."""
 
     trajectories: str = Field(description="trajectories.jsonl or its folder, from `collect`")
@@ -38,7 +36,7 @@ class Data(_Section):
     )
 
 
-class Model(_Section):
+class Model(Section):
     """A new drafter; `options` are the family's own (`DFlashOptions`, `Eagle3Options`)."""
 
     family: str = Field("dflash", description="dflash or eagle3")
@@ -50,7 +48,7 @@ class Model(_Section):
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Optim(_Section):
+class Optim(Section):
     """Cosine schedule with linear warm-up."""
 
     name: Literal["adamw", "muon"] = Field(
@@ -74,7 +72,7 @@ class Optim(_Section):
     )
 
 
-class Sft(_Section):
+class Sft(Section):
     """Stage 1: at random anchors, cross-entropy or (EAGLE-3) KL to the target."""
 
     anchors: int = Field(16, ge=1, description="random anchors a trajectory and step")
@@ -86,51 +84,7 @@ class Sft(_Section):
     )
 
 
-class Objective(_Section):
-    """What OPD minimises at the replayed anchors; `objectives.py` has the equations.
-
-    kind: two streams, accepted and rejected offsets, with a divergence each:
-      acceptance_aware  KL(p‖q) on accepted, KL(q‖p) on rejected offsets (the paper)
-      forward_kl, reverse_kl, total_variation, log_overlap (LK losses)  the same one on both
-    the trajectory's tokens y at the replayed anchors:
-      cross_entropy     -log q(y), decaying as in SFT
-      auf               -log q(y) up to and including the first wrong proposal (Spec-AUF)
-      dpace             -log q(y) with D-PACE's weights
-      expected_length   -Σ_k Π_{j<=k} q_j(y_j): expected accepted length, surrogate for greedy
-    distributions along the block:
-      expected_overlap  -Σ_k Π_{j<=k} Σ_v min(p_j, q_j): expected accepted length when sampling
-      chain_tv          the same per block, accepted and first rejected offsets only
-    """
-
-    kind: Literal[
-        "acceptance_aware", "forward_kl", "reverse_kl", "total_variation", "log_overlap",
-        "cross_entropy", "auf", "dpace", "expected_length", "expected_overlap", "chain_tv",
-    ] = Field("acceptance_aware", description="the loss, see Objectives")  # fmt: skip
-    gamma: float = Field(0.8, gt=0, le=1, description="position decay of the rejected stream")
-    accepted_gamma: float = Field(1.0, gt=0, le=1, description="and of the accepted one")
-    accepted_weight: float = Field(1.0, ge=0, description="λ of the accepted stream")
-    rejected_weight: float = Field(1.0, ge=0, description="λ of the rejected stream")
-    normalization: Literal["streams", "tokens"] = Field(
-        "streams", description="a mean of each stream (the paper), or one over all tokens"
-    )
-    supervise_correction: bool = Field(
-        False, description="the first rejected offset in the accepted stream too"
-    )
-    suffix: bool = Field(True, description="supervise offsets behind the first rejected one")
-    estimator: Literal["exact", "top_k", "k1", "k2", "k3", "bernoulli"] = Field(
-        "exact", description="of the streams' KL: whole vocabulary, top_k, or the drafted token"
-    )
-    top_k: int = Field(64, ge=1, description="tokens that the estimator top_k looks at")
-    clamp: float = Field(10.0, gt=0, description="of single-token estimates")
-    dpace_alpha: float = Field(0.5, ge=0, le=1, description="smoothing of D-PACE's weights")
-    supervision_temperature: float = Field(1.0, gt=0, description="temperature of p in the loss")
-    draft_temperature: float = Field(1.0, gt=0, description="temperature of q in the loss")
-    trajectory_weight: float = Field(
-        0.0, ge=0, description="adds this times the SFT loss over the whole replayed block"
-    )
-
-
-class Opd(_Section):
+class Opd(Section):
     """Stage 2: Draft-OPD."""
 
     rollout: Literal["hindsight", "live"] = Field(
@@ -156,7 +110,7 @@ class Opd(_Section):
     objective: Objective = Field(Objective(), description="what is minimised")
 
 
-class Online(_Section):
+class Online(Section):
     """Training on what a server answers, round by round (`draft-opd online`)."""
 
     server: str = Field(description="URL of the vLLM or SGLang server that runs the drafter")
@@ -182,7 +136,7 @@ class Online(_Section):
     patience: float = Field(300.0, gt=0, description="seconds to wait for a server that is away")
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """Held-out τ while training."""
 
     every: int = Field(50, ge=1, description="steps between measurements of held-out τ")
@@ -191,7 +145,7 @@ class Evaluation(_Section):
     )
 
 
-class Parallel(_Section):
+class Parallel(Section):
     """Several processes (torchrun, accelerate launch); the run they make does not depend on it."""
 
     drafter: Literal["replicate", "shard"] = Field(
@@ -208,7 +162,7 @@ class Parallel(_Section):
     )
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A run of one stage."""
 
     target: str = Field(description="folder, hub id, or embedded")

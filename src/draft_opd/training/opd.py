@@ -14,7 +14,7 @@ from draft_opd.decoding.rounds import Traces, by_accepted
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.drafters.base import Drafter
 from draft_opd.hindsight.trace import everywhere, walk
-from draft_opd.losses.objectives import needs_branches, needs_states, objective_loss, on_text
+from draft_opd.losses.objectives import objective_loss, spec_of
 from draft_opd.models.target import Target
 from draft_opd.training.anchors import choose_blocks
 from draft_opd.training.blocks import Blocks, replay, text_states
@@ -128,18 +128,18 @@ def opd_loss(
     """The loss of one batch, given its traces, and figures for the metrics, which add up over
     batches and processes; `total` as in `Replay`."""
     clock = clock or Stopwatch()
-    objective = options.objective
+    objective, spec = options.objective, spec_of(options.objective)
     with clock("trace"):
         blocks = choose_blocks(
             target, drafter, batch, traces, options, length, sampling or Sampling(), seed
         )
     with clock("branches"):
         states = None
-        if needs_branches(objective):
+        if spec.needs_branches:
             states = teacher_states(target, batch, blocks)
-        elif needs_states(objective):
+        elif spec.needs_target_states:
             states = text_states(batch, blocks)
-    if on_text(objective):
+    if spec.conditioned_on == "text":
         blocks = replace(blocks, drafted=blocks.labels)
     # torch before 2.10 may have remembered weights in autocast's type without their graph.
     torch.clear_autocast_cache()

@@ -10,7 +10,7 @@ import torch
 from draft_opd.data.trajectory import Trajectory
 from draft_opd.decoding.rounds import Round, Traces
 from draft_opd.drafters.base import Drafter
-from draft_opd.losses.objectives import needs_branches
+from draft_opd.losses.objectives import spec_of
 from draft_opd.models.target import Target
 from draft_opd.training.config import Recipe
 from draft_opd.training.data import Batch, BatchSource
@@ -51,7 +51,7 @@ class Rollouts:
     def batch(self, index: int) -> tuple[Batch, Traces]:
         """This process's part of the forward's batch. The drafter is in `eval` mode."""
         r = self.recipe
-        with_cache = needs_branches(r.opd.objective)
+        with_cache = spec_of(r.opd.objective).needs_branches
         rows, numbers = self._own(index)
         seed = r.seed * 1_000_003 + index + (self.group.rank << 40)
         if r.opd.rollout == "live":

@@ -15,7 +15,7 @@ from draft_opd.drafters.base import Drafter
 from draft_opd.losses.objectives import decayed_cross_entropy, decayed_divergence
 from draft_opd.models.target import Target
 from draft_opd.training.anchors import random_anchors
-from draft_opd.training.blocks import pack, replay, text_states
+from draft_opd.training.blocks import pack_anchors, replay, text_states
 from draft_opd.training.data import Batch
 
 
@@ -32,7 +32,7 @@ def sft_loss(
 ) -> tuple[Tensor, dict]:
     """The loss of one batch and figures for the metrics; `total` as in `Replay`."""
     rows = random_anchors(batch, anchors, seed)
-    blocks = pack(batch, rows, [[] for _ in rows], length)
+    blocks = pack_anchors(batch, rows, length)
     blocks = replace(blocks, drafted=blocks.labels)  # teacher-forced
     states = text_states(batch, blocks) if drafter.soft_labels else None
     replayed = replay(target, drafter, batch, blocks, states, total=total)
