@@ -25,8 +25,9 @@ from draft_opd.drafters import FAMILIES
 from draft_opd.models.target import Target
 from draft_opd.training.config import Opd
 from draft_opd.training.data import BatchSource
-from draft_opd.training.opd import hindsight_rollout, opd_loss
-from draft_opd.training.sft import sft_loss
+from draft_opd.training.rollouts import hindsight_rollout
+from draft_opd.training.stage_opd import opd_loss
+from draft_opd.training.stage_sft import sft_loss
 
 MIDDLE = {"length": 256, "vocabulary": 32_000, "block": 16, "blocks": 16, "batch": 4}
 AXES = {

@@ -25,6 +25,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from draft_opd.training.config import parse_recipe
+from draft_opd.training.precision import autocast
 from draft_opd.training.trainer import Run
 
 STAGES = {
@@ -106,7 +107,7 @@ def main() -> None:
             for run in runs.values():  # what an earlier epoch would have kept
                 if run.source.known is not None:
                     for step in range(first, first + args.steps):
-                        with run._autocast():
+                        with autocast(run.recipe, run.target.device):
                             run.source.batch(run._rows(step))
             for side in list(STAGES)[:: 1 if repeat % 2 else -1]:
                 runs[side].clock.take()

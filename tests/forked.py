@@ -98,7 +98,7 @@ if __name__ == "__main__":
     from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
 
     from draft_opd.cli import main as cli
-    from draft_opd.training import loop  # noqa: F401
+    from draft_opd.training import trainer  # noqa: F401
 
     for line in sys.stdin:
         asked = json.loads(line)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-ADAMW = ("optim.name=adamw", "optim.learning_rate=1e-3")
+ADAMW = ("optim.name=adamw", "optim.learning_rate=1e-4")
 # Batches that two processes cannot share evenly, and two forwards a step.
 UNEVEN = ("steps=4", "evaluation.every=2", "batch_size=5", "accumulate=2", "data.max_length=110",
           "data.heldout_limit=3", *ADAMW)  # fmt: skip

@@ -19,7 +19,7 @@ from draft_opd.decoding.rounds import Round, by_accepted, committed, tau, tau_of
 from draft_opd.models.target_info import TargetText
 from draft_opd.training.checkpoint import Checkpoints
 from draft_opd.training.config import Recipe, load_recipe, parse_recipe
-from draft_opd.training.history import read_history, read_metrics
+from draft_opd.training.run_folder import read_history, read_metrics
 
 FUZZ = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -12,7 +12,7 @@ from draft_opd.models.gqa_attention import NAME, grouped
 from draft_opd.models.hub import resolve_path
 from draft_opd.training.blocks import attach_drafts, pack_anchors
 from draft_opd.training.data import BatchSource
-from draft_opd.training.opd import teacher_states
+from draft_opd.training.stage_opd import teacher_states
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 

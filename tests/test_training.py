@@ -15,8 +15,9 @@ from draft_opd.training.blocks import attach_drafts, pack_anchors
 from draft_opd.training.config import load_recipe
 from draft_opd.training.data import BatchSource, batch_at, batch_order
 from draft_opd.training.inputs import cut
-from draft_opd.training.opd import hindsight_rollout, live_rollout
-from draft_opd.training.trainer import Run, learning_rate
+from draft_opd.training.optimizer import learning_rate
+from draft_opd.training.rollouts import hindsight_rollout, live_rollout
+from draft_opd.training.trainer import Run
 
 
 def metrics(out):
@@ -246,6 +247,6 @@ def test_random_anchors_have_a_next_token(target, heldout):
 def test_schedules(recipe_for, tmp_path):
     assert [dflash.default_decay(b) for b in (8, 10, 16)] == [4, 5, 7]
     recipe = recipe_for("sft", tmp_path, "optim.warmup=0.1", "optim.learning_rate=1.0")
-    rates = [learning_rate(s, 100, recipe) for s in range(100)]
+    rates = [learning_rate(s, 100, recipe.optim) for s in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == 1.0
     assert rates[-1] < 0.001 and rates[10:] == sorted(rates[10:], reverse=True)

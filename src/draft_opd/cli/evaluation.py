@@ -161,7 +161,7 @@ def _local(
     from draft_opd.evaluation.lengths import HARDWARE, to_hardware
     from draft_opd.evaluation.measure import sides_of
     from draft_opd.evaluation.run import Evaluation
-    from draft_opd.training.history import lineage
+    from draft_opd.training.run_folder import lineage
 
     places = to_hardware(hardware or ()) or HARDWARE
     paths = by_name(drafters)
@@ -299,7 +299,7 @@ def analyze(
     check_models(target, drafter)
     from draft_opd.evaluation.analysis import GROUPS, analyse
     from draft_opd.report.page import Report
-    from draft_opd.training.history import lineage
+    from draft_opd.training.run_folder import lineage
 
     model = to_target(target, device, dtype, trust_remote_code)
     check_trajectories(rows, model, trajectories)

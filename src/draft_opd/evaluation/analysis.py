@@ -15,7 +15,8 @@ from draft_opd.losses.divergences import forward_kl, overlap, reverse_kl
 from draft_opd.models.target import Target
 from draft_opd.training.blocks import attach_drafts, pack_anchors, replay, text_states
 from draft_opd.training.data import BatchSource
-from draft_opd.training.opd import hindsight_rollout, teacher_states
+from draft_opd.training.rollouts import hindsight_rollout
+from draft_opd.training.stage_opd import teacher_states
 
 REPLAYED = ("accepted", "first_rejected", "suffix")
 GROUPS = ("trajectory", *REPLAYED)

@@ -26,7 +26,7 @@ from draft_opd.models.hub import EMBEDDED
 from draft_opd.models.target import Target
 from draft_opd.report.page import Report, spread, times
 from draft_opd.training.config import load_recipe
-from draft_opd.training.history import lineage
+from draft_opd.training.run_folder import lineage
 from draft_opd.training.trainer import Run
 from draft_opd.utils.console import Screen, table
 from draft_opd.utils.errors import UserError

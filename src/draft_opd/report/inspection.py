@@ -13,7 +13,7 @@ from draft_opd.drafters import Drafter
 from draft_opd.drafters.registry import family_of
 from draft_opd.models.hub import EMBEDDED, find_folder, read_config, resolve_path
 from draft_opd.models.target import Target, is_target_folder
-from draft_opd.training.history import is_run, read_history
+from draft_opd.training.run_folder import is_run, read_history
 from draft_opd.utils.console import facts
 from draft_opd.utils.errors import UserError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from draft_opd.evaluation.names import by_name
 from draft_opd.report.page import Report, sides_in
-from draft_opd.training.history import is_run, lineage, read_history
+from draft_opd.training.run_folder import is_run, lineage, read_history
 from draft_opd.utils.errors import UserError
 
 EVALUATION = {"target", "drafter", "temperature", "tasks", "mean", "machine"}

@@ -15,7 +15,7 @@ import draft_opd
 from draft_opd.evaluation.measure import ALONE
 from draft_opd.report import charts
 from draft_opd.report.plots import png, svg
-from draft_opd.training.history import History
+from draft_opd.training.run_folder import History
 from draft_opd.utils.files import make_folder, write_bytes, write_text
 
 GROUPS = {

@@ -20,7 +20,7 @@ from torch import Tensor
 from draft_opd.drafters.base import write_model
 from draft_opd.training.optimizer import Optimizer
 from draft_opd.utils.errors import UserError
-from draft_opd.utils.files import replace_folder
+from draft_opd.utils.files import replace_folder, write_json
 
 STATE = "training"
 HASHES = f"{STATE}/files.json"
@@ -177,3 +177,28 @@ def load_checkpoint(folder: Path, optimizer: Optimizer) -> Progress:
     except Exception as error:
         raise UserError(f"'{folder}' is not a checkpoint to resume from ({error})") from error
     return read_progress(folder)
+
+
+def save_best(checkpoint: Path, best: Path, progress: Progress) -> None:
+    """Copies a checkpoint's drafter to `best`, with its step and τ."""
+    with replace_folder(best) as folder:
+        for name in ("config.json", "model.safetensors"):
+            shutil.copyfile(checkpoint / name, folder / name)
+        write_json(folder / "best.json", {"step": progress.best_step, "tau": progress.best_tau})
+
+
+def repair_best(checkpoint: Path | None, best: Path, progress: Progress) -> None:
+    """A kill may have come between a checkpoint that is the best so far and `best`."""
+    if not checkpoint or progress.evaluated < 0:
+        return
+    try:
+        step = json.loads((best / "best.json").read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        step = None
+    if step == progress.best_step:
+        return
+    if progress.best_step == progress.step == progress.evaluated:
+        save_best(checkpoint, best, progress)
+        return
+    of = "missing or damaged" if step is None else f"of step {step}"
+    log.warning("'%s' is %s, the run's best is step %d", best, of, progress.best_step)

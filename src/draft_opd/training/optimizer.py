@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from draft_opd.training.config import Optim
 from draft_opd.training.distributed import like, whole
 from draft_opd.training.muon import Muon
+
+
+def learning_rate(step: int, steps: int, o: Optim) -> float:
+    """Linear warm-up, then cosine to `final_ratio` of the peak, for step 0..steps-1."""
+    warm = max(1, round(o.warmup * steps))
+    if step < warm:
+        return o.learning_rate * (step + 1) / warm
+    part = (step - warm) / max(1, steps - warm)
+    return o.learning_rate * (
+        o.final_ratio + (1 - o.final_ratio) * (1 + math.cos(math.pi * part)) / 2
+    )
 
 
 class Optimizer:

@@ -52,3 +52,8 @@ def measured_before(out: Path) -> float | None:
         return json.loads((out / "run.json").read_text(encoding="utf-8"))["bfloat16_speed"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
+    """For what a resolved recipe's `precision` covers."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")

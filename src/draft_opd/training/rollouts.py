@@ -8,20 +8,72 @@ from math import ceil
 import torch
 
 from draft_opd.data.trajectory import Trajectory
+from draft_opd.decoding.generate import speculate
 from draft_opd.decoding.rounds import Round, Traces
+from draft_opd.decoding.sampling import Sampling
 from draft_opd.drafters.base import Drafter
+from draft_opd.hindsight.trace import everywhere, walk
 from draft_opd.losses.objectives import spec_of
 from draft_opd.models.target import Target
 from draft_opd.training.config import Recipe
 from draft_opd.training.data import Batch, BatchSource
 from draft_opd.training.distributed import Group
-from draft_opd.training.opd import hindsight_rollout, live_rollout
+from draft_opd.training.precision import autocast
 from draft_opd.training.stopwatch import Stopwatch
 
 FEW = 3.0  # trajectories times τ below which drafting at every position is faster
 ROWS = 32  # trajectories that one trace forward looks at: more would only take memory
 
 Rows = Callable[[int], list[Trajectory]]  # of all processes, by the forward's index
+
+
+def hindsight_rollout(
+    target: Target,
+    drafter: Drafter,
+    batch: Batch,
+    length: int,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    whole: bool = True,
+    at_once: bool = False,
+) -> Traces:
+    """Traces of the current drafter on stored text; see `walk`. `at_once`: by `everywhere`, for
+    argmax drafts that are not wanted whole."""
+    sampling = sampling or Sampling()
+    with torch.inference_mode():
+        context = drafter.context(target, batch.ids, batch.features)
+        if at_once and not whole and sampling.takes_argmax:
+            return everywhere(target, drafter, batch.trajectories, batch.ids, context, length)
+        return walk(
+            target, drafter, batch.trajectories, batch.ids, context, length, batch.hidden,
+            sampling, seed, whole,
+        )  # fmt: skip
+
+
+def live_rollout(
+    target: Target,
+    drafter: Drafter,
+    trajectories: list[Trajectory],
+    length: int,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> tuple[list[Trajectory], Traces]:
+    """Decodes the prompts again with the current drafter, each to its stored response's length."""
+    sampling = sampling or Sampling()
+    made = speculate(
+        target,
+        drafter,
+        [t.prompt_ids for t in trajectories],
+        max_new_tokens=[len(t.response_ids) for t in trajectories],
+        draft_length=length,
+        sampling=sampling,
+        seed=seed,
+    )
+    fresh = [
+        Trajectory(g.prompt_ids, g.token_ids, t.id, g.finish_reason, *sampling.filters)
+        for t, g in zip(trajectories, made, strict=True)
+    ]
+    return fresh, [g.rounds for g in made]
 
 
 class Rollouts:
@@ -98,8 +150,7 @@ class Rollouts:
             self._made[i], made = made[: len(rows)], made[len(rows) :]
 
     def _now(self, batch: Batch, seed: int, whole: bool = False) -> Traces:
-        enabled = self.recipe.precision == "bfloat16"
-        with torch.autocast(self.target.device.type, torch.bfloat16, enabled=enabled):
+        with autocast(self.recipe, self.target.device):
             return self.hindsight(batch, seed, whole)
 
     def hindsight(self, batch: Batch, seed: int, whole: bool = False) -> Traces:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,17 +19,23 @@ from draft_opd.decoding.rounds import by_accepted, tau_of
 from draft_opd.drafters.base import Drafter
 from draft_opd.models.target import Target
 from draft_opd.training import nonfinite
-from draft_opd.training.checkpoint import Checkpoints, Progress, State, load_checkpoint
+from draft_opd.training.checkpoint import (
+    Checkpoints,
+    Progress,
+    State,
+    load_checkpoint,
+    repair_best,
+    save_best,
+)
 from draft_opd.training.config import Recipe
 from draft_opd.training.data import BatchSource, batch_at
 from draft_opd.training.distributed import Group, whole
 from draft_opd.training.feature_store import FeatureFolder, about_features
 from draft_opd.training.inputs import Inputs, check_folder, read_inputs
-from draft_opd.training.opd import opd_loss
-from draft_opd.training.optimizer import Optimizer
-from draft_opd.training.precision import measured_before, resolve, warn_of
-from draft_opd.training.record import Record
+from draft_opd.training.optimizer import Optimizer, learning_rate
+from draft_opd.training.precision import autocast, measured_before, resolve, warn_of
 from draft_opd.training.rollouts import ROWS, Rollouts
+from draft_opd.training.run_folder import Record
 from draft_opd.training.setup import (
     check_data,
     check_made_from,
@@ -40,12 +44,15 @@ from draft_opd.training.setup import (
     load_target,
     made_from,
 )
-from draft_opd.training.sft import sft_loss
+from draft_opd.training.stage import StageContext, StepOutput, TrainingStage
+from draft_opd.training.stage_opd import OpdStage
+from draft_opd.training.stage_sft import SftStage
 from draft_opd.training.stopwatch import Stopwatch
 from draft_opd.utils.errors import Failure, Stopped, UserError
-from draft_opd.utils.files import hold, make_folder, recover_folder, replace_folder, write_json
+from draft_opd.utils.files import hold, make_folder, recover_folder
 
 Stage = Literal["sft", "opd"]
+STAGES: dict[Stage, Callable[[StageContext], TrainingStage]] = {"sft": SftStage, "opd": OpdStage}
 OnMetrics = Callable[[dict], None]
 log = logging.getLogger(__name__)
 
@@ -80,18 +87,6 @@ class RunResult:
     @property
     def last(self) -> Path:
         return self.out / "last"
-
-
-def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
-    """Linear warm-up, then cosine to `final_ratio` of the peak, for step 0..steps-1."""
-    o = recipe.optim
-    warm = max(1, round(o.warmup * steps))
-    if step < warm:
-        return o.learning_rate * (step + 1) / warm
-    part = (step - warm) / max(1, steps - warm)
-    return o.learning_rate * (
-        o.final_ratio + (1 - o.final_ratio) * (1 + math.cos(math.pi * part)) / 2
-    )
 
 
 class Run:
@@ -159,6 +154,12 @@ class Run:
             recipe, self.target, self.drafter, self.source, self._rows, self.length, self.group,
             partial(_quietly, self.called, self.group), self.clock,
         )  # fmt: skip
+        self.training = STAGES[stage](
+            StageContext(
+                recipe, self.target, self.drafter, self.source, self.rollouts, self._rows,
+                self.length, self.group, self.clock,
+            )
+        )  # fmt: skip
         self.rollouts.load(self.progress.traces)
         if self.progress.evaluated >= 0:
             self.rollouts.tau = self.progress.tau
@@ -173,7 +174,7 @@ class Run:
         self.record: Record | None = None
         if self.group.first:
             self.record = Record(recipe, about, self.progress.step, self.progress.evaluated)
-            self._mend_best(begun)
+            repair_best(begun, self.out / "best", self.progress)
         kept = begun == self.checkpoints.last
         self._saved = (self.progress.step, self.progress.evaluated) if kept else None
 
@@ -253,8 +254,8 @@ class Run:
             stop = self._stop_now()
             if last or better or p.step % r.save_interval == 0 or stop:
                 self._save()
-            if better and self.group.first:
-                self._save_best(self.out / "last")  # behind the checkpoint that names it
+            if better and self.group.first:  # behind the checkpoint that names it
+                save_best(self.out / "last", self.out / "best", p)
             if stop:
                 self.group.wait()  # for the first one, which writes
                 raise Stopped(
@@ -284,40 +285,14 @@ class Run:
         if self.on_metrics:
             self.on_metrics(line)
 
-    def _autocast(self):
-        enabled = self.recipe.precision == "bfloat16"
-        return torch.autocast(self.target.device.type, torch.bfloat16, enabled=enabled)
-
-    def _forward(self, index: int) -> tuple[torch.Tensor, dict]:
-        """This process's part of the index-th forward's loss, and of its figures."""
-        r, seed = self.recipe, f"{self.recipe.seed}/{index}"
-        common = {"length": self.length, "seed": seed, "total": self.group.total}
+    def _forward(self, index: int) -> StepOutput:
+        """This process's part of the index-th forward's loss, and of its metrics."""
         self.drafter.eval()
-        if self.stage == "opd":
-            batch, traces = self.rollouts.batch(index)
-
-            def part():
-                return opd_loss(
-                    self.target, self.drafter, batch, traces, r.opd, sampling=r.sampling,
-                    clock=self.clock, **common,
-                )  # fmt: skip
-        else:
-            rows = self._rows(index)
-            with self.clock("target"), self._autocast():
-                batch = self.source.batch(
-                    self.group.share(rows), numbers=self.group.share(range(len(rows)))
-                )
-
-            def part():
-                with self.clock("forward"):
-                    return sft_loss(
-                        self.target, self.drafter, batch, anchors=r.sft.anchors,
-                        decay=r.sft.decay, **common,
-                    )  # fmt: skip
-
+        prepared = self.training.prepare(index)
         self.drafter.train()
-        with self._autocast():
-            return self.called(part)
+        seed = f"{self.recipe.seed}/{index}"
+        with autocast(self.recipe, self.target.device):
+            return self.called(self.training.forward_loss, prepared, seed)
 
     def _next(self) -> None:
         """The next step and what is kept of it."""
@@ -339,7 +314,7 @@ class Run:
         Raises `Failure` where it is not finite and may not be skipped.
         """
         r = self.recipe
-        rate = learning_rate(step, r.steps, r)
+        rate = learning_rate(step, r.steps, r.optim)
         self.optimizer.set_rate(rate)
         self.rollouts.tau = self.progress.tau
         parts = []
@@ -364,11 +339,7 @@ class Run:
     def _figures(self, parts: list[dict]) -> dict:
         """Those of a step: counts are added up over its forwards, the rest is averaged."""
         found = {key: _together(key, [x[key] for x in parts]) for key in parts[0]}
-        if "rounds_by_accepted" in found:
-            found["train_tau"] = tau_of(found["rounds_by_accepted"])
-        if self.stage == "sft" and not self.drafter.soft_labels:
-            found["perplexity"] = math.exp(min(found["loss"], 50))
-        return found
+        return self.training.summarize(found)
 
     def _not_finite(self, losses: list[float]) -> dict:
         """Keeps the step for replay, then stops or says what the metrics hold of it."""
@@ -410,30 +381,6 @@ class Run:
             self.record.sync()
             self.checkpoints.save(state)
         self._saved = now
-
-    def _save_best(self, checkpoint: Path) -> None:
-        with replace_folder(self.out / "best") as folder:
-            for name in ("config.json", "model.safetensors"):
-                shutil.copyfile(checkpoint / name, folder / name)
-            about = {"step": self.progress.best_step, "tau": self.progress.best_tau}
-            write_json(folder / "best.json", about)
-
-    def _mend_best(self, begun: Path | None) -> None:
-        """A kill may have come between a checkpoint that is the best so far and `best`."""
-        p, found = self.progress, self.out / "best" / "best.json"
-        if not begun or p.evaluated < 0:
-            return
-        try:
-            step = json.loads(found.read_text(encoding="utf-8"))["step"]
-        except (OSError, ValueError, KeyError, TypeError):
-            step = None
-        if step == p.best_step:
-            return
-        if p.best_step == p.step == p.evaluated:
-            self._save_best(begun)
-            return
-        of = "missing or damaged" if step is None else f"of step {step}"
-        log.warning("'%s' is %s, the run's best is step %d", found.parent, of, p.best_step)
 
     # -- measuring --------------------------------------------------------------------------
 

@@ -8,68 +8,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from draft_opd.data.trajectory import Trajectory
-from draft_opd.decoding.generate import speculate
-from draft_opd.decoding.rounds import Traces, by_accepted
+from draft_opd.decoding.rounds import Traces, by_accepted, tau_of
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.drafters.base import Drafter
-from draft_opd.hindsight.trace import everywhere, walk
 from draft_opd.losses.objectives import objective_loss, spec_of
 from draft_opd.models.target import Target
 from draft_opd.training.anchors import choose_blocks
 from draft_opd.training.blocks import Blocks, replay, text_states
 from draft_opd.training.config import Opd
 from draft_opd.training.data import Batch
+from draft_opd.training.stage import StageContext, StepOutput
 from draft_opd.training.stopwatch import Stopwatch
-
-
-def hindsight_rollout(
-    target: Target,
-    drafter: Drafter,
-    batch: Batch,
-    length: int,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    whole: bool = True,
-    at_once: bool = False,
-) -> Traces:
-    """Traces of the current drafter on stored text; see `walk`. `at_once`: by `everywhere`, for
-    argmax drafts that are not wanted whole."""
-    sampling = sampling or Sampling()
-    with torch.inference_mode():
-        context = drafter.context(target, batch.ids, batch.features)
-        if at_once and not whole and sampling.takes_argmax:
-            return everywhere(target, drafter, batch.trajectories, batch.ids, context, length)
-        return walk(
-            target, drafter, batch.trajectories, batch.ids, context, length, batch.hidden,
-            sampling, seed, whole,
-        )  # fmt: skip
-
-
-def live_rollout(
-    target: Target,
-    drafter: Drafter,
-    trajectories: list[Trajectory],
-    length: int,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-) -> tuple[list[Trajectory], Traces]:
-    """Decodes the prompts again with the current drafter, each to its stored response's length."""
-    sampling = sampling or Sampling()
-    made = speculate(
-        target,
-        drafter,
-        [t.prompt_ids for t in trajectories],
-        max_new_tokens=[len(t.response_ids) for t in trajectories],
-        draft_length=length,
-        sampling=sampling,
-        seed=seed,
-    )
-    fresh = [
-        Trajectory(g.prompt_ids, g.token_ids, t.id, g.finish_reason, *sampling.filters)
-        for t, g in zip(trajectories, made, strict=True)
-    ]
-    return fresh, [g.rounds for g in made]
 
 
 def teacher_states(target: Target, batch: Batch, blocks: Blocks) -> Tensor:
@@ -152,3 +101,25 @@ def opd_loss(
         "rounds_by_accepted": by_accepted(rounds, length),
         **figures,
     }
+
+
+class OpdStage:
+    """Draft-OPD on the rollouts' batches."""
+
+    def __init__(self, context: StageContext):
+        self.context = context
+
+    def prepare(self, index: int) -> tuple[Batch, Traces]:
+        return self.context.rollouts.batch(index)
+
+    def forward_loss(self, prepared: tuple[Batch, Traces], seed: str) -> StepOutput:
+        c, (batch, traces) = self.context, prepared
+        return StepOutput(
+            *opd_loss(
+                c.target, c.drafter, batch, traces, c.recipe.opd, sampling=c.recipe.sampling,
+                clock=c.clock, length=c.length, seed=seed, total=c.group.total,
+            )
+        )  # fmt: skip
+
+    def summarize(self, metrics: dict) -> dict:
+        return {**metrics, "train_tau": tau_of(metrics["rounds_by_accepted"])}

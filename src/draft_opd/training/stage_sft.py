@@ -6,6 +6,7 @@ are the training-time test).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,6 +18,8 @@ from draft_opd.models.target import Target
 from draft_opd.training.anchors import random_anchors
 from draft_opd.training.blocks import pack_anchors, replay, text_states
 from draft_opd.training.data import Batch
+from draft_opd.training.precision import autocast
+from draft_opd.training.stage import StageContext, StepOutput
 
 
 def sft_loss(
@@ -40,3 +43,32 @@ def sft_loss(
     if drafter.soft_labels:
         return decayed_divergence(replayed, decay), figures
     return decayed_cross_entropy(replayed, decay), figures
+
+
+class SftStage:
+    """SFT on the run's batches."""
+
+    def __init__(self, context: StageContext):
+        self.context = context
+
+    def prepare(self, index: int) -> Batch:
+        c = self.context
+        rows = c.rows(index)
+        with c.clock("target"), autocast(c.recipe, c.target.device):
+            numbers = c.group.share(range(len(rows)))
+            return c.source.batch(c.group.share(rows), numbers=numbers)
+
+    def forward_loss(self, prepared: Batch, seed: str) -> StepOutput:
+        c, sft = self.context, self.context.recipe.sft
+        with c.clock("forward"):
+            return StepOutput(
+                *sft_loss(
+                    c.target, c.drafter, prepared, anchors=sft.anchors, decay=sft.decay,
+                    length=c.length, seed=seed, total=c.group.total,
+                )
+            )  # fmt: skip
+
+    def summarize(self, metrics: dict) -> dict:
+        if self.context.drafter.soft_labels:
+            return metrics
+        return {**metrics, "perplexity": math.exp(min(metrics["loss"], 50))}
