@@ -34,6 +34,7 @@ from draft_opd.utils.files import make_folder, write_json
 from draft_opd.utils.threads import settle_threads
 
 MAX_NEW_TOKENS = 320
+ANALYSED = 32  # held-out texts that the analyses look at
 SPEED_PROMPTS = 8  # enough to see a ratio; the rest of the prompts are decoded in batches
 LABELS = {
     "untrained": "untrained",
@@ -255,7 +256,7 @@ def _measure(
         n: side["mean"]["speedup"] for n, side in zip(folders, evaluation["sides"], strict=True)
     }
     analyses = {
-        LABELS[name]: analyse(target, drafters[name], list(alone.values()))
+        LABELS[name]: analyse(target, drafters[name], list(alone.values())[:ANALYSED])
         for name in ("sft", "draft_opd")
     }
     taus = {name: tau(r for rounds in rows for r in rounds) for name, rows in traces.items()}
