@@ -18,7 +18,7 @@ import machine
 import torch
 from torch import nn
 
-from draft_opd.evaluation.measure import turned
+from draft_opd.evaluation.measure import rotated
 from draft_opd.models.cpu_linear import PrepackedLinear
 from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.target import Target
@@ -90,7 +90,7 @@ def main() -> None:
         sides = {"torch": make_step(target), "ours": make_step(target), **sides}
         times: dict[str, list[float]] = {side: [] for side in sides}
         for repeat in range(-1, args.repeats):
-            for side, step in turned(list(sides.items()), repeat):
+            for side, step in rotated(list(sides.items()), repeat):
                 kind = PrepackedLinear if side == "ours" else nn.Linear
                 for module in linears:
                     module.__class__ = kind
@@ -105,9 +105,7 @@ def main() -> None:
             {
                 "tokens": tokens,
                 "milliseconds": {s: 1000 * statistics.median(t) for s, t in times.items()},
-                "torch_over": {
-                    s: machine.ratio(times["torch"], t) for s, t in times.items() if s != "torch"
-                },
+                "torch_over": {s: machine.ratio(times["torch"], t) for s, t in times.items() if s != "torch"},
                 "seconds_to_compile": waits,
             }
         )

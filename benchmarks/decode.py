@@ -23,11 +23,11 @@ import torch
 from transformers import GenerationConfig
 
 from draft_opd.data.prompts import read_prompts
-from draft_opd.decoding.draft_length import Pace
+from draft_opd.decoding.draft_length import DraftLengthController
 from draft_opd.decoding.generate import Timing, speculate
 from draft_opd.drafters import Drafter
 from draft_opd.evaluation.lengths import weights_read
-from draft_opd.evaluation.measure import turned
+from draft_opd.evaluation.measure import rotated
 from draft_opd.models.hub import resolve_path
 from draft_opd.models.target import Target
 
@@ -66,14 +66,12 @@ def plain_model(target: Target):
 def decode(target: Target, path: str, prompts: str, limit: int, tokens: int) -> dict:
     """All sides on the first `limit` prompts; `path`: the drafter's folder."""
     drafter = Drafter.from_pretrained(path, device=target.device).to(target.dtype)
-    pace, clocks = Pace(drafter.draft_length), {}
+    pace, clocks = DraftLengthController(drafter.draft_length), {}
 
     def ours(name, which, **more):
         def run(ids):
             clock = Timing()
-            made = speculate(
-                target, which, ids.tolist(), max_new_tokens=tokens, timing=clock, **more
-            )[0]
+            made = speculate(target, which, ids.tolist(), max_new_tokens=tokens, timing=clock, **more)[0]
             clocks.setdefault(name, []).append((clock, made))
             return [*made.prompt_ids, *made.token_ids]
 
@@ -102,9 +100,7 @@ def decode(target: Target, path: str, prompts: str, limit: int, tokens: int) -> 
     }
     if zlab := zlab_side(path, target, drafter, tokens):
         sides["z-lab's dflash_generate"] = zlab
-    rows_of = [
-        torch.tensor([p.ids(target)], device=target.device) for p in read_prompts(prompts, limit)
-    ]
+    rows_of = [torch.tensor([p.ids(target)], device=target.device) for p in read_prompts(prompts, limit)]
     weights = weights_read(target.model, target.head.weight) * target.dtype.itemsize
 
     def allowed() -> float:
@@ -120,7 +116,7 @@ def decode(target: Target, path: str, prompts: str, limit: int, tokens: int) -> 
         found.clear()
     for i, ids in enumerate(rows_of):
         texts = {}
-        for name, run in turned(list(sides.items()), i):
+        for name, run in rotated(list(sides.items()), i):
             began = time.perf_counter()
             texts[name] = run(ids)[ids.shape[1] :]
             if target.device.type == "cuda":

@@ -61,9 +61,7 @@ def main() -> None:
                     part = slice(start, start + step)
                     direct(hidden[part], states[part], labels[part]).sum().backward()
 
-            def ours(
-                hidden, score=score, states=states, labels=labels, head=head, compared=compared
-            ):
+            def ours(hidden, score=score, states=states, labels=labels, head=head, compared=compared):
                 references = {"teacher_hidden": states} if compared else {"labels": labels}
                 chunked_score(score, hidden, head, **references).sum().backward()
 

@@ -82,9 +82,7 @@ def main() -> None:
             found_here = differences(rows[1], rows[2], key)
             value[key] = {"first": found_here[0], "largest": max(found_here)}
         counted = [m["supervised"] for m in rows[1] if "supervised" in m]
-        value["supervised_equal"] = counted == [
-            m["supervised"] for m in rows[2] if "supervised" in m
-        ]
+        value["supervised_equal"] = counted == [m["supervised"] for m in rows[2] if "supervised" in m]
         value["seconds_a_step"] = times
         value["one_over_two"] = machine.ratio(times[1], times[2])
         found[name] = value

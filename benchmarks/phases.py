@@ -23,7 +23,7 @@ from draft_opd.data.collect import collect, summary
 from draft_opd.data.prompts import read_prompts
 from draft_opd.decoding.generate import speculate
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.decoding.step import Rounds
+from draft_opd.decoding.step import DecodeStep
 from draft_opd.drafters import Drafter
 from draft_opd.evaluation.lengths import weights_read
 from draft_opd.models.hub import EMBEDDED
@@ -270,13 +270,13 @@ class RoundCosts(Phase):
         capacity = context + length + 2
         cache: PositionCache = target.cache(capacity)
         out = target.trajectories(ids, drafter.target_layers, cache)
-        memory = drafter.context(target, ids, out.features)
+        memory = drafter.build_cache(target, ids, out.features)
         memory.reserve(capacity)
         generator = torch.Generator(s.device).manual_seed(0)
         anchors = torch.full((1,), context, device=s.device)
         last = torch.full((1,), 5, device=s.device)
-        full = Rounds(target, drafter, cache, memory, Sampling(), generator)
-        alone = Rounds(target, None, cache, None, Sampling(), generator)
+        full = DecodeStep(target, drafter, cache, memory, Sampling(), generator)
+        alone = DecodeStep(target, None, cache, None, Sampling(), generator)
         block = torch.randint(3, 250, (1, length + 1), device=s.device)
         at = context + torch.arange(length + 1, device=s.device)[None]
 
@@ -291,9 +291,7 @@ class RoundCosts(Phase):
 
         def draft():
             full.bound(context + length + 1, filled=True)
-            return drafter.propose(
-                target, memory, anchors[:, None], last[:, None], length, full.choose
-            )
+            return drafter.propose(target, memory, anchors[:, None], last[:, None], length, full.choose)
 
         def whole():
             full.bound(context + length + 1, filled=True)

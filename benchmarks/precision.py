@@ -21,7 +21,7 @@ from pathlib import Path
 import machine
 import torch
 
-from draft_opd.evaluation.measure import turned
+from draft_opd.evaluation.measure import rotated
 from draft_opd.training.config import load_recipe
 from draft_opd.training.muon import Muon
 from draft_opd.training.trainer import Run
@@ -32,7 +32,7 @@ def timed(sides: dict, repeats: int) -> dict[str, list[float]]:
     """Seconds of each side, in alternation, after one that warms up."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(-1, repeats):
-        for name, work in turned(list(sides.items()), repeat):
+        for name, work in rotated(list(sides.items()), repeat):
             began = time.perf_counter()
             work()
             if repeat >= 0:

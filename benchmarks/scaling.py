@@ -76,9 +76,7 @@ class Peak:
 def steps(shape: dict, device: str, repeats: int) -> dict:
     """Seconds and peak bytes of each kind of step at one shape."""
     target = make_target(shape["vocabulary"], device)
-    drafter = FAMILIES["dflash"].create(
-        target, block_size=shape["block"], mask_token_id=0, num_layers=1
-    )
+    drafter = FAMILIES["dflash"].create(target, block_size=shape["block"], mask_token_id=0, num_layers=1)
     generator = torch.Generator().manual_seed(1)
     rows = []
     for i in range(shape["batch"]):
@@ -91,9 +89,7 @@ def steps(shape: dict, device: str, repeats: int) -> dict:
     traces = hindsight_rollout(target, drafter, plain, length)
 
     def sft():
-        return sft_loss(
-            target, drafter, plain, anchors=shape["blocks"], length=length, decay=None, seed="0"
-        )
+        return sft_loss(target, drafter, plain, anchors=shape["blocks"], length=length, decay=None, seed="0")
 
     def opd(kind):
         options = Opd(max_anchors=shape["blocks"], objective={"kind": kind})

@@ -43,7 +43,7 @@ def work() -> None:
 
     def train() -> None:
         out = target.trajectories(ids, drafter.target_layers)
-        context = drafter.context(target, ids, out.features)
+        context = drafter.build_cache(target, ids, out.features)
         anchors = torch.arange(8, 120, 8).expand(16, -1)
         block = torch.zeros(16, anchors.shape[1], drafter.draft_length, dtype=torch.long)
         at = ids.gather(1, anchors)
@@ -85,9 +85,7 @@ def compare(repeats: int) -> None:
     for repeat in range(repeats):
         for side in sides[:: 1 if repeat % 2 else -1]:
             threads, policy, others = side
-            busy = [
-                subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)
-            ]
+            busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)]
             try:
                 done = subprocess.run(
                     [sys.executable, __file__, "--work"],

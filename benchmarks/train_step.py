@@ -137,9 +137,7 @@ def main() -> None:
                     "supervised_per_second": statistics.mean(supervised) / seconds,
                     "gigaflop": flops / 1e9,
                     "fraction": flops / rate / seconds,
-                    "parts": {
-                        p: statistics.median(x[p] for x in parts[side]) for p in parts[side][0]
-                    },
+                    "parts": {p: statistics.median(x[p] for x in parts[side]) for p in parts[side][0]},
                     "profile": profiled(lambda run=run: run.step(0)),
                 }
             )

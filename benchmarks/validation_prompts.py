@@ -13,9 +13,7 @@ COUNT = 300
 
 def main() -> None:
     known = {
-        p.messages[0]["content"]
-        for name in ("train", "heldout")
-        for p in read_prompts(f"embedded:{name}")
+        p.messages[0]["content"] for name in ("train", "heldout") for p in read_prompts(f"embedded:{name}")
     }
     drawn = dict.fromkeys(p.question for p in problems(3 * COUNT, seed=777))
     fresh = [q for q in drawn if q not in known][:COUNT]

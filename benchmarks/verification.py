@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from draft_opd.evaluation.lengths import weights_read
-from draft_opd.evaluation.measure import turned
+from draft_opd.evaluation.measure import rotated
 from draft_opd.models.cpu_linear import PrepackedLinear
 from draft_opd.models.target import Target
 
@@ -58,7 +58,7 @@ def main() -> None:
             cache.bound = context + tokens
             times: dict[str, list[float]] = {side: [] for side in sides}
             for repeat in range(-1, args.repeats):
-                for side, kind in turned(list(sides.items()), repeat):
+                for side, kind in rotated(list(sides.items()), repeat):
                     for module in packed:
                         module.__class__ = kind
                     with torch.no_grad():

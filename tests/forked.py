@@ -76,9 +76,7 @@ class Process:
         return None if stat != "Z" else True
 
 
-def child(
-    arguments: list[str], log: str, env: dict[str, str], script: str | None, folder: str
-) -> None:
+def child(arguments: list[str], log: str, env: dict[str, str], script: str | None, folder: str) -> None:
     os.chdir(folder)
     number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(number, 1)

@@ -588,8 +588,6 @@ def write(lines: dict[str, str]) -> None:
     ]  # fmt: skip
     for key, title in HEADING.items():
         text += [f"## {title}", "", "| what is wrong | what is said |", "|---|---|"]
-        text += [
-            f"| {n} | `` {x} `` |" for n, x in sorted(lines.items()) if n.startswith(f"{key}:")
-        ]
+        text += [f"| {n} | `` {x} `` |" for n, x in sorted(lines.items()) if n.startswith(f"{key}:")]
         text.append("")
     PAGE.write_text("\n".join(text), encoding="utf-8")

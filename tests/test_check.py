@@ -30,9 +30,7 @@ def texts(heldout):
 
 def served(target, texts, counted) -> Served:
     text = target.tokenizer
-    prompts = [
-        Prompt(t.id, [{"role": "user", "content": text.decode(t.prompt_ids)}]) for t in texts
-    ]
+    prompts = [Prompt(t.id, [{"role": "user", "content": text.decode(t.prompt_ids)}]) for t in texts]
     found = Served(texts, counted, prompts)
     # The prompts are ids already; a template is not under test here.
     found.prompts = [dataclasses.replace(p) for p in prompts]
@@ -77,10 +75,10 @@ FAULTS = {
 
 
 def test_a_fault_is_named_by_its_counts(target, family, trained, texts):
-    faults = trained.faults(target.num_layers)
+    faults = trained.known_faults(target.num_layers)
     for wanted in FAULTS[family]:
         name = next(n for n in faults if wanted in n)
-        counted = expected(target, trained.altered(faults[name]), texts, 15)
+        counted = expected(target, trained.with_fault(faults[name]), texts, 15)
         value = compare(target, trained, served(target, texts, counted), 15, None)
         assert not value["equal"]
         assert any(wanted in c for c in value["causes"]), (wanted, value["causes"])

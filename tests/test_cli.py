@@ -66,10 +66,7 @@ def test_the_commands_are_those_promised():
 
 
 def test_help_does_not_wait_for_torch():
-    code = (
-        "import sys; from draft_opd.cli.main import run; run(['--help']); "
-        "print('torch' in sys.modules)"
-    )
+    code = "import sys; from draft_opd.cli.main import run; run(['--help']); print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.splitlines()[-1] == "False"
 

@@ -12,7 +12,7 @@ from draft_opd.decoding.sampling import Sampling
 from draft_opd.evaluation.compare import compare
 from draft_opd.evaluation.concurrency import throughput
 from draft_opd.evaluation.lengths import Hardware, is_mixture, roofline, weights_read
-from draft_opd.evaluation.measure import ALONE, sides_of
+from draft_opd.evaluation.measure import BASELINE, sides_of
 from draft_opd.evaluation.names import names_of
 from draft_opd.evaluation.run import Evaluation
 from draft_opd.evaluation.tokens import pieces
@@ -60,7 +60,7 @@ def test_a_side_does_not_differ_from_itself(evaluation):
 def test_advice_knows_tau_at_every_length_without_decoding(evaluation, target, trained):
     evaluation.lengths(lengths=[1, 3, 15])
     good, bad = evaluation.more["draft_lengths"]
-    answers = [a for task in evaluation.answers.values() for a in task[ALONE]]
+    answers = [a for task in evaluation.answers.values() for a in task[BASELINE]]
     for row in good["lengths"]:
         rounds = [
             r
@@ -89,11 +89,11 @@ def test_other_hardware_follows_from_two_numbers(target, trained):
     tied = target.head.weight is table
     assert weights == counted - (0 if tied else table.numel())
     slow_memory = Hardware("m", 1.0, 1e9)
-    passes = len(trained.passes(15))
+    passes = len(trained.forward_token_counts(15))
     expected = 6.0 / (1 + passes * own / weights)
     assert roofline(slow_memory, target, trained, 15, 6.0, context=0) == pytest.approx(expected)
     slow_arithmetic = Hardware("a", 1e9, 1.0)
-    cost = 16 + sum(trained.passes(15)) * own / weights
+    cost = 16 + sum(trained.forward_token_counts(15)) * own / weights
     found = roofline(slow_arithmetic, target, trained, 15, 6.0, context=100, batch=4)
     assert found == pytest.approx(6.0 / cost)
 
@@ -103,12 +103,12 @@ def test_throughput_counts_what_decoding_gives(evaluation, target):
     sizes = [1, 3, 6]  # the last one takes each prompt twice
     rows = throughput(target, evaluation.sides[:2], prompts, sizes, max_new_tokens=LONGEST)
     assert [(r["batch"], r["side"]) for r in rows] == [
-        (b, s) for b in sizes for s in (ALONE, "good K=3", "good K=15")
+        (b, s) for b in sizes for s in (BASELINE, "good K=3", "good K=15")
     ]
     taus = {s["side"]: s["tasks"][0]["tau"] for s in evaluation.report()["sides"]}
     for row in rows:
         assert row["tau"] == pytest.approx(taus.get(row["side"], 1.0))
-        assert row["side"] != ALONE or row["speedup"] == 1.0
+        assert row["side"] != BASELINE or row["speedup"] == 1.0
         assert 0 < row["seconds_per_request"]["mean"] <= row["seconds_per_request"]["p95"] * 1.001
 
 

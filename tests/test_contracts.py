@@ -11,9 +11,7 @@ from draft_opd.models.hub import is_drafter, read_config, resolve_path
 from draft_opd.serving.engines import ENGINES, serve_command
 
 
-def test_a_check_changes_nothing_and_binding_completes_the_drafter(
-    target, family, trained_folder, tmp_path
-):
+def test_a_check_changes_nothing_and_binding_completes_the_drafter(target, family, trained_folder, tmp_path):
     """From a file that names no layers, where the family allows that."""
     drafter = d.Drafter.from_pretrained(str(trained_folder), device="cpu")
     drafter.save_pretrained(tmp_path / "d")

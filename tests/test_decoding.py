@@ -17,9 +17,7 @@ def speculated(target, drafter, rows, length, size=64):
     made = []
     for start in range(0, len(rows), size):
         prompts = [t.prompt_ids for t in rows[start : start + size]]
-        made += d.speculate(
-            target, drafter, prompts, max_new_tokens=MAX_NEW_TOKENS, draft_length=length
-        )
+        made += d.speculate(target, drafter, prompts, max_new_tokens=MAX_NEW_TOKENS, draft_length=length)
     return made
 
 
@@ -104,9 +102,7 @@ def test_length_limits_hold_exactly(target, trained, heldout, limit):
 def test_any_token_can_be_a_stop_token(target, trained, heldout):
     t = heldout[0]
     for stop in sorted(set(t.response_ids))[:12:2]:
-        made = d.speculate(
-            target, trained, [t.prompt_ids], max_new_tokens=MAX_NEW_TOKENS, stop_ids=[stop]
-        )[0]
+        made = d.speculate(target, trained, [t.prompt_ids], max_new_tokens=MAX_NEW_TOKENS, stop_ids=[stop])[0]
         assert made.token_ids == t.response_ids[: t.response_ids.index(stop) + 1]
         assert made.finish_reason == "stop"
 
@@ -119,9 +115,7 @@ def test_the_end_of_the_context_is_respected(target, trained):
 
 
 @pytest.mark.parametrize("draft", ["sample", "argmax"])
-def test_sampled_decoding_repeats_with_its_seed_and_follows_the_target(
-    target, trained, heldout, draft
-):
+def test_sampled_decoding_repeats_with_its_seed_and_follows_the_target(target, trained, heldout, draft):
     """First committed tokens over many samples, against the target's own distribution (5 sigma)."""
     sampling, n = Sampling(temperature=1.5, draft=draft), 300
 

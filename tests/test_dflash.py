@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import draft_opd as d
-from draft_opd.drafters.attention import Visibility, attend
+from draft_opd.drafters.attention import BlockMask, attend
 from draft_opd.drafters.dflash import DFlashDrafter, default_target_layers
 from draft_opd.training.blocks import pack_anchors, replay_hidden
 from draft_opd.training.data import BatchSource
@@ -25,7 +25,7 @@ def test_flex_attention_and_sdpa_agree():
         ("full_attention", False, None), ("full_attention", True, None),
         ("sliding_attention", False, 4),
     ):  # fmt: skip
-        seen = Visibility(anchors, 6, 24, causal, window)
+        seen = BlockMask(anchors, 6, 24, causal, window)
         q = torch.randn(2, 4, 18, 8)
         k, v = torch.randn(2, 2, 42, 8), torch.randn(2, 2, 42, 8)
         dense = attend(q, k, v, seen, kind)
@@ -35,7 +35,7 @@ def test_flex_attention_and_sdpa_agree():
 
 def test_visibility_is_what_its_docstring_says():
     anchors = torch.tensor([[2, 4]])
-    mask = Visibility(anchors, 2, 5).dense("full_attention")[0, 0]
+    mask = BlockMask(anchors, 2, 5).dense("full_attention")[0, 0]
     expected = torch.tensor(
         [[1, 1, 0, 0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 1, 1, 0, 0],
          [1, 1, 1, 1, 0, 0, 0, 1, 1], [1, 1, 1, 1, 0, 0, 0, 1, 1]]

@@ -62,9 +62,7 @@ def reference_draft(folder, target, ids, steps):
     eps, theta = config["rms_norm_eps"], config["rope_theta"]
     heads, kv, dim = (config[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     with torch.no_grad():
-        out = target.model(
-            input_ids=torch.tensor([ids[:-1]]), output_hidden_states=True
-        ).hidden_states
+        out = target.model(input_ids=torch.tensor([ids[:-1]]), output_hidden_states=True).hidden_states
         taps = config["eagle_aux_hidden_state_layer_ids"]  # hidden_states indices, as vLLM's
         features = [out[i][0] for i in taps]
         if "fc_norm" in flags:
@@ -79,10 +77,7 @@ def reference_draft(folder, target, ids, steps):
             normed = norm(hidden, w["midlayer.hidden_norm.weight"], eps)
             x = torch.cat([embedded, normed], -1)
             at = torch.arange(len(tokens))
-            q, k, v = (
-                (x @ w[f"midlayer.self_attn.{n}_proj.weight"].T).view(len(x), -1, dim)
-                for n in "qkv"
-            )
+            q, k, v = ((x @ w[f"midlayer.self_attn.{n}_proj.weight"].T).view(len(x), -1, dim) for n in "qkv")
             if "midlayer.self_attn.q_norm.weight" in w:
                 q = norm(q, w["midlayer.self_attn.q_norm.weight"], eps)
                 k = norm(k, w["midlayer.self_attn.k_norm.weight"], eps)
@@ -161,9 +156,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_of_the_layout_draft_as_the_second_implementation(
-    target, heldout, tmp_path, variant
-):
+def test_variants_of_the_layout_draft_as_the_second_implementation(target, heldout, tmp_path, variant):
     """What published files hold, written, read again, and drafting; each differs from the plain."""
     options, change = VARIANTS[variant]
     counts = torch.arange(target.vocab_size).flip(0)
@@ -355,9 +348,7 @@ def test_divergences_over_a_draft_vocabulary(score, seed):
         elif score is reverse_kl:
             value = sum(x * torch.tensor(x / p[v]).log().item() for v, x in q.items())
         else:
-            value = sum(
-                p[v] / mass * torch.tensor(p[v] / mass / x).log().item() for v, x in q.items()
-            )
+            value = sum(p[v] / mass * torch.tensor(p[v] / mass / x).log().item() for v, x in q.items())
         assert got[i].item() == pytest.approx(value, abs=1e-6)
 
 
@@ -428,16 +419,14 @@ def test_labels_outside_end_what_a_block_can_reach(target, trained, heldout):
     loss.backward()
     assert torch.isfinite(loss) and trained.lm_head.weight.grad.abs().sum() > 0
     trained.zero_grad()
-    known = r.surprise[r.reachable]
+    known = r.label_nll[r.reachable]
     logits = trained.logits(target, r.hidden[r.reachable])
     torch.testing.assert_close(known, cross_entropy(logits, r.labels[r.reachable]))
 
 
 def test_an_export_says_how_to_serve_it(trained_folder, tmp_path):
     made = export("embedded", str(trained_folder), "sglang", tmp_path / "s", dtype="bfloat16")
-    assert (
-        "--speculative-algorithm EAGLE3" in made["serve"] and str(tmp_path / "s") in made["serve"]
-    )
+    assert "--speculative-algorithm EAGLE3" in made["serve"] and str(tmp_path / "s") in made["serve"]
     for part in ("--speculative-num-steps 15", "--speculative-eagle-topk 1",
                  "--speculative-num-draft-tokens 16"):  # fmt: skip
         assert part in made["serve"]

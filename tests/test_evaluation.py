@@ -54,9 +54,7 @@ def test_a_subset_is_the_same_every_time(tmp_path):
     path.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(30)))
 
     def names(**options):
-        return [
-            p.messages[0]["content"] for p in load_tasks(f"x={path}", None, **options)[0].prompts
-        ]
+        return [p.messages[0]["content"] for p in load_tasks(f"x={path}", None, **options)[0].prompts]
 
     assert names(limit=5) == [f"{i}?" for i in range(5)]
     drawn = names(limit=5, shuffle=3)

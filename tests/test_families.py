@@ -16,9 +16,7 @@ def test_replay_gives_the_logits_of_decoding(target, trained, heldout):
 
     def spy(target, context, anchors, ids, length, choose):
         parts = []
-        made = propose(
-            target, context, anchors, ids, length, lambda x: (parts.append(x), choose(x))[1]
-        )
+        made = propose(target, context, anchors, ids, length, lambda x: (parts.append(x), choose(x))[1])
         seen.append((int(anchors[0, 0]), torch.cat(parts, 1)[0]))
         return made
 
@@ -99,7 +97,5 @@ def test_cuda_decoding_is_lossless(trained_folder, heldout):
     alone = d.speculate(target, None, prompts, max_new_tokens=320)
     made = d.speculate(target, drafter, prompts, max_new_tokens=320)
     assert [g.token_ids for g in made] == [g.token_ids for g in alone]
-    traces = hindsight_traces(
-        target, drafter, [d.Trajectory(g.prompt_ids, g.token_ids) for g in made]
-    )
+    traces = hindsight_traces(target, drafter, [d.Trajectory(g.prompt_ids, g.token_ids) for g in made])
     assert traces == [g.rounds for g in made]

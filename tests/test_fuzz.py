@@ -13,17 +13,15 @@ from hypothesis import strategies as st
 
 import draft_opd as d
 from draft_opd.data.prompts import read_prompts
-from draft_opd.data.server_collect import Dropped, Garbage, read_answer
+from draft_opd.data.server_collect import AnswerRejected, InvalidResponse, read_answer
 from draft_opd.data.trajectory import TrajectoryWriter
 from draft_opd.decoding.rounds import Round, by_accepted, committed, tau, tau_of
-from draft_opd.models.target_info import TargetText
+from draft_opd.models.target_info import TargetInfo
 from draft_opd.training.checkpoint import Checkpoints
 from draft_opd.training.config import Recipe, load_recipe, parse_recipe
 from draft_opd.training.run_folder import read_history, read_metrics
 
-FUZZ = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
     | st.sampled_from([10**400, -(10**400), 1 << 70, "1", "hot", ".inf"])
@@ -37,8 +35,8 @@ IDS = st.lists(st.integers(0, 900), max_size=6)
 
 
 @pytest.fixture(scope="module")
-def shipped_text() -> TargetText:
-    return TargetText.from_pretrained("embedded")
+def shipped_text() -> TargetInfo:
+    return TargetInfo.from_pretrained("embedded")
 
 
 def one_line(error: Exception) -> bool:
@@ -78,10 +76,7 @@ def test_rows_that_are_nearly_trajectories(tmp_path, found):
 
 
 @FUZZ
-@given(
-    st.binary(max_size=300)
-    | st.text(alphabet='{}[]":,0123\n ab\x00é', max_size=200).map(str.encode)
-)
+@given(st.binary(max_size=300) | st.text(alphabet='{}[]":,0123\n ab\x00é', max_size=200).map(str.encode))
 def test_bytes_that_are_no_jsonl(tmp_path, content):
     path = tmp_path / "t.jsonl"
     path.write_bytes(content)
@@ -129,7 +124,7 @@ def test_a_servers_answers_may_be_anything(shipped_text, data):
     found = data.draw(st.just(value) | VALUES)
     try:
         ids, finish = read_answer(shipped_text, [1, 2], found)
-    except (Dropped, Garbage) as error:
+    except (AnswerRejected, InvalidResponse) as error:
         assert one_line(error)
     else:
         assert ids and max(ids) < shipped_text.vocab_size and finish in ("stop", "length")
@@ -264,7 +259,10 @@ def test_a_drafters_files_may_be_broken_anywhere(folder, name, at, content, cut)
        st.binary(max_size=60) | VALUES.map(lambda x: json.dumps(x).encode()))  # fmt: skip
 def test_a_checkpoints_files_may_be_anything(checkpoint, name, content):
     """Not one of them is taken for a checkpoint: all were something else when it was written."""
-    with spoiled(checkpoint / name, lambda _: content), pytest.raises(d.UserError) as caught:
+    with (
+        spoiled(checkpoint / name, lambda _: content),
+        pytest.raises(d.UserError) as caught,
+    ):
         Checkpoints(checkpoint.parent).newest()
     assert one_line(caught.value)
     assert Checkpoints(checkpoint.parent).newest() == checkpoint
@@ -304,19 +302,14 @@ def test_rounds_tile_a_text(found):
     text, right, k = found
     ids, anchor, rounds, made = [9, *text], 0, [], []
     while anchor < len(text):
-        drafted = [
-            ids[i] if i < len(ids) and right[i - 1] else 7
-            for i in range(anchor + 1, anchor + 1 + k)
-        ]
+        drafted = [ids[i] if i < len(ids) and right[i - 1] else 7 for i in range(anchor + 1, anchor + 1 + k)]
         accepted = 0
         while accepted < k and anchor + 1 + accepted < len(ids) and (
             drafted[accepted] == ids[anchor + 1 + accepted]
         ):  # fmt: skip
             accepted += 1
         bonus = ids[anchor + accepted + 1] if anchor + accepted + 1 < len(ids) else 5
-        tokens, drawn, ended = committed(
-            drafted, accepted, bonus, frozenset(), len(text) - len(made)
-        )
+        tokens, drawn, ended = committed(drafted, accepted, bonus, frozenset(), len(text) - len(made))
         assert tokens == text[len(made) : len(made) + len(tokens)]
         assert 0 <= drawn <= accepted and (ended is None) == (len(made) + len(tokens) < len(text))
         rounds.append(Round(anchor, drafted, accepted))

@@ -25,9 +25,7 @@ def tree(seed: int, sharp: float, depth: int) -> dict[tuple, torch.Tensor]:
     """The next token's distribution after every prefix of up to `depth` tokens."""
     g = torch.Generator().manual_seed(seed)
     prefixes = [p for n in range(depth + 1) for p in product(range(V), repeat=n)]
-    return {
-        p: (torch.randn(V, generator=g, dtype=torch.float64) * sharp).softmax(-1) for p in prefixes
-    }
+    return {p: (torch.randn(V, generator=g, dtype=torch.float64) * sharp).softmax(-1) for p in prefixes}
 
 
 def rows(*probs: torch.Tensor) -> torch.Tensor:
@@ -156,9 +154,7 @@ def sampled(target, heldout):
     """Texts of the target at temperature 1, 2 a prompt."""
     sampling = HOT
     requests = [(f"{t.id}-{i}", t.prompt_ids) for t in heldout[:16] for i in range(2)]
-    made = decode_trajectories(
-        target, requests, max_new_tokens=100, batch_size=64, sampling=sampling, seed=5
-    )
+    made = decode_trajectories(target, requests, max_new_tokens=100, batch_size=64, sampling=sampling, seed=5)
     return [t for batch in made for t in batch]
 
 
@@ -166,9 +162,7 @@ def test_expected_tau_is_the_mean_of_many_traces(target, trained, sampled):
     text, sampling = replace(sampled[0], response_ids=sampled[0].response_ids[:48]), HOT
     rounds, tokens = expected_rounds(target, trained, [text], sampling=sampling)
     traces = hindsight_traces(target, trained, [text] * 64, sampling=sampling, seed=3)
-    draws = torch.tensor(
-        [[len(t), sum(r.accepted + 1 for r in t)] for t in traces], dtype=torch.float64
-    )
+    draws = torch.tensor([[len(t), sum(r.accepted + 1 for r in t)] for t in traces], dtype=torch.float64)
     error = draws.std(0) / len(draws) ** 0.5
     expected = torch.stack([rounds.sum(), tokens.sum()])
     assert ((draws.mean(0) - expected).abs() < 4 * error + 1e-9).all()

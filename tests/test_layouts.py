@@ -83,9 +83,7 @@ def test_a_whole_vocabulary_has_no_tables(target, tmp_path, verifier):
     ],
     indirect=["family"],
 )
-def test_what_speculators_files_may_hold_and_we_do_not(
-    target, family, untrained, tmp_path, change, message
-):
+def test_what_speculators_files_may_hold_and_we_do_not(target, family, untrained, tmp_path, change, message):
     untrained.save_pretrained(tmp_path / "d", verifier=VERIFIER)
     path = tmp_path / "d" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))

@@ -17,9 +17,7 @@ def weights(run):
     return load_file(run / "last" / "model.safetensors")
 
 
-def test_features_on_disk_train_as_those_in_memory(
-    target, recipe_for, trained_folder, tmp_path, monkeypatch
-):
+def test_features_on_disk_train_as_those_in_memory(target, recipe_for, trained_folder, tmp_path, monkeypatch):
     """Bit for bit; and a run after it asks the target nothing about its trajectories."""
     pairs = ["steps=4", "evaluation.every=4", "opd.trace_every=1", "data.limit=16", "batch_size=4",
              "data.max_length=110", "data.heldout_limit=2"]  # fmt: skip
@@ -30,9 +28,7 @@ def test_features_on_disk_train_as_those_in_memory(
     Run("opd", recipe_for("opd", tmp_path / "disk", *pairs, *on_disk), target=target).train()
     asked = []
     forward = target.trajectories
-    monkeypatch.setattr(
-        target, "trajectories", lambda *a, **k: asked.append(len(a[0])) or forward(*a, **k)
-    )
+    monkeypatch.setattr(target, "trajectories", lambda *a, **k: asked.append(len(a[0])) or forward(*a, **k))
     again = Run("opd", recipe_for("opd", tmp_path / "again", *pairs, *on_disk), target=target)
     before = {p: p.stat().st_mtime_ns for p in kept.iterdir()}
     again.train()

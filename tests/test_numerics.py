@@ -15,7 +15,7 @@ from transformers import Qwen3ForCausalLM
 
 import draft_opd as d
 from draft_opd.losses.config import Objective
-from draft_opd.losses.objectives import OBJECTIVES, STREAMS, Replay, objective_loss
+from draft_opd.losses.objectives import OBJECTIVES, STREAMS, ReplayedBlocks, objective_loss
 from draft_opd.training.config import load_recipe
 from draft_opd.training.trainer import Run
 from draft_opd.utils.errors import Failure
@@ -30,22 +30,22 @@ def objectives() -> list[Objective]:
     return [*every, Objective(normalization="tokens", supervise_correction=True)]
 
 
-def parts_of(r: Replay, bounds: list[int]) -> tuple[list[Replay], list[list[torch.Tensor]]]:
+def parts_of(r: ReplayedBlocks, bounds: list[int]) -> tuple[list[ReplayedBlocks], list[list[torch.Tensor]]]:
     """A batch's blocks as processes have them, and the masses that each asks the sums of."""
     rows = [slice(a, b) for a, b in zip([0, *bounds], [*bounds, len(r.valid)], strict=True)]
     asked: list[list[torch.Tensor]] = [[] for _ in rows]
 
-    def part(i: int, at: slice) -> Replay:
+    def part(i: int, at: slice) -> ReplayedBlocks:
         def total(mass: torch.Tensor) -> torch.Tensor:
             asked[i].append(mass.detach())
             return mass.detach()
 
-        own = {f.name: getattr(r, f.name) for f in fields(Replay)}
+        own = {f.name: getattr(r, f.name) for f in fields(ReplayedBlocks)}
         for name in ("hidden", "states", "labels", "drafted", "accepted", "valid", "weight"):
             own[name] = own[name][at]
         if r.draftable is not None:
             own["draftable"] = r.draftable[at]
-        return Replay(**own | {"total": total})
+        return ReplayedBlocks(**own | {"total": total})
 
     found = [part(i, at) for i, at in enumerate(rows)]
     return found, asked
@@ -82,7 +82,7 @@ def test_parts_of_a_batch_add_up_to_it(seed, objective, narrow, bounds):
     assert torch.allclose(slopes, gradient, atol=1e-12)
 
 
-def with_vocabulary(r: Replay, seed: int) -> Replay:
+def with_vocabulary(r: ReplayedBlocks, seed: int) -> ReplayedBlocks:
     """The same with a draft vocabulary that misses tokens of the text."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randperm(V, generator=generator)[: V // 2].sort().values
@@ -126,9 +126,7 @@ def test_nothing_to_supervise_is_a_loss_of_zero(objective):
 def test_sixteen_bit_is_near(kind):
     """Under autocast, as training with precision: bfloat16."""
     r = make(11, blocks=12)
-    narrow = {
-        n: getattr(r, n).detach().float() for n in ("hidden", "states", "head", "target_head")
-    }
+    narrow = {n: getattr(r, n).detach().float() for n in ("hidden", "states", "head", "target_head")}
     narrow["hidden"].requires_grad_()
     fresh = replace(r, **narrow, weight=r.weight.float())
     exact = objective_loss(r, Objective(kind=kind))[0]

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from draft_opd.losses.config import Objective
 from draft_opd.losses.divergences import dpace_weights, sampled, stream_weights, top_k
-from draft_opd.losses.objectives import OBJECTIVES, STREAMS, Replay, objective_loss
+from draft_opd.losses.objectives import OBJECTIVES, STREAMS, ReplayedBlocks, objective_loss
 
 V, H = 6, 5
 
 
-def make(seed: int, blocks: int = 3, length: int = 4) -> Replay:
+def make(seed: int, blocks: int = 3, length: int = 4) -> ReplayedBlocks:
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -23,7 +23,7 @@ def make(seed: int, blocks: int = 3, length: int = 4) -> Replay:
     ends = torch.randint(1, length + 1, (blocks,), generator=g)
     valid = torch.arange(length) < ends[:, None]
     accepted = (torch.rand(blocks, generator=g) * (ends + 1)).long().clamp_max(length)
-    return Replay(
+    return ReplayedBlocks(
         hidden=normal(blocks, length, H).requires_grad_(),
         states=normal(blocks, length, H),
         labels=torch.randint(0, V, (blocks, length), generator=g),
@@ -38,7 +38,7 @@ def make(seed: int, blocks: int = 3, length: int = 4) -> Replay:
     )
 
 
-def distributions(r: Replay, n: int, k: int) -> tuple[list[float], list[float]]:
+def distributions(r: ReplayedBlocks, n: int, k: int) -> tuple[list[float], list[float]]:
     """p and q as lists of V numbers."""
     q = (r.hidden[n, k] @ r.head.T / r.draft_temperature).softmax(-1)
     p = (r.states[n, k] @ r.target_head.T / r.supervision_temperature).softmax(-1)
@@ -66,7 +66,7 @@ SLOW = {
 }
 
 
-def slow_streams(r: Replay, o: Objective) -> float:
+def slow_streams(r: ReplayedBlocks, o: Objective) -> float:
     sums, masses = [0.0, 0.0], [0.0, 0.0]
     for n in range(len(r.valid)):
         limit = int(r.accepted[n]) + (1 if o.supervise_correction else 0)
@@ -87,7 +87,7 @@ def slow_streams(r: Replay, o: Objective) -> float:
     return (a * sums[0] + b * sums[1]) / (a * masses[0] + b * masses[1])
 
 
-def slow_blocks(r: Replay, o: Objective) -> float:
+def slow_blocks(r: ReplayedBlocks, o: Objective) -> float:
     """The objectives that see blocks along the text."""
     top = bottom = 0.0
     decay = r.decay
@@ -154,15 +154,15 @@ def test_objectives_along_the_block(seed, kind, temperature):
 def test_gradients_are_those_of_the_value(kind):
     """Against central differences; D-PACE's weights carry none by definition."""
     r, o = make(4), Objective(kind=kind, trajectory_weight=0.3)
-    weights = dpace_weights((-r.surprise).exp(), r.valid)
+    weights = dpace_weights((-r.label_nll).exp(), r.valid)
 
     def value(hidden: torch.Tensor) -> torch.Tensor:
-        fresh = Replay(
-            **{f: getattr(r, f) for f in Replay.__dataclass_fields__} | {"hidden": hidden}
+        fresh = ReplayedBlocks(
+            **{f: getattr(r, f) for f in ReplayedBlocks.__dataclass_fields__} | {"hidden": hidden}
         )
         if kind == "dpace":
             plain = objective_loss(fresh, Objective(kind="cross_entropy"))[0]
-            return fresh.block_mean((fresh.surprise * weights).sum(1), r.valid) + 0.3 * plain
+            return fresh.block_mean((fresh.label_nll * weights).sum(1), r.valid) + 0.3 * plain
         return objective_loss(fresh, o)[0]
 
     objective_loss(r, o)[0].backward()

@@ -66,9 +66,7 @@ def test_rounds_follow_the_traffic(capsys, recipe, family, tmp_path):
     kept = [len(d.read_trajectories(out / f"round-{i}" / "train.jsonl")) for i in range(3)]
     assert kept == [4, 8, 6]  # a window of two rounds
     for before, after in zip(value["rounds"], value["rounds"][1:], strict=False):
-        recipe_of = yaml.safe_load(
-            (out / f"round-{after['round']}" / "run" / "recipe.yaml").read_text()
-        )
+        recipe_of = yaml.safe_load((out / f"round-{after['round']}" / "run" / "recipe.yaml").read_text())
         assert recipe_of["drafter"] == before["drafter"]
         assert after["tau_before"] == pytest.approx(before["tau"])
         assert after["tau"] >= after["tau_before"]  # a worse drafter is not served

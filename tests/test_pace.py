@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import draft_opd as d
 from draft_opd.data.prompts import read_prompts
-from draft_opd.decoding.draft_length import Pace
+from draft_opd.decoding.draft_length import DraftLengthController
 from draft_opd.decoding.generate import speculate
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.utils.errors import UserError
@@ -27,7 +27,7 @@ def simulate(pace, chance, cost, rounds, rng, noise=0.05):
         took = cost(length) * (1 + noise * rng.random())
         if rng.random() < 0.05:
             took *= 5  # the machine had something else to do
-        pace.tell(length, [accepted], took)
+        pace.record(length, [accepted], took)
         tokens, seconds = tokens + accepted + 1, seconds + cost(length)
     return tokens, seconds
 
@@ -45,7 +45,7 @@ def test_it_is_nearly_as_fast_as_the_best_fixed_length(chance, slope, step, seed
     def rate(length):
         return sum(chance**k for k in range(length + 1)) / cost(length)
 
-    pace, rng = Pace(15), random.Random(seed)
+    pace, rng = DraftLengthController(15), random.Random(seed)
     simulate(pace, chance, cost, 100, rng)  # learns
     tokens, seconds = simulate(pace, chance, cost, 2000, rng)
     best = max(rate(n) for n in pace.lengths)
@@ -62,14 +62,14 @@ def test_it_pays_within_one_answer(chance, step, slope):
     def cost(length):
         return 1.0 + (length > 0) * step + slope * length
 
-    best = max(sum(chance**k for k in range(n + 1)) / cost(n) for n in Pace(15).lengths)
-    made = [simulate(Pace(15), chance, cost, 60, random.Random(s)) for s in range(40)]
+    best = max(sum(chance**k for k in range(n + 1)) / cost(n) for n in DraftLengthController(15).lengths)
+    made = [simulate(DraftLengthController(15), chance, cost, 60, random.Random(s)) for s in range(40)]
     tokens, seconds = (sum(column) for column in zip(*made, strict=True))
     assert tokens / seconds > 0.8 * best
 
 
 def test_it_follows_a_change():
-    pace, rng = Pace(15), random.Random(0)
+    pace, rng = DraftLengthController(15), random.Random(0)
     simulate(pace, 0.95, lambda n: 1 + 0.05 * n, 200, rng)
     assert pace.choose() >= 11
     simulate(pace, 0.05, lambda n: 1 + 0.05 * n, 400, rng)
@@ -77,14 +77,14 @@ def test_it_follows_a_change():
 
 
 def test_a_useless_drafter_is_left_alone():
-    pace = Pace(7)
+    pace = DraftLengthController(7)
     simulate(pace, 0.0, lambda n: 1 + 0.3 * n, 200, random.Random(1))
     chosen = [pace.choose() for _ in range(1)]
     assert chosen == [0]
 
 
 def test_near_the_end_of_the_context_it_drafts_less():
-    pace = Pace(15)
+    pace = DraftLengthController(15)
     assert pace.choose() == 15 and pace.choose(at_most=5) == 4 and pace.choose(at_most=0) == 0
 
 
@@ -96,19 +96,19 @@ def test_text_and_trace_are_what_they_were(target, trained):
         assert auto.token_ids == alone.token_ids
         assert sum(r.accepted + 1 for r in auto.rounds) >= len(auto.token_ids)
         lengths = {len(r.drafted) for r in auto.rounds}
-        assert lengths <= set(Pace(trained.draft_length).lengths) and len(lengths) > 1
+        assert lengths <= set(DraftLengthController(trained.draft_length).lengths) and len(lengths) > 1
 
 
 def test_rows_of_a_batch_share_it(target, trained):
     prompts = [p.ids(target) for p in read_prompts("embedded:heldout", 3)]
-    pace = Pace(trained.draft_length)
+    pace = DraftLengthController(trained.draft_length)
     made = speculate(target, trained, prompts, max_new_tokens=60, pace=pace)
     alone = speculate(target, None, prompts, max_new_tokens=60)
     assert [g.token_ids for g in made] == [g.token_ids for g in alone]
     assert pace.rounds == max(len(g.rounds) for g in made)
 
 
-class Turning(Pace):
+class Turning(DraftLengthController):
     """Another length every round, whatever they bring."""
 
     def choose(self, at_most=None):
@@ -141,4 +141,4 @@ def test_a_tree_has_no_pace(target, trained):
     if not trained.has_trees:
         pytest.skip("this family drafts no trees")
     with pytest.raises(UserError, match="not both"):
-        speculate(target, trained, [[1, 2]], max_new_tokens=4, tree=[2, 2], pace=Pace(2))
+        speculate(target, trained, [[1, 2]], max_new_tokens=4, tree=[2, 2], pace=DraftLengthController(2))

@@ -76,9 +76,7 @@ def test_z_labs_package_drafts_the_same_tokens(peers, family, trained, heldout, 
     script.write_text(DFLASH)
     rows = heldout[:8]
     prompts = json.dumps([t.prompt_ids for t in rows])
-    found = json.loads(
-        run(peers, script, tmp_path / "d", resolve_path("embedded"), prompts).splitlines()[-1]
-    )
+    found = json.loads(run(peers, script, tmp_path / "d", resolve_path("embedded"), prompts).splitlines()[-1])
     compared = 0
     for t, theirs in zip(rows, found, strict=True):
         assert theirs["ids"] == t.response_ids

@@ -133,9 +133,7 @@ def test_a_cpu_that_emulates_a_type_is_named_once(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("objective", ["dpace", "acceptance_aware"])
-def test_a_float32_step_multiplies_nothing_in_16_bit(
-    target, recipe_for, trained_folder, tmp_path, objective
-):
+def test_a_float32_step_multiplies_nothing_in_16_bit(target, recipe_for, trained_folder, tmp_path, objective):
     """Target, traces, drafter, losses, Muon; features are remembered in bfloat16 all the same."""
     pairs = ("precision=float32", f"opd.objective.kind={objective}", "batch_size=2",
              f"drafter={trained_folder}")  # fmt: skip

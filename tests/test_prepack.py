@@ -34,11 +34,7 @@ def test_same_products(inputs, outputs, bias, shape, dtype):
     plain, packed = pair(inputs, outputs, bias, dtype)
     x = torch.randn(*shape, inputs).to(dtype)
     found = packed(x)
-    assert (
-        (dtype in packed._kept) == takes(dtype)
-        and found.shape == plain(x).shape
-        and found.dtype == dtype
-    )
+    assert (dtype in packed._kept) == takes(dtype) and found.shape == plain(x).shape and found.dtype == dtype
     bound = 1e-5 if dtype == torch.float32 else 0.05
     assert torch.allclose(found, plain(x), rtol=bound, atol=bound * inputs)
 

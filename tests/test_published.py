@@ -175,10 +175,7 @@ def test_published_shapes_load_draft_and_replay(make_target, tmp_path, name):
             assert [g.rounds for g in other] == [g.rounds for g in made]
     assert [g.token_ids for g in made] == [g.token_ids for g in alone]
 
-    rows = [
-        d.Trajectory(p, g.token_ids, str(i))
-        for i, (p, g) in enumerate(zip(prompts, made, strict=True))
-    ]
+    rows = [d.Trajectory(p, g.token_ids, str(i)) for i, (p, g) in enumerate(zip(prompts, made, strict=True))]
     batch = BatchSource(target, drafter.target_layers).batch(rows)
     traces = [g.rounds for g in made]
     blocks = attach_drafts(

@@ -8,7 +8,7 @@ from torch import nn
 
 import draft_opd as d
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.decoding.step import Rounds
+from draft_opd.decoding.step import DecodeStep
 from draft_opd.models.kv_cache import PositionCache
 
 
@@ -35,7 +35,7 @@ def test_a_round_reads_nothing_from_the_device(trained, family, batch, temperatu
     real, count, capacity = d.Target.from_pretrained("embedded", device="cpu"), 5, 64
     ids = torch.arange(12).view(2, 6)
     out = real.trajectories(ids, trained.target_layers)
-    shapes = trained.context(real, ids, out.features)
+    shapes = trained.build_cache(real, ids, out.features)
     drafter = copy.deepcopy(trained)
     with torch.no_grad():
         without_values(real.model)
@@ -46,7 +46,7 @@ def test_a_round_reads_nothing_from_the_device(trained, family, batch, temperatu
             [torch.empty(batch, x.shape[1], capacity, x.shape[3], device="meta") for x in store]
             for store in (shapes.keys, shapes.values)
         ))  # fmt: skip
-        rounds = Rounds(real, drafter, cache, context, Sampling(temperature=temperature), None)
+        rounds = DecodeStep(real, drafter, cache, context, Sampling(temperature=temperature), None)
         last = torch.zeros(batch, dtype=torch.long, device="meta")
         rounds.bound(36, filled=batch == 1)  # as a decode of one row has it
         before = [*cache.keys, *cache.values, *context.keys, *context.values]

@@ -14,9 +14,9 @@ import draft_opd as d
 from draft_opd.data.collect import collect
 from draft_opd.data.openai_client import Server
 from draft_opd.data.prompts import read_prompts
-from draft_opd.data.server_collect import Dropped, Garbage, gather_from, read_answer
+from draft_opd.data.server_collect import AnswerRejected, InvalidResponse, gather_from, read_answer
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.models.target_info import TargetText
+from draft_opd.models.target_info import TargetInfo
 from draft_opd.serving.vllm_process import free_port
 
 FAMILY = "dflash"
@@ -24,8 +24,8 @@ LONGEST = 40
 
 
 @pytest.fixture(scope="module")
-def text() -> TargetText:
-    return TargetText.from_pretrained("embedded")
+def text() -> TargetInfo:
+    return TargetInfo.from_pretrained("embedded")
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +153,8 @@ def test_several_servers_share_the_work_and_one_may_die(text, here, tmp_path, mo
 def test_two_collections_do_not_share_a_folder(target, tmp_path):
     """The lock is a process's: another one must be refused, and let in once that is killed."""
     code = (
-        "import sys, time; from pathlib import Path; from draft_opd.utils.files import hold; "
-        "kept = hold(Path(sys.argv[1])); print(1, flush=True); time.sleep(99)"
+        "import sys, time; from pathlib import Path; from draft_opd.utils.files import lock_folder; "
+        "kept = lock_folder(Path(sys.argv[1])); print(1, flush=True); time.sleep(99)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
     try:
@@ -324,7 +324,7 @@ def test_the_stop_token_is_put_back(text):
     ],
 )
 def test_answers_that_are_no_trajectory(text, value, message):
-    with pytest.raises(Dropped, match=message):
+    with pytest.raises(AnswerRejected, match=message):
         read_answer(text, [1, 2, 3], value)
-    with pytest.raises(Garbage, match="no completion"):
+    with pytest.raises(InvalidResponse, match="no completion"):
         read_answer(text, [1, 2, 3], {"error": "no"})

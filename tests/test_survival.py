@@ -107,9 +107,7 @@ def test_a_request_to_stop_saves_and_has_its_own_status(forked, command, whole, 
     # Saved nowhere but where it is stopped, in the middle of traces that later steps will use.
     arguments = command(out, "save_every=100", "evaluation.every=100")
     process = forked.start(*arguments, log=log)
-    while (
-        not (out / "metrics.jsonl").exists() or '"loss"' not in (out / "metrics.jsonl").read_text()
-    ):
+    while not (out / "metrics.jsonl").exists() or '"loss"' not in (out / "metrics.jsonl").read_text():
         time.sleep(0.01)
     os.kill(process, number)
     assert forked.status(process) == 75
@@ -184,9 +182,7 @@ def test_any_altered_byte_and_any_cut_is_seen(copy, name, at, mask, cut):
         lambda last: (last / "training" / "progress.json").write_bytes(b""),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    forked, command, copy, whole, caplog, harm
-):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(forked, command, copy, whole, caplog, harm):
     harm(copy / "last")
     found = Checkpoints(copy).newest()
     assert found == copy / "checkpoints" / f"step-{STEPS - 1:08d}"

@@ -75,8 +75,7 @@ def test_a_draft_followed_until_it_goes_wrong_makes_the_same_rounds(
     monkeypatch.setattr(dflash, "PIECE", piece)
     batch = BatchSource(target, trained.target_layers).batch(heldout[:6])
     whole, part = (
-        hindsight_rollout(target, trained, batch, trained.draft_length, whole=w)
-        for w in (True, False)
+        hindsight_rollout(target, trained, batch, trained.draft_length, whole=w) for w in (True, False)
     )
     for a, b in zip(chain(*whole), chain(*part), strict=True):
         assert (a.anchor, a.accepted) == (b.anchor, b.accepted)

@@ -70,9 +70,7 @@ def test_children_are_the_most_probable_of_all(seed, width):
 @pytest.mark.parametrize("widths", [(1,), (3,), (1,) * 15, (4, 4, 2, 2, 1), (2, 8, 8)])
 def test_a_tree_keeps_the_text(target, trained, heldout, widths):
     rows = heldout[:4]
-    made = d.speculate(
-        target, trained, [t.prompt_ids for t in rows], max_new_tokens=320, tree=widths
-    )
+    made = d.speculate(target, trained, [t.prompt_ids for t in rows], max_new_tokens=320, tree=widths)
     assert [g.token_ids for g in made] == [t.response_ids for t in rows]
     for t, g in zip(rows, made, strict=True):
         position = len(t.prompt_ids) - 1

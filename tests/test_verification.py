@@ -18,9 +18,7 @@ def tree(seed: int, sharp: float) -> dict[tuple, torch.Tensor]:
     """A target: the next token's distribution after every prefix of up to K tokens."""
     g = torch.Generator().manual_seed(seed)
     prefixes = [p for n in range(K + 1) for p in product(range(V), repeat=n)]
-    return {
-        p: (torch.randn(V, generator=g, dtype=torch.float64) * sharp).softmax(-1) for p in prefixes
-    }
+    return {p: (torch.randn(V, generator=g, dtype=torch.float64) * sharp).softmax(-1) for p in prefixes}
 
 
 def probability(p: dict, sequence: tuple) -> float:

@@ -97,9 +97,7 @@ def layers_off(folder: Path) -> None:
             ids = c["dflash_config"]["target_layer_ids"]
             c["dflash_config"]["target_layer_ids"] = [i - 1 for i in ids]
         else:  # as a tool that takes the file's number for a layer's output
-            c["eagle_aux_hidden_state_layer_ids"] = [
-                i - 1 for i in c["eagle_aux_hidden_state_layer_ids"]
-            ]
+            c["eagle_aux_hidden_state_layer_ids"] = [i - 1 for i in c["eagle_aux_hidden_state_layer_ids"]]
 
     config_of(folder, change)
 
@@ -190,9 +188,7 @@ def test_collecting_survives_a_killed_server(engine, family, serveable, tmp_path
 
     def start(log):
         with open(tmp_path / log, "wb") as file:
-            return subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 
     def wait_for(condition, seconds=300):
         deadline = time.monotonic() + seconds

@@ -50,9 +50,7 @@ def evaluate(
             "from the hub; gsm8k=FILE.jsonl; embedded; comma-separated."
         ),
     ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="'paper': its seven tasks, counts and order.")
-    ] = None,
+    preset: Annotated[str | None, typer.Option(help="'paper': its seven tasks, counts and order.")] = None,
     shuffle: Annotated[
         int | None, typer.Option(help="Seed of a random order, before --skip and --limit.")
     ] = None,
@@ -88,9 +86,7 @@ def evaluate(
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
-    draft: Annotated[
-        str, typer.Option(help="'sample' or 'argmax', at temperature > 0.")
-    ] = "sample",
+    draft: Annotated[str, typer.Option(help="'sample' or 'argmax', at temperature > 0.")] = "sample",
     thinking: Thinking = None,
     seed: Seed = 0,
     out: Annotated[
@@ -313,8 +309,7 @@ def analyze(
     page = Report("Analysis", lead, training={drafter: runs} if runs else {},
                   analyses={drafter: value}).write(out)  # fmt: skip
     lines = [
-        [g, *(value[key].get(g) for key in ("tokens", "share", "forward_kl", "reverse_kl"))]
-        for g in GROUPS
+        [g, *(value[key].get(g) for key in ("tokens", "share", "forward_kl", "reverse_kl"))] for g in GROUPS
     ]
     screen.result(
         value,

@@ -74,9 +74,7 @@ def demo(
     run_demo(out, family, seed, Screen(json))
 
 
-@app.command(
-    epilog=example("draft-opd collect --target embedded --prompts embedded:train --out data/train")
-)
+@app.command(epilog=example("draft-opd collect --target embedded --prompts embedded:train --out data/train"))
 def collect(
     target: TargetName,
     prompts: Annotated[str, typer.Option(help="JSONL; or embedded:train, embedded:heldout.")],
@@ -86,13 +84,9 @@ def collect(
         typer.Option(help="URL of a vLLM or SGLang server that answers instead; may be repeated."),
     ] = None,
     server_model: Annotated[str | None, typer.Option(help="Default: the one it serves.")] = None,
-    endpoint: Annotated[str, typer.Option(help="'completions' (token ids) or 'chat'.")] = (
-        "completions"
-    ),
+    endpoint: Annotated[str, typer.Option(help="'completions' (token ids) or 'chat'.")] = ("completions"),
     in_flight: Annotated[int, typer.Option(help="Requests to each server at a time.")] = 32,
-    patience: Annotated[
-        float, typer.Option(help="Seconds to wait for a server that has gone away.")
-    ] = 300.0,
+    patience: Annotated[float, typer.Option(help="Seconds to wait for a server that has gone away.")] = 300.0,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -132,14 +126,14 @@ def collect(
     if server:
         from draft_opd.data.openai_client import Server
         from draft_opd.data.server_collect import gather_from
-        from draft_opd.models.target_info import TargetText
+        from draft_opd.models.target_info import TargetInfo
 
         if drafter:
             raise UserError("--drafter speeds up decoding here: a server has its own")
         askers = [Server(url, server_model, endpoint, in_flight, patience) for url in server]
         for asker in askers:
             asker.check()
-        text = TargetText.from_pretrained(target, trust_remote_code=trust_remote_code)
+        text = TargetInfo.from_pretrained(target, trust_remote_code=trust_remote_code)
         start = partial(gather_from, askers, text)
     else:
         model = to_target(target, device, dtype, trust_remote_code)
@@ -165,11 +159,11 @@ def _train(stage: str, config: Path, overrides: list[str] | None, resume: bool, 
     recipe = load_recipe(config, overrides or [], stage)
     inputs = read_inputs(stage, recipe, resume)
     # Only now: these load torch, which takes seconds.
-    from draft_opd.training.distributed import joined
+    from draft_opd.training.distributed import distributed_context
     from draft_opd.training.trainer import Run
 
-    with joined(recipe.parallel) as group:
-        screen = Screen(json, silent=not group.first)
+    with distributed_context(recipe.parallel) as group:
+        screen = Screen(json, silent=not group.is_main_process)
         seen: dict[str, str] = {}
         asked: list[bool] = []
         with screen.progress(stage, recipe.steps) as update, ending(lambda: asked.append(True)):
@@ -188,17 +182,13 @@ def _train(stage: str, config: Path, overrides: list[str] | None, resume: bool, 
         screen.result(value, facts(f"{stage}: {result.out}", value))
 
 
-@app.command(
-    epilog=example("draft-opd sft --config recipes/smollm2-gsm8k.yaml steps=500 out=runs/mine/sft")
-)
+@app.command(epilog=example("draft-opd sft --config recipes/smollm2-gsm8k.yaml steps=500 out=runs/mine/sft"))
 def sft(config: Config, overrides: Overrides = None, resume: Resume = False, json: Json = False):
     """Stage 1: train a drafter on the target's own text."""
     _train("sft", config, overrides, resume, json)
 
 
-@app.command(
-    epilog=example("draft-opd opd --config recipes/smollm2-gsm8k.yaml drafter=runs/mine/sft/best")
-)
+@app.command(epilog=example("draft-opd opd --config recipes/smollm2-gsm8k.yaml drafter=runs/mine/sft/best"))
 def opd(config: Config, overrides: Overrides = None, resume: Resume = False, json: Json = False):
     """Stage 2, Draft-OPD: train a drafter where verification rejects it."""
     _train("opd", config, overrides, resume, json)
@@ -238,9 +228,9 @@ app.command(
 )(analyze)
 
 
-app.command(
-    epilog=example("draft-opd report runs/eval runs/analysis runs/demo/draft_opd --out runs/report")
-)(report)
+app.command(epilog=example("draft-opd report runs/eval runs/analysis runs/demo/draft_opd --out runs/report"))(
+    report
+)
 
 
 @app.command(
@@ -259,9 +249,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
-    draft: Annotated[
-        str, typer.Option(help="'sample' or 'argmax', at temperature > 0.")
-    ] = "sample",
+    draft: Annotated[str, typer.Option(help="'sample' or 'argmax', at temperature > 0.")] = "sample",
     thinking: Thinking = None,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
     mark: Annotated[

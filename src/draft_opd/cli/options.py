@@ -18,12 +18,8 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default
 Dtype = Annotated[
     str | None, typer.Option(help="float32 or bfloat16; default: float32 on CPU, else as stored.")
 ]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that ships with the target.")
-]
-Length = Annotated[
-    int | None, typer.Option("--draft-length", help="Tokens drafted a round; default: all.")
-]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that ships with the target.")]
+Length = Annotated[int | None, typer.Option("--draft-length", help="Tokens drafted a round; default: all.")]
 AutoLength = Annotated[
     str | None,
     typer.Option(
@@ -133,9 +129,7 @@ def to_target(name: str, device: str | None, dtype: str | None, trust: bool):
         if where is not None:
             torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {device}: not usable here ({str(error).splitlines()[0]})"
-        ) from None
+        raise UserError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from None
     if dtype:
         here = where or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         warn_if_slow(f"--dtype {dtype}", getattr(torch, dtype), here)

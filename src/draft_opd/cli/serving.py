@@ -28,9 +28,7 @@ from draft_opd.models.hub import EMBEDDED, check_models, resolve_path
 from draft_opd.utils.console import Screen, table
 from draft_opd.utils.errors import UserError
 
-EngineCommand = Annotated[
-    str, typer.Option(help="How vLLM's server starts here; the rest is added.")
-]
+EngineCommand = Annotated[str, typer.Option(help="How vLLM's server starts here; the rest is added.")]
 EngineArgs = Annotated[str, typer.Option(help="More arguments for it, as one string.")]
 
 
@@ -40,9 +38,7 @@ def check_serving(
         str | None, typer.Option("--drafter", help="The drafter as trained: folder or hub id.")
     ] = None,
     engine: Annotated[str, typer.Option(help="vllm.")] = "vllm",
-    url: Annotated[
-        str | None, typer.Option(help="A running server, instead of starting one.")
-    ] = None,
+    url: Annotated[str | None, typer.Option(help="A running server, instead of starting one.")] = None,
     server_model: Annotated[str | None, typer.Option(help="Default: the one it serves.")] = None,
     served: Annotated[
         Path | None, typer.Option(help="Folder to serve, if not an export of --drafter.")
@@ -83,7 +79,7 @@ def check_serving(
     check_models(target, *([drafter] if drafter else []))
     from draft_opd.data.openai_client import Server
     from draft_opd.drafters import Drafter
-    from draft_opd.models.target_info import TargetText
+    from draft_opd.models.target_info import TargetInfo
     from draft_opd.serving.check import ask, compare
     from draft_opd.serving.export import export
     from draft_opd.serving.vllm_process import Engine, EngineFailed, read_metrics
@@ -96,7 +92,7 @@ def check_serving(
         untrained(config, target, trust_remote_code).save_pretrained(drafter)
     # The engine needs the device for itself: until it has ended, the target stays on disk.
     helper = Drafter.from_pretrained(drafter, device="cpu")
-    helper.bind(TargetText.from_pretrained(target, trust_remote_code=trust_remote_code))
+    helper.bind(TargetInfo.from_pretrained(target, trust_remote_code=trust_remote_code))
     length = helper.checked_length(draft_length)
     with ExitStack() as stack:
         if url is None:
@@ -165,8 +161,7 @@ def online(config: Config, overrides: Overrides = None, json: Json = False) -> N
 
     value = OnlineLoop(recipe, screen.say).run()
     rows = [
-        [str(r["round"]), r["trajectories"], r["tau_before"], r["tau"], r["served"]]
-        for r in value["rounds"]
+        [str(r["round"]), r["trajectories"], r["tau_before"], r["tau"], r["served"]] for r in value["rounds"]
     ]
     columns = ["round", "trajectories", "τ before", "τ", "served"]
     screen.result(value, table("", columns, rows), f"Serving: {value['served']}")

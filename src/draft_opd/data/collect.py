@@ -15,9 +15,9 @@ from draft_opd.decoding.generate import speculate
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.drafters.base import Drafter
 from draft_opd.models.target import Target
-from draft_opd.models.target_info import TargetText, check_prompt
+from draft_opd.models.target_info import TargetInfo, check_prompt
 from draft_opd.utils.errors import UserError
-from draft_opd.utils.files import hold, make_folder, write_json
+from draft_opd.utils.files import lock_folder, make_folder, write_json
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def decode_trajectories(
                 g.token_ids,
                 name,
                 g.finish_reason,
-                *sampling.filters,
+                *sampling.as_tuple,
                 batch_seed,
             )
             for (name, ids), g in zip(batch, made, strict=True)
@@ -72,7 +72,7 @@ def decode_trajectories(
 
 
 def gather(
-    target: TargetText,
+    target: TargetInfo,
     prompts: list[Prompt],
     out: Path,
     answer: Answer,
@@ -90,7 +90,7 @@ def gather(
     holds trajectories of other prompts under the same ids, or a prompt does not fit the context.
     """
     path = make_folder(out) / "trajectories.jsonl"
-    with hold(out):
+    with lock_folder(out):
         return _gather(target, prompts, path, answer, about, samples, thinking, progress)
 
 
@@ -119,8 +119,7 @@ def _gather(target, prompts, path, answer, about, samples, thinking, progress) -
                     todo.append(Request(name, ids, prompt.messages))
                 elif writer.done[name] != ids:
                     raise UserError(
-                        f"'{path}' already holds another prompt under the id '{name}': "
-                        "use another --out"
+                        f"'{path}' already holds another prompt under the id '{name}': use another --out"
                     )
         counts = {"done": len(seen) - len(todo), "tokens": 0}
 
@@ -172,9 +171,7 @@ def collect(
             emit(batch)
 
     about = how_made(sampling, seed, max_new_tokens, samples)
-    return gather(
-        target, prompts, out, answer, about, samples=samples, thinking=thinking, progress=progress
-    )
+    return gather(target, prompts, out, answer, about, samples=samples, thinking=thinking, progress=progress)
 
 
 def how_made(sampling: Sampling, seed: int, max_new_tokens: int, samples: int) -> dict:
@@ -203,9 +200,7 @@ def summary(path: Path) -> dict:
     """What a trajectories file holds, in figures."""
     rows = read_trajectories(path)
     ends = Counter(t.finish_reason for t in rows)
-    prompt, response = (
-        sum(len(getattr(t, name)) for t in rows) for name in ("prompt_ids", "response_ids")
-    )
+    prompt, response = (sum(len(getattr(t, name)) for t in rows) for name in ("prompt_ids", "response_ids"))
     return {
         "kind": "trajectories",
         "path": str(path),

@@ -65,13 +65,13 @@ class Server:
                 answer.raise_for_status()
                 names = [m["id"] for m in answer.json()["data"]]
         except httpx.HTTPStatusError as error:
-            raise UserError(f"server {self.url}/v1/models: {why(error.response)}") from error
+            raise UserError(f"server {self.url}/v1/models: {error_message(error.response)}") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            said = " ".join(str(error).split())[:120] or type(error).__name__
+            line = " ".join(str(error).split())[:120] or type(error).__name__
             hint = "is it running there?"
-            if "SSL" in said or "certificate" in said:
+            if "SSL" in line or "certificate" in line:
                 hint = "does it speak TLS, with a certificate that this machine trusts?"
-            raise UserError(f"server {self.url} does not answer ({said}): {hint}") from error
+            raise UserError(f"server {self.url} does not answer ({line}): {hint}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"server {self.url} is not an OpenAI-compatible API") from error
         if self.model is None and len(names) == 1:
@@ -82,7 +82,7 @@ class Server:
         return self.model
 
 
-def said(sampling: Sampling) -> dict[str, float]:
+def sampling_params(sampling: Sampling) -> dict[str, float]:
     """Sampling as a request says it, also where it changes nothing: servers take the rest from the
     model's generation_config, and that would change the text."""
     return {
@@ -96,7 +96,7 @@ def said(sampling: Sampling) -> dict[str, float]:
     }
 
 
-def why(answer: httpx.Response) -> str:
+def error_message(answer: httpx.Response) -> str:
     """Status and message of an error, in one line."""
     try:
         body = answer.json()

@@ -11,7 +11,7 @@ from draft_opd.models.hub import EMBEDDED
 from draft_opd.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from draft_opd.models.target_info import TargetText
+    from draft_opd.models.target_info import TargetInfo
 
 _EMBEDDED = Path(__file__).parent.parent / EMBEDDED
 TEXT_KEYS = ("prompt", "question", "problem", "instruction")
@@ -25,7 +25,7 @@ class Prompt:
     messages: list[dict]
     later: tuple[str, ...] = ()
 
-    def ids(self, target: TargetText, thinking: bool | None = None) -> list[int]:
+    def ids(self, target: TargetInfo, thinking: bool | None = None) -> list[int]:
         """Through the target's chat template; as plain text when it has none."""
         if getattr(target.tokenizer, "chat_template", None):
             return target.chat_ids(self.messages, thinking)
@@ -46,17 +46,13 @@ def read_prompt(row: dict, where: str, default_id: str = "") -> Prompt:
     if messages is None:
         text = next((row[k] for k in TEXT_KEYS if k in row), None)
         if not isinstance(text, str) or not text.strip():
-            raise UserError(
-                f"{where}: needs a text under one of {', '.join(TEXT_KEYS)}, or messages"
-            )
+            raise UserError(f"{where}: needs a text under one of {', '.join(TEXT_KEYS)}, or messages")
         messages = [{"role": "user", "content": text}]
     elif not (
         isinstance(messages, list)
         and messages
         and all(
-            isinstance(m, dict)
-            and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str)
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
             for m in messages
         )
     ):

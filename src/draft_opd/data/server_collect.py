@@ -21,11 +21,11 @@ from typing import Any, Literal
 import httpx2 as httpx
 
 from draft_opd.data.collect import Request, gather, how_made
-from draft_opd.data.openai_client import Server, said, why
+from draft_opd.data.openai_client import Server, error_message, sampling_params
 from draft_opd.data.prompts import Prompt
 from draft_opd.data.trajectory import Trajectory
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.models.target_info import TargetText
+from draft_opd.models.target_info import TargetInfo
 from draft_opd.utils.errors import UserError
 
 BACKOFF = (0.5, 10.0)  # seconds until a prompt is tried again: the first time, at most
@@ -34,19 +34,19 @@ FAILURES = 5  # of one prompt, while others are answered
 TIMEOUTS = 2  # of one prompt
 
 
-class Dropped(Exception):
+class AnswerRejected(Exception):
     """An answer that is not a trajectory of this target; the text says why."""
 
 
-class Garbage(Exception):
+class InvalidResponse(Exception):
     """Something that is no answer at all, or a server's failure; it may pass."""
 
 
-class Slow(Exception):
+class RequestTimeout(Exception):
     """No answer in all the time that the server has for one."""
 
 
-class Away(Exception):
+class ServerUnavailable(Exception):
     """The server cannot be reached, or has too much to do. `wait`: seconds that it asked for."""
 
     def __init__(self, problem: str, wait: float = 0.0):
@@ -64,7 +64,7 @@ class Collected:
 
 def gather_from(
     servers: Server | Sequence[Server],
-    text: TargetText,
+    text: TargetInfo,
     prompts: list[Prompt],
     out: Path,
     *,
@@ -88,9 +88,7 @@ def gather_from(
     )  # fmt: skip
     if asked.dropped and not path.stat().st_size:
         reason, count = asked.dropped.most_common(1)[0][0], asked.dropped.total()
-        raise UserError(
-            f"no answer of {asked.names} is usable: {count} dropped, most because {reason}"
-        )
+        raise UserError(f"no answer of {asked.names} is usable: {count} dropped, most because {reason}")
     return Collected(path, asked.dropped)
 
 
@@ -99,7 +97,7 @@ class _Asking:
     """Requests on their way to servers and back."""
 
     servers: list[Server]
-    text: TargetText
+    text: TargetInfo
     sampling: Sampling
     longest: int
     seed: int
@@ -149,9 +147,9 @@ class _Asking:
             request = await self.queue.get()
             try:
                 found = await self._try(server, client, request)
-            except Slow as problem:
+            except RequestTimeout as problem:
                 self._late(request, problem)
-            except (Garbage, Away) as problem:
+            except (InvalidResponse, ServerUnavailable) as problem:
                 self._failed(server, problem)
                 self._again(request, problem)
                 pause = min(max(2 * pause, BACKOFF[0]), BACKOFF[1])
@@ -197,7 +195,7 @@ class _Asking:
     def _again(self, request: Request, problem: Exception) -> None:
         """Puts it back, to be tried later; or gives it up where others were answered since it first
         failed."""
-        if isinstance(problem, Garbage):
+        if isinstance(problem, InvalidResponse):
             failures = self.failures.setdefault(request.id, [])
             failures.append(time.monotonic())
             if len(failures) >= FAILURES and self.last_answer > failures[0]:
@@ -211,34 +209,35 @@ class _Asking:
     async def _try(self, server: Server, client, request: Request) -> Trajectory | str:
         """One request: the trajectory, or why its prompt gets none.
 
-        Raises `Garbage`, `Away` or `Slow` for what may pass, `UserError` for what stays wrong.
+        Raises `InvalidResponse`, `ServerUnavailable` or `RequestTimeout` for what may pass, `UserError` for
+        what stays wrong.
         """
         own_seed = (self.seed + zlib.crc32(request.id.encode())) % 2**31
         path, body = self._body(server, request, own_seed)
         try:
             answer = await client.post(path, json=body)
         except httpx.ReadTimeout as error:
-            raise Slow(f"no answer in {server.timeout:g} s") from error
+            raise RequestTimeout(f"no answer in {server.timeout:g} s") from error
         except httpx.DecodingError as error:
-            raise Garbage("an answer that cannot be decoded") from error
+            raise InvalidResponse("an answer that cannot be decoded") from error
         except httpx.RequestError as error:
-            raise Away(type(error).__name__) from error
+            raise ServerUnavailable(type(error).__name__) from error
         status = answer.status_code
         if status in BUSY:
-            raise Away(why(answer), _seconds(answer.headers.get("retry-after")))
+            raise ServerUnavailable(error_message(answer), _seconds(answer.headers.get("retry-after")))
         if status >= 500:
-            raise Garbage(why(answer))
+            raise InvalidResponse(error_message(answer))
         if status in (400, 413, 422):  # this prompt, perhaps; the others may pass
-            return why(answer)
+            return error_message(answer)
         if status != 200:
-            raise UserError(f"server {server.url}{path}: {why(answer)}")
+            raise UserError(f"server {server.url}{path}: {error_message(answer)}")
         try:
             ids, finish = read_answer(self.text, request.prompt_ids, answer.json())
         except (ValueError, RecursionError):
-            raise Garbage("an answer that is not JSON") from None
-        except Dropped as reason:
+            raise InvalidResponse("an answer that is not JSON") from None
+        except AnswerRejected as reason:
             return str(reason)
-        kind = (request.id, finish, *self.sampling.filters, own_seed)
+        kind = (request.id, finish, *self.sampling.as_tuple, own_seed)
         return Trajectory(request.prompt_ids, ids, *kind)
 
     def _body(self, server: Server, request: Request, seed: int) -> tuple[str, dict[str, Any]]:
@@ -247,7 +246,7 @@ class _Asking:
             "model": server.model,
             "max_tokens": min(self.longest, room),
             "seed": seed,
-            **said(self.sampling),
+            **sampling_params(self.sampling),
             "skip_special_tokens": False,
             "return_token_ids": True,
         }
@@ -267,12 +266,12 @@ def _seconds(text: str | None) -> float:
 
 
 def read_answer(
-    text: TargetText, prompt_ids: list[int], answer: dict
+    text: TargetInfo, prompt_ids: list[int], answer: dict
 ) -> tuple[list[int], Literal["stop", "length"]]:
     """(response ids, stop token included; how it ended) from a completion or chat completion.
 
-    Raises `Dropped` where the ids of prompt and response are not certain, `Garbage` where it is no
-    completion.
+    Raises `AnswerRejected` where the ids of prompt and response are not certain, `InvalidResponse` where it
+    is no completion.
     """
     try:
         choice = answer["choices"][0]
@@ -283,39 +282,39 @@ def read_answer(
         if not isinstance(told, str) or not isinstance(usage, dict):
             raise TypeError
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise Garbage("an answer that is no completion") from error
+        raise InvalidResponse("an answer that is no completion") from error
     if finish not in ("stop", "length"):
-        raise Dropped(f"ended by '{finish}'")
+        raise AnswerRejected(f"ended by '{finish}'")
     seen = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
     # Without ids only their number can be compared.
     same = seen == prompt_ids if seen else usage.get("prompt_tokens") == len(prompt_ids)
     if not same:
-        raise Dropped("the server saw another prompt (its chat template, or its tokenizer)")
+        raise AnswerRejected("the server saw another prompt (its chat template, or its tokenizer)")
     ids = choice.get("token_ids") or choice.get("response_token_ids")
     stops = text.stop_ids
     made = usage.get("completion_tokens")
     if ids:
         if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
-            raise Dropped("its token ids are no numbers")
+            raise AnswerRejected("its token ids are no numbers")
         if isinstance(made, int) and not made - 1 <= len(ids) <= made:
-            raise Dropped("it has not as many token ids as it was made of")
+            raise AnswerRejected("it has not as many token ids as it was made of")
         ids = list(ids)
         if finish == "stop" and ids[-1] not in stops:
             ids.append(_stop_token(text, choice))
     else:
         ids = text.tokenizer.encode(told, add_special_tokens=False)
         if text.tokenizer.decode(ids, skip_special_tokens=False) != told:
-            raise Dropped("its text does not tokenise back to itself")
+            raise AnswerRejected("its text does not tokenise back to itself")
         if finish == "stop":
             ids.append(_stop_token(text, choice))
         if made != len(ids):
-            raise Dropped("its text tokenises to another number of tokens than it was made of")
+            raise AnswerRejected("its text tokenises to another number of tokens than it was made of")
     if not ids or max(ids) >= text.vocab_size:
-        raise Dropped("it has token ids that the target does not have" if ids else "it is empty")
+        raise AnswerRejected("it has token ids that the target does not have" if ids else "it is empty")
     return ids, finish
 
 
-def _stop_token(text: TargetText, choice: dict) -> int:
+def _stop_token(text: TargetInfo, choice: dict) -> int:
     """The token that ended an answer which does not show it."""
     reason = choice.get("stop_reason", choice.get("matched_stop"))
     if reason is None:
@@ -324,5 +323,5 @@ def _stop_token(text: TargetText, choice: dict) -> int:
         if len(text.stop_ids) == 1:
             reason = next(iter(text.stop_ids))
     if type(reason) is not int or reason not in text.stop_ids:
-        raise Dropped("it ended by something else than the target's stop tokens")
+        raise AnswerRejected("it ended by something else than the target's stop tokens")
     return reason

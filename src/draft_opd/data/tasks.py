@@ -98,9 +98,7 @@ def load_tasks(
         raise UserError(f"--tasks '{names}' names no task")
     for name in (t.name for t in tasks):
         if name == ALL or sum(t.name == name for t in tasks) > 1:
-            raise UserError(
-                f"task name '{name}' is taken: name files differently, as OTHER=FILE.jsonl"
-            )
+            raise UserError(f"task name '{name}' is taken: name files differently, as OTHER=FILE.jsonl")
     return [Task(t.name, chosen(t.prompts, limit, skip, shuffle, t.name)) for t in tasks]
 
 

@@ -53,9 +53,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
         if not line.strip():
             continue
         if len(line) > LONGEST_LINE:
-            raise UserError(
-                f"{path}:{number}: the line has {len(line) >> 20} MB: give a JSON object a line"
-            )
+            raise UserError(f"{path}:{number}: the line has {len(line) >> 20} MB: give a JSON object a line")
         try:
             row = json.loads(line.decode("utf-8-sig"))
             if b"\\u" in line:  # halves of characters cannot be written again
@@ -125,8 +123,7 @@ def read_trajectories(
         )
         if "id" in row and seen.setdefault(result[-1].id, number) != number:
             raise UserError(
-                f"{where}: line {seen[result[-1].id]} has the id '{result[-1].id}' already: make "
-                "ids unique"
+                f"{where}: line {seen[result[-1].id]} has the id '{result[-1].id}' already: make ids unique"
             )
         if limit is not None and len(result) == limit:
             break

@@ -21,7 +21,7 @@ GOOD = 4.0  # tokens a round at which nobody asks at once whether drafting pays
 LOOK = 16  # every so many rounds another length is timed: a neighbour of the best one, or another
 
 
-class Pace:
+class DraftLengthController:
     """Chooses draft lengths of 0 (the target alone) to `longest` for one drafter on one machine.
 
     `choose()` before a round, `tell` what came of it. Kept over several texts it need not learn
@@ -57,7 +57,7 @@ class Pace:
         looks = (allowed[max(at - 1, 0)], allowed[min(at + 1, len(allowed) - 1)], other)
         return looks[self.rounds // LOOK % 3]
 
-    def tell(self, drafted: int, accepted: Iterable[int], seconds: float) -> None:
+    def record(self, drafted: int, accepted: Iterable[int], seconds: float) -> None:
         """A round of one row or several: how many tokens each accepted of those drafted."""
         self.rounds += 1
         if drafted not in self._seconds:
@@ -94,9 +94,9 @@ class Pace:
         return between(length, known, [min(self._seconds[n]) for n in known])
 
 
-def length_and_pace(asked: Length, longest: int) -> tuple[int | None, Pace | None]:
+def length_and_controller(asked: Length, longest: int) -> tuple[int | None, DraftLengthController | None]:
     """What `speculate` is told for a draft length, or "auto"."""
-    return (None, Pace(longest)) if asked == "auto" else (asked, None)
+    return (None, DraftLengthController(longest)) if asked == "auto" else (asked, None)
 
 
 def between(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from draft_opd.decoding.draft_length import Length, Pace, length_and_pace
+from draft_opd.decoding.draft_length import DraftLengthController, Length, length_and_controller
 from draft_opd.decoding.rounds import Round, committed, tau
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.decoding.step import Rounds
+from draft_opd.decoding.step import DecodeStep
 from draft_opd.decoding.tree import check_widths
 from draft_opd.drafters.base import Drafter
 from draft_opd.models.target import Target
@@ -77,7 +77,7 @@ def speculate(
     sampling: Sampling | None = None,
     stop_ids: Iterable[int] | None = None,
     seed: int = 0,
-    pace: Pace | None = None,
+    pace: DraftLengthController | None = None,
     timing: Timing | None = None,
     on_round: OnRound | None = None,
 ) -> list[Generation]:
@@ -143,10 +143,10 @@ def speculate(
             len(prompts), 0, len(layers) * target.hidden_size, dtype=target.dtype, device=device
         )
     if drafter:
-        context = drafter.context(target, ids.view(len(prompts), width), features)
+        context = drafter.build_cache(target, ids.view(len(prompts), width), features)
         context.reserve(capacity)
     generator = torch.Generator(device).manual_seed(seed)
-    rounds = Rounds(target, drafter, cache, context, sampling, generator, tree)
+    rounds = DecodeStep(target, drafter, cache, context, sampling, generator, tree)
     clock.prefill += now() - began
 
     while active:
@@ -173,7 +173,7 @@ def speculate(
         clock.verify += verified_at - drafted_at
         table = table.tolist()
         if pace:
-            pace.tell(count, [line[0] for line in table], time.perf_counter() - entered)
+            pace.record(count, [line[0] for line in table], time.perf_counter() - entered)
         going = []
         for row, (result, anchor, line) in enumerate(zip(rows, anchor_list, table, strict=True)):
             room = limits[active[row]] - len(result.token_ids)
@@ -219,15 +219,15 @@ def generate(
 ) -> Generation:
     """Decodes one prompt speculatively; see `speculate`. The text is the target's own.
 
-    draft_length: None, as trained; "auto", what is fastest here (`Pace`): then rounds depend on
-    timings, and with them, at a temperature above 0, what is drawn from the same distribution.
+    draft_length: None, as trained; "auto", what is fastest here (`DraftLengthController`): then rounds
+    depend on timings, and with them, at a temperature above 0, what is drawn from the same distribution.
 
     >>> import draft_opd as d
     >>> target = d.Target.from_pretrained("embedded", device="cpu")
     >>> d.generate(target, None, [1, 2, 3], max_new_tokens=2).finish_reason
     'length'
     """
-    length, pace = length_and_pace(draft_length, drafter.draft_length if drafter else 0)
+    length, pace = length_and_controller(draft_length, drafter.draft_length if drafter else 0)
     return speculate(
         target,
         drafter,

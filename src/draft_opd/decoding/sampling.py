@@ -37,7 +37,7 @@ class Sampling(BaseModel):
         return self.greedy or self.draft == "argmax"
 
     @property
-    def filters(self) -> tuple[float, int, float]:
+    def as_tuple(self) -> tuple[float, int, float]:
         """(temperature, top_k, top_p): what the target's text depends on."""
         return self.temperature, self.top_k, self.top_p
 

@@ -21,7 +21,7 @@ from draft_opd.models.target import Target
 
 
 @dataclass
-class Rounds:
+class DecodeStep:
     """What all rounds of a batch share."""
 
     target: Target
@@ -83,7 +83,7 @@ class Rounds:
             positions = anchors[:, None] + torch.arange(block.shape[1], device=device)
             features, accepted, bonus = self._verify(block, positions, drafted, probs)
         if self.drafter:
-            self.drafter.observe(self.context, self.target, block, features, positions)
+            self.drafter.extend_cache(self.context, self.target, block, features, positions)
         return torch.cat([accepted[:, None], bonus[:, None], drafted], 1)
 
     def _verify(self, block: Tensor, positions: Tensor, drafted: Tensor, draft_probs):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from draft_opd.decoding.draft_length import Length, length_and_pace
+from draft_opd.decoding.draft_length import Length, length_and_controller
 from draft_opd.decoding.generate import Timing, speculate
 from draft_opd.decoding.rounds import Round
 from draft_opd.decoding.sampling import Sampling
@@ -83,7 +83,7 @@ def stream(
         show(text.push(tokens[: made.accepted]), True)
         show(text.push(tokens[made.accepted :]), False)
 
-    length, pace = length_and_pace(draft_length, drafter.draft_length)
+    length, pace = length_and_controller(draft_length, drafter.draft_length)
     clock, began = Timing(), time.perf_counter()
     result = speculate(
         target, drafter, [ids], max_new_tokens=max_new_tokens,

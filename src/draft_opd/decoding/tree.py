@@ -30,9 +30,7 @@ def check_widths(widths: Sequence[int], longest: int) -> tuple[int, ...]:
             f"at most {MAX_NODES} in all"
         )
     if len(widths) > longest:
-        raise UserError(
-            f"a tree of depth {len(widths)} is too deep: this drafter goes to {longest}"
-        )
+        raise UserError(f"a tree of depth {len(widths)} is too deep: this drafter goes to {longest}")
     return tuple(widths)
 
 

@@ -28,7 +28,7 @@ class Rotary(LlamaRotaryEmbedding):
 
 
 @dataclass
-class Visibility:
+class BlockMask:
     """Who sees what: block i, at anchors[:, i], sees context slots before its anchor.
 
     anchors [batch, A]; `size` tokens a block; `context` slots stand before the blocks' own keys,
@@ -111,7 +111,7 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=True)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, kind: str) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, visibility: BlockMask, kind: str) -> Tensor:
     """q [batch, heads, A * size, d]; k, v [batch, kv_heads, context + A * size, d] -> like q.
 
     SDPA with a dense mask; flex_attention on CUDA when there are many blocks.

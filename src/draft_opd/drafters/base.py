@@ -21,7 +21,7 @@ from draft_opd.utils.files import replace_folder
 
 if TYPE_CHECKING:
     from draft_opd.models.target import Target
-    from draft_opd.models.target_info import TargetText
+    from draft_opd.models.target_info import TargetInfo
 
 # Picks draft tokens from logits [..., V]: returns ids [...] and, when the draft is sampled,
 # the distribution [..., V] they were drawn from (None for argmax in greedy decoding).
@@ -64,9 +64,7 @@ class Drafter(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def from_files(
-        cls, config: dict, tensors: dict[str, Tensor]
-    ) -> tuple[Drafter, dict[str, Tensor]]:
+    def from_files(cls, config: dict, tensors: dict[str, Tensor]) -> tuple[Drafter, dict[str, Tensor]]:
         """A drafter as config.json describes it, and the file's tensors under its own names.
 
         Takes every layout of the family; the caller loads the tensors.
@@ -85,20 +83,20 @@ class Drafter(nn.Module):
         """config.json and tensors as speculators has them; `verifier` names the target."""
         raise NotImplementedError
 
-    def check_target(self, target: TargetText) -> None:
+    def check_target(self, target: TargetInfo) -> None:
         """Raises `UserError` when this drafter cannot serve `target`; changes nothing."""
         raise NotImplementedError
 
-    def bind(self, target: TargetText) -> None:
+    def bind(self, target: TargetInfo) -> None:
         """Checks the target and takes from it what the drafter's files leave open. Must come before
         the drafter is used; may be repeated. Raises `UserError` as `check_target` does."""
         self.check_target(target)
 
-    def context(self, target: Target, ids: Tensor, features: Tensor) -> Any:
+    def build_cache(self, target: Target, ids: Tensor, features: Tensor) -> Any:
         """ids [batch, L], features [batch, L, F] of whole right-padded rows -> context."""
         raise NotImplementedError
 
-    def observe(
+    def extend_cache(
         self, context: Any, target: Target, ids: Tensor, features: Tensor, positions: Tensor
     ) -> None:
         """Adds tokens the target has just run on ([batch, m], F features each) to a context.
@@ -107,9 +105,7 @@ class Drafter(nn.Module):
         """
         raise NotImplementedError
 
-    def replay(
-        self, target: Target, context: Any, anchors: Tensor, ids: Tensor, drafted: Tensor
-    ) -> Tensor:
+    def replay(self, target: Target, context: Any, anchors: Tensor, ids: Tensor, drafted: Tensor) -> Tensor:
         """Drafts again, with gradient, exactly as at inference.
 
         anchors, ids [batch, A]: anchor positions and the tokens there; drafted [batch, A, K]: the
@@ -144,7 +140,7 @@ class Drafter(nn.Module):
         """
         raise NotImplementedError
 
-    def follow(
+    def propose_until_mismatch(
         self, target: Target, context: Any, anchors: Tensor, ids: Tensor, text: Tensor
     ) -> Tensor:
         """Argmax drafts at every anchor, up to and including the first that is not `text`.
@@ -162,7 +158,7 @@ class Drafter(nn.Module):
         """LM head [Vd, H] that turns `replay`'s hidden states into logits over `vocabulary`."""
         raise NotImplementedError
 
-    def passes(self, length: int) -> list[int]:
+    def forward_token_counts(self, length: int) -> list[int]:
         """Forwards that drafting `length` tokens takes, each by the tokens it runs."""
         raise NotImplementedError
 
@@ -174,7 +170,7 @@ class Drafter(nn.Module):
         """What SGLang's command line needs to know, by the names of its --speculative flags."""
         raise NotImplementedError
 
-    def faults(self, num_layers: int) -> dict[str, Callable[[dict, dict[str, Tensor]], None]]:
+    def known_faults(self, num_layers: int) -> dict[str, Callable[[dict, dict[str, Tensor]], None]]:
         """What wrong files and engines do to a drafter, by name: changes for `altered`.
 
         num_layers: the target's.
@@ -183,7 +179,7 @@ class Drafter(nn.Module):
 
     # -- common -----------------------------------------------------------------------------
 
-    def altered(self, change: Callable[[dict, dict[str, Tensor]], None]) -> Drafter | None:
+    def with_fault(self, change: Callable[[dict, dict[str, Tensor]], None]) -> Drafter | None:
         """A copy through its files, after `change(config, tensors)`; None if that is no drafter."""
         config = json.loads(json.dumps(self.config_dict()))
         tensors = {k: v.detach().cpu().clone() for k, v in self.tensors().items()}
@@ -200,8 +196,8 @@ class Drafter(nn.Module):
         made = {}
         for by, name in ((1, "one higher"), (-1, "one lower")):
             if self.target_layers[0] + by >= 0 and self.target_layers[-1] + by < num_layers - 1:
-                made[f"the target's layers are tapped {name} than trained"] = (
-                    lambda config, _, by=by: shift(config, by)
+                made[f"the target's layers are tapped {name} than trained"] = lambda config, _, by=by: shift(
+                    config, by
                 )
         ours = self.config_dict()["rope_theta"]
         for theta in (10_000.0, 500_000.0, 1_000_000.0, 5_000_000.0):
@@ -213,9 +209,11 @@ class Drafter(nn.Module):
                 made[f"the rope base is {theta:g}, trained was {ours:g}"] = turn
         for name, value in self.tensors().items():
             if value.is_floating_point() and value.ndim == 2:
-                made[f"the tensor {name} was not loaded (a misnamed weight)"] = (
-                    lambda _, tensors, name=name: tensors[name].zero_()
-                )
+
+                def forget(_, tensors, name=name):
+                    tensors[name].zero_()
+
+                made[f"the tensor {name} was not loaded (a misnamed weight)"] = forget
         return made
 
     def run(self, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -286,9 +284,7 @@ class Drafter(nn.Module):
             raise
         except Exception as error:
             line = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"the config.json of '{folder}' describes no drafter ({line})"
-            ) from error
+            raise UserError(f"the config.json of '{folder}' describes no drafter ({line})") from error
         expected = drafter.state_dict()
         for name in sorted(set(expected) | set(tensors)):
             if name not in tensors:
@@ -331,8 +327,7 @@ def write_model(folder: Path, config: dict, tensors: dict[str, Tensor], dtype: t
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {
-        k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous()
-        for k, v in tensors.items()
+        k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous() for k, v in tensors.items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

@@ -21,7 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     apply_rotary_pos_emb,
 )
 
-from draft_opd.drafters.attention import Rotary, Visibility, attend
+from draft_opd.drafters.attention import BlockMask, Rotary, attend
 from draft_opd.drafters.base import Choose, Drafter
 from draft_opd.drafters.registry import register
 from draft_opd.drafters.speculators import flatten, is_speculators, wrap
@@ -31,7 +31,7 @@ from draft_opd.drafters.target_config import (
     config_for,
     initialise,
     older_rope_keys,
-    refuse,
+    raise_mismatch,
 )
 from draft_opd.models.cpu_linear import prepack
 from draft_opd.models.kv_cache import PositionCache
@@ -110,9 +110,7 @@ class DFlashOptions(ShapeOptions):
         None, min_length=1, description="0-based layers that are tapped; None: spread evenly"
     )
     num_target_features: int | None = Field(None, ge=1, description="how many, if spread evenly")
-    mask_token_id: int | None = Field(
-        None, ge=0, description="None: one that the target never says"
-    )
+    mask_token_id: int | None = Field(None, ge=0, description="None: one that the target never says")
 
 
 @register("dflash")
@@ -225,7 +223,7 @@ class DFlashDrafter(Drafter):
         layers = wrap("dflash", name, config, own, self.draft_length, verifier)
         return layers, self.tensors()
 
-    def faults(self, num_layers: int):
+    def known_faults(self, num_layers: int):
         def shift(config, by):
             options = config["dflash_config"]
             options["target_layer_ids"] = [i + by for i in options["target_layer_ids"]]
@@ -245,17 +243,17 @@ class DFlashDrafter(Drafter):
 
     def check_target(self, target: Target) -> None:
         if self.config.hidden_size != target.hidden_size:
-            refuse(target, "hidden size", self.config.hidden_size, target.hidden_size)
+            raise_mismatch(target, "hidden size", self.config.hidden_size, target.hidden_size)
         if self.config.vocab_size != target.vocab_size:
-            refuse(target, "vocabulary of", self.config.vocab_size, target.vocab_size)
+            raise_mismatch(target, "vocabulary of", self.config.vocab_size, target.vocab_size)
         layers = list(self.target_layers)
         if layers != sorted(set(layers)):
             raise UserError(f"tapped target layers {layers} must be ascending and unique")
         if layers[0] < 0 or layers[-1] > target.num_layers - 2:
             # The last layer's output is normed in some engines and not in others.
-            refuse(target, "tapped layers", layers, f"usable layers 0..{target.num_layers - 2}")
+            raise_mismatch(target, "tapped layers", layers, f"usable layers 0..{target.num_layers - 2}")
         if not 0 <= self.mask_token_id < target.vocab_size:
-            refuse(target, "mask token", self.mask_token_id, f"vocabulary of {target.vocab_size}")
+            raise_mismatch(target, "mask token", self.mask_token_id, f"vocabulary of {target.vocab_size}")
 
     def bind(self, target: Target) -> None:
         super().bind(target)
@@ -273,12 +271,12 @@ class DFlashDrafter(Drafter):
         rotary = self._rotary(hidden, positions)
         return [layer.self_attn.keys_values(hidden, rotary) for layer in self.layers]
 
-    def context(self, target: Target, ids: Tensor, features: Tensor) -> PositionCache:
+    def build_cache(self, target: Target, ids: Tensor, features: Tensor) -> PositionCache:
         positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
         pairs = self._project(features, positions)
         return PositionCache.of([k for k, _ in pairs], [v for _, v in pairs])
 
-    def observe(self, context, target, ids, features, positions) -> None:
+    def extend_cache(self, context, target, ids, features, positions) -> None:
         context.prepare(positions)
         for i, (k, v) in enumerate(self._project(features, positions)):
             context.update(k, v, i)
@@ -304,7 +302,7 @@ class DFlashDrafter(Drafter):
             visible = context.visible
         else:
             visible = min(context.reach(anchors - 1), context.capacity)
-        visibility = Visibility(
+        visibility = BlockMask(
             anchors=anchors,
             size=size,
             context=visible,
@@ -335,7 +333,7 @@ class DFlashDrafter(Drafter):
         shape = anchors.shape
         return drafted.unflatten(0, shape), None if probs is None else probs.unflatten(0, shape)
 
-    def follow(self, target, context, anchors, ids, text) -> Tensor:
+    def propose_until_mismatch(self, target, context, anchors, ids, text) -> Tensor:
         hidden = self._blocks(target, context, anchors, ids, text.shape[2]).flatten(0, 1)
         shape, text = text.shape, text.flatten(0, 1)
         drafted = torch.full_like(text, -1)
@@ -354,7 +352,7 @@ class DFlashDrafter(Drafter):
     def position_decay(self, length: int) -> float:
         return default_decay(length + 1)
 
-    def passes(self, length: int) -> list[int]:
+    def forward_token_counts(self, length: int) -> list[int]:
         return [length + 1]
 
     def sglang_flags(self) -> dict[str, int | str]:
@@ -401,6 +399,5 @@ def find_mask_token(target: Target) -> int:
             if token.special and token_id not in used and token.content not in str(template):
                 return token_id
     raise UserError(
-        f"target '{target.name}' has no spare token for MASK: set model.options.mask_token_id in "
-        "the recipe"
+        f"target '{target.name}' has no spare token for MASK: set model.options.mask_token_id in the recipe"
     )

@@ -27,7 +27,7 @@ from draft_opd.drafters.target_config import (
     config_for,
     initialise,
     older_rope_keys,
-    refuse,
+    raise_mismatch,
 )
 from draft_opd.drafters.vocabulary import as_buffers, checked_ids, most_frequent, target_ids
 from draft_opd.models.cpu_linear import prepack
@@ -203,8 +203,7 @@ class Eagle3Drafter(Drafter):
         names = config.get("architectures") or []
         # SafeAILab's own files name a plain LlamaForCausalLM.
         return any("Eagle3" in a for a in names) or (
-            "draft_vocab_size" in config
-            and not (is_speculators(config) or "LlamaForCausalLM" not in names)
+            "draft_vocab_size" in config and not (is_speculators(config) or "LlamaForCausalLM" not in names)
         )
 
     @classmethod
@@ -247,8 +246,7 @@ class Eagle3Drafter(Drafter):
         size = o.draft_vocab_size or target.vocab_size
         if size > target.vocab_size:
             raise UserError(
-                f"model.options.draft_vocab_size: {size} is more than the target's "
-                f"{target.vocab_size} tokens"
+                f"model.options.draft_vocab_size: {size} is more than the target's {target.vocab_size} tokens"
             )
         layers = o.target_layers or default_target_layers(target.num_layers)
         flags = {k: getattr(o, k) for k in FLAGS}
@@ -313,7 +311,7 @@ class Eagle3Drafter(Drafter):
         name = "Eagle3Speculator"
         return wrap("eagle3", name, config, own, self.draft_length, verifier), tensors
 
-    def faults(self, num_layers: int):
+    def known_faults(self, num_layers: int):
         def shift(config, by):
             key = "eagle_aux_hidden_state_layer_ids"
             config[key] = [i + by for i in config[key]]
@@ -335,13 +333,13 @@ class Eagle3Drafter(Drafter):
         )
         for what, ours, theirs in pairs:
             if ours != theirs:
-                refuse(target, what, ours, theirs)
+                raise_mismatch(target, what, ours, theirs)
         layers = list(self._given_layers or default_target_layers(target.num_layers))
         if layers != sorted(set(layers)) or len(layers) * self.feature_size != self.fc.in_features:
             count = self.fc.in_features // self.feature_size
             raise UserError(f"tapped target layers {layers} must be {count}, ascending and unique")
         if layers[0] < 0 or layers[-1] > target.num_layers - 2:
-            refuse(target, "tapped layers", layers, f"usable layers 0..{target.num_layers - 2}")
+            raise_mismatch(target, "tapped layers", layers, f"usable layers 0..{target.num_layers - 2}")
         ids = checked_ids(self.d2t, target.vocab_size)
         if len(ids) == target.vocab_size and self.d2t.any():
             raise UserError("d2t reorders a whole vocabulary, which engines do not expect")
@@ -370,7 +368,7 @@ class Eagle3Drafter(Drafter):
     def head(self, target: Target) -> nn.Linear:
         return self.lm_head or target.head
 
-    def passes(self, length: int) -> list[int]:
+    def forward_token_counts(self, length: int) -> list[int]:
         return [1] * length
 
     def sglang_flags(self) -> dict[str, int | str]:
@@ -403,7 +401,7 @@ class Eagle3Drafter(Drafter):
         # Back from autocast's type: every step adds to what the step before has left.
         return self.fc(features).to(dtype)
 
-    def context(self, target: Target, ids: Tensor, features: Tensor) -> PositionCache:
+    def build_cache(self, target: Target, ids: Tensor, features: Tensor) -> PositionCache:
         fused = self._fuse(features)
         before = torch.cat([torch.zeros_like(fused[:, :1]), fused[:, :-1]], 1)
         positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
@@ -411,7 +409,7 @@ class Eagle3Drafter(Drafter):
         fused = fused[:, None]
         return PositionCache.of([k, fused], [v, fused[..., :0]])
 
-    def observe(self, context, target, ids, features, positions) -> None:
+    def extend_cache(self, context, target, ids, features, positions) -> None:
         fused = self._fuse(features)
         before = torch.cat([self._fused_before(context, positions[:, :1]), fused[:, :-1]], 1)
         context.prepare(positions)
@@ -483,7 +481,7 @@ class Eagle3Drafter(Drafter):
                 return torch.stack(drafted, 2), torch.stack(probs, 2) if probs else None
             hidden = steps.send((drafted[-1], None))
 
-    def follow(self, target, context, anchors, ids, text) -> Tensor:
+    def propose_until_mismatch(self, target, context, anchors, ids, text) -> Tensor:
         drafted = torch.full_like(text, -1)
         right = torch.ones_like(anchors, dtype=torch.bool)
         steps = self._steps(target, context, anchors, ids)

@@ -49,8 +49,7 @@ def config_for(target: Target, options: ShapeOptions) -> dict[str, Any]:
     kv_heads = min(heads, kv_heads)
     if heads % kv_heads:
         raise UserError(
-            f"model.options: {heads} attention heads are not a multiple of {kv_heads} "
-            "key/value heads"
+            f"model.options: {heads} attention heads are not a multiple of {kv_heads} key/value heads"
         )
     return {
         "vocab_size": target.vocab_size,
@@ -84,9 +83,8 @@ def adopt_final_norm(norm: nn.Module, target: Target) -> None:
         norm.weight.copy_(weight)
 
 
-def refuse(target: Target, what: str, ours: object, theirs: object) -> None:
+def raise_mismatch(target: Target, what: str, ours: object, theirs: object) -> None:
     """Raises the `UserError` of a drafter that does not fit."""
     raise UserError(
-        f"this drafter does not fit target '{target.name}': {what} {ours} against the target's "
-        f"{theirs}"
+        f"this drafter does not fit target '{target.name}': {what} {ours} against the target's {theirs}"
     )

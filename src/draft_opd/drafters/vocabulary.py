@@ -35,9 +35,7 @@ def checked_ids(d2t: Tensor, vocab_size: int) -> Tensor:
     """The same. Raises `UserError` for a table that leaves the target's vocabulary or names
     a token twice (a file that stores absolute ids does)."""
     ids = target_ids(d2t)
-    if len(ids) and (
-        int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(ids.unique()) < len(ids)
-    ):
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size or len(ids.unique()) < len(ids)):
         raise UserError(
             f"d2t does not map the draft vocabulary of {len(ids)} into the target's {vocab_size} "
             "ids one to one: it must hold offsets (target id - draft id)"

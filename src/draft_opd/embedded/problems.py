@@ -98,9 +98,7 @@ def _subtract(w: _Writer, a: int, b: int) -> str:
 def _multiply(w: _Writer, a: int, b: int) -> str:
     if a <= 5 and w.rng.random() < 0.3:
         return f"{' + '.join([str(b)] * a)} = {a * b}."
-    return w.pick(
-        f"{a} * {b} = {a * b}.", f"{a} times {b} is {a * b}.", f"{a} * {b} gives {a * b}."
-    )
+    return w.pick(f"{a} * {b} = {a * b}.", f"{a} times {b} is {a * b}.", f"{a} * {b} gives {a * b}.")
 
 
 class _Story:
@@ -148,9 +146,7 @@ class _Story:
             if remark:
                 think.append(remark)
         if w.rng.random() < 0.45:
-            think.append(
-                w.pick("Let me check this. ", "Wait, let me verify. ", "A quick check: ") + check
-            )
+            think.append(w.pick("Let me check this. ", "Wait, let me verify. ", "A quick check: ") + check)
             think.append(w.pick("It matches.", "Yes, that fits.", "So the result holds."))
         think.append(
             w.pick(
@@ -240,11 +236,8 @@ def _shopping(s: _Story) -> Problem:
         if i:
             text += " " + _add(w, total, cost)
         s.step(
-            w.pick(
-                f"{name} buys {n} {item} for {price} euros each.", f"{n} {item} cost {price} each."
-            ),
-            w.pick(f"the {item} cost ", f"for the {item} we pay ", f"{n} {item} at {price} euros: ")
-            + text,
+            w.pick(f"{name} buys {n} {item} for {price} euros each.", f"{n} {item} cost {price} each."),
+            w.pick(f"the {item} cost ", f"for the {item} we pay ", f"{n} {item} at {price} euros: ") + text,
             f"{n} {item}: {n} * {price} = {cost}.",
         )
         total += cost
@@ -272,8 +265,7 @@ def _journey(s: _Story) -> Problem:
                 f"For {hours} hours the speed is {speed} km per hour.",
                 f"{name} goes {hours} hours at {speed} km per hour.",
             ),
-            w.pick(f"{hours} hours at {speed} km each: ", f"this part is {hours} hours long. ")
-            + text,
+            w.pick(f"{hours} hours at {speed} km each: ", f"this part is {hours} hours long. ") + text,
             f"{hours} * {speed} = {hours * speed} km.",
         )
         total += hours * speed
@@ -285,9 +277,7 @@ def _numbers(s: _Story) -> Problem:
     w, r, name = s.w, s.w.rng, s.name
     values = [r.randint(2, 40) for _ in range(r.randint(3, 5))]
     listed = ", ".join(map(str, values))
-    s.question.append(
-        w.pick(f"{name} writes down the numbers {listed}.", f"{name} has the list {listed}.")
-    )
+    s.question.append(w.pick(f"{name} writes down the numbers {listed}.", f"{name} has the list {listed}."))
     if r.random() < 0.5:
         ordered = sorted(values)
         text = ", ".join(map(str, ordered))
@@ -340,8 +330,7 @@ def _sharing(s: _Story) -> Problem:
     s.question.append(f"{name} has {packs} {item}.")
     s.step(
         w.pick(f"{extra} are broken.", f"{name} keeps {extra} for later."),
-        w.pick(f"{extra} {item} are taken out: ", f"without {extra} of them, ")
-        + _subtract(w, packs, extra),
+        w.pick(f"{extra} {item} are taken out: ", f"without {extra} of them, ") + _subtract(w, packs, extra),
         f"{packs} - {extra} = {total}.",
     )
     s.step(

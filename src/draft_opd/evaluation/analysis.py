@@ -90,10 +90,7 @@ def analyse(
         "tokens": tokens,
         "share": {g: tokens[g] / total for g in REPLAYED},
         "rounds_by_accepted": by_accepted(rounds, length),
-        **{
-            name: {g: sums[name][g] / tokens[g] if tokens[g] else None for g in GROUPS}
-            for name in SCORES
-        },
+        **{name: {g: sums[name][g] / tokens[g] if tokens[g] else None for g in GROUPS} for name in SCORES},
         "anchors": {
             "by_tenth": anchors,
             "first_half": sum(anchors[:half]),

@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from draft_opd.decoding.generate import speculate
 from draft_opd.decoding.rounds import tau
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.evaluation.measure import ALONE, Side, turned
+from draft_opd.evaluation.measure import BASELINE, DecodeConfig, rotated
 from draft_opd.evaluation.statistics import quantile
 from draft_opd.models.target import Target
 
 
 def throughput(
     target: Target,
-    sides: Sequence[Side],
+    sides: Sequence[DecodeConfig],
     prompts: Sequence[list[int]],
     batch_sizes: Sequence[int],
     *,
@@ -34,7 +34,7 @@ def throughput(
     Each batch is decoded by every side in turn. `speedup` is against the target alone at the same
     batch size, `seconds_per_request` from the start of its batch.
     """
-    sides = [Side(ALONE, None), *sides]
+    sides = [DecodeConfig(BASELINE, None), *sides]
     rows = []
     for done, size in enumerate(batch_sizes, 1):
         count = -(-len(prompts) // size) * size
@@ -42,7 +42,7 @@ def throughput(
         batches = [full[i : i + size] for i in range(0, count, size)]
         found = {s.name: {"tokens": 0, "seconds": 0.0, "ends": [], "rounds": []} for s in sides}
         for i, batch in enumerate([batches[0], *batches]):  # the first one warms up
-            for side in turned(sides, i):
+            for side in rotated(sides, i):
                 ends = [0.0] * len(batch)
 
                 def note(row, *_, ends=ends):
@@ -60,7 +60,7 @@ def throughput(
                 sums["tokens"] += sum(len(g.token_ids) for g in made)
                 sums["ends"] += [end - began for end in ends]
                 sums["rounds"] += [r for g in made for r in g.rounds]
-        base = found[ALONE]["tokens"] / found[ALONE]["seconds"]
+        base = found[BASELINE]["tokens"] / found[BASELINE]["seconds"]
         for side, sums in found.items():
             rate = sums["tokens"] / sums["seconds"]
             rows.append(

@@ -21,7 +21,7 @@ from draft_opd.decoding.generate import Generation, Timing, speculate
 from draft_opd.decoding.rounds import tau
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.drafters.base import Drafter
-from draft_opd.evaluation.measure import turned
+from draft_opd.evaluation.measure import rotated
 from draft_opd.hindsight.trace import traces_by_length
 from draft_opd.models.target import Target
 from draft_opd.utils.errors import UserError
@@ -95,7 +95,7 @@ def advise(
     sampling = sampling or Sampling()
     longest = drafter.draft_length
     lengths = sorted(set(lengths or [n for n in LENGTHS if 0 < n < longest] + [longest]))
-    kind = sampling.filters
+    kind = sampling.as_tuple
     texts = [
         Trajectory(g.prompt_ids, g.token_ids, str(i), g.finish_reason, *kind)
         for i, g in enumerate(made[:TEXTS])
@@ -160,7 +160,7 @@ def round_costs(
     for repeat in range(-1, REPEATS):  # the first one warms up
         g = longest[repeat % len(longest)]
         ids = [*g.prompt_ids, *g.token_ids[: len(g.token_ids) // 2]]
-        for which, length in turned(plans, repeat):
+        for which, length in rotated(plans, repeat):
             clock = Timing()
             result = speculate(
                 target, which, [ids], max_new_tokens=STEPS,
@@ -196,7 +196,7 @@ def roofline(
     single = hardware.seconds(weights, batch, keys)
     verify = hardware.seconds(weights, batch * (length + 1), keys)
     own = weights_read(drafter, drafter.head_weight(target))
-    draft = sum(hardware.seconds(own, batch * tokens) for tokens in drafter.passes(length))
+    draft = sum(hardware.seconds(own, batch * tokens) for tokens in drafter.forward_token_counts(length))
     return tau * single / (verify + draft)
 
 
@@ -208,9 +208,7 @@ def is_mixture(target: Target) -> bool:
 
 def weights_read(module: nn.Module, head: Tensor) -> int:
     """Weights that a forward multiplies with: all matrices but embedding tables, and the head."""
-    tables = {
-        id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
-    }
+    tables = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     matrices = {id(p): p for p in module.parameters() if p.ndim > 1 and id(p) not in tables}
     return sum(p.numel() for p in {**matrices, id(head): head}.values())
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from draft_opd.data.prompts import Prompt
 from draft_opd.data.tasks import Task
-from draft_opd.decoding.draft_length import Length, Pace, length_and_pace
+from draft_opd.decoding.draft_length import DraftLengthController, Length, length_and_controller
 from draft_opd.decoding.generate import Generation, Timing, speculate
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.drafters.base import Drafter
@@ -16,12 +16,12 @@ from draft_opd.evaluation.summary import Answer
 from draft_opd.models.target import Target
 from draft_opd.utils.errors import UserError
 
-ALONE = "target alone"
+BASELINE = "target alone"
 Progress = Callable[[str, int, int], None]  # task, prompts done, prompts
 
 
 @dataclass(frozen=True)
-class Side:
+class DecodeConfig:
     """A way to decode: a drafter (from `source`, a path) and how much of it is used; `against`
     names the side that it is compared with."""
 
@@ -31,7 +31,7 @@ class Side:
     tree: Sequence[int] | None = None
     source: str = ""
     against: str | None = None
-    paces: dict[int, Pace] = field(default_factory=dict)
+    paces: dict[int, DraftLengthController] = field(default_factory=dict)
 
     @property
     def length(self) -> int | str:
@@ -42,7 +42,7 @@ class Side:
 
     def how(self, rows: int = 1) -> dict:
         """What `speculate` is told for a batch of so many rows."""
-        length, pace = length_and_pace(
+        length, pace = length_and_controller(
             self.draft_length, self.drafter.draft_length if self.drafter else 0
         )
         if pace:
@@ -53,7 +53,7 @@ class Side:
 T = TypeVar("T")
 
 
-def turned(sides: Sequence[T], by: int) -> list[T]:
+def rotated(sides: Sequence[T], by: int) -> list[T]:
     """The same in an order that begins `by` places further on, for alternation."""
     first = by % len(sides)
     return [*sides[first:], *sides[:first]]
@@ -67,7 +67,7 @@ def sides_of(
     lengths: Sequence[Length] = (None,),
     tree: Sequence[int] | None = None,
     baseline: str | None = None,
-) -> list[Side]:
+) -> list[DecodeConfig]:
     """Every drafter, {name: (path, drafter)}, at every draft length, named by what differs.
 
     Every drafter is compared with the baseline (default: the first one) at the same length, the
@@ -85,7 +85,7 @@ def sides_of(
                 drafter.checked_length(length)
             against = label(first, length if name != first else lengths[0])
             made.append(
-                Side(
+                DecodeConfig(
                     label(name, length), drafter, length, tree, source,
                     against if name != first or i else None,
                 )
@@ -107,7 +107,7 @@ def check_lengths(target: Target, tasks: Sequence[Task], thinking: bool | None) 
 
 def measure(
     target: Target,
-    sides: Sequence[Side],
+    sides: Sequence[DecodeConfig],
     task: Task,
     *,
     max_new_tokens: int = 512,
@@ -121,7 +121,7 @@ def measure(
     The order of the sides turns from prompt to prompt, so that no side always has the warm cache
     or the machine's bad moment.
     """
-    sides = [Side(ALONE, None), *sides]
+    sides = [DecodeConfig(BASELINE, None), *sides]
     options = {"max_new_tokens": max_new_tokens, "sampling": sampling or Sampling()}
     warm = {**options, "max_new_tokens": min(16, max_new_tokens)}
     for side in sides:  # allocators, code paths, caches
@@ -129,14 +129,14 @@ def measure(
     done: Answers = {side.name: [] for side in sides}
     for i, prompt in enumerate(task.prompts):
         _converse(
-            target, prompt, turned(sides, i), done, thinking, seed=seed + i, **options
+            target, prompt, rotated(sides, i), done, thinking, seed=seed + i, **options
         )  # fmt: skip
         if progress:
             progress(task.name, i + 1, len(task.prompts))
     return done
 
 
-def _decode(target: Target, side: Side, ids: list[int], **options) -> tuple[Generation, Timing]:
+def _decode(target: Target, side: DecodeConfig, ids: list[int], **options) -> tuple[Generation, Timing]:
     clock = Timing()
     made = speculate(
         target, side.drafter, [ids], timing=clock, **side.how(), **options,
@@ -147,7 +147,7 @@ def _decode(target: Target, side: Side, ids: list[int], **options) -> tuple[Gene
 def _converse(
     target: Target,
     prompt: Prompt,
-    sides: Sequence[Side],
+    sides: Sequence[DecodeConfig],
     done: Answers,
     thinking: bool | None,
     **options,
@@ -156,7 +156,7 @@ def _converse(
     messages = list(prompt.messages)
     for turn, more in enumerate((None, *prompt.later)):
         if more is not None:
-            said = done[ALONE][-1].made.token_ids
+            said = done[BASELINE][-1].made.token_ids
             told = target.tokenizer.decode(said, skip_special_tokens=True)
             messages += [
                 {"role": "assistant", "content": told}, {"role": "user", "content": more}

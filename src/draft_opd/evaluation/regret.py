@@ -19,9 +19,7 @@ ROUNDINGS = 8  # of the largest logit: what the layers' own roundings add up to,
 
 
 @torch.no_grad()
-def regret(
-    target: Target, prompt_ids: Sequence[int], response_ids: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def regret(target: Target, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
     """(largest logit minus that of the token said, the bound for it), [len(response_ids)] each.
 
     One forward over the whole text, in the target's type.

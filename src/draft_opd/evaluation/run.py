@@ -16,7 +16,7 @@ from draft_opd.decoding.sampling import Sampling
 from draft_opd.evaluation.compare import comparison
 from draft_opd.evaluation.concurrency import throughput
 from draft_opd.evaluation.lengths import HARDWARE, Hardware, advise
-from draft_opd.evaluation.measure import ALONE, Answers, Side, check_lengths, measure
+from draft_opd.evaluation.measure import BASELINE, Answers, DecodeConfig, check_lengths, measure
 from draft_opd.evaluation.regret import regret
 from draft_opd.evaluation.summary import decode_rate, evaluation_report, means, summarise
 from draft_opd.evaluation.tokens import sample
@@ -40,7 +40,7 @@ class Evaluation:
     def __init__(
         self,
         target: Target,
-        sides: Sequence[Side],
+        sides: Sequence[DecodeConfig],
         tasks: Sequence[Task],
         *,
         sampling: Sampling | None = None,
@@ -81,11 +81,9 @@ class Evaluation:
             batch_sizes, seed=self.seed, progress=partial(self.say, "concurrency"), **self.options,
         )  # fmt: skip
 
-    def lengths(
-        self, hardware: Sequence[Hardware] = HARDWARE, lengths: Sequence[int] | None = None
-    ) -> None:
+    def lengths(self, hardware: Sequence[Hardware] = HARDWARE, lengths: Sequence[int] | None = None) -> None:
         """The best draft length of each drafter, with what was measured beside it."""
-        made = [a.made for a in _in_turn(answers[ALONE] for answers in self.answers.values())]
+        made = [a.made for a in _in_turn(answers[BASELINE] for answers in self.answers.values())]
         advices = []
         for side in {s.source: s for s in self.sides}.values():
             advice = advise(
@@ -103,7 +101,7 @@ class Evaluation:
             if side.source == source and side.length == length and not side.tree:
                 ours, base = (
                     decode_rate([a for answers in self.answers.values() for a in answers[name]])
-                    for name in (side.name, ALONE)
+                    for name in (side.name, BASELINE)
                 )
                 return {"speedup": ours / base}
         return None
@@ -113,7 +111,7 @@ class Evaluation:
             side = next(s for s in self.sides if s.name == name)
             self._told[name] = [
                 summarise(
-                    task, self.target, side.drafter, answers[ALONE], answers[name],
+                    task, self.target, side.drafter, answers[BASELINE], answers[name],
                     self.sampling.greedy, self.seed, self._peaks[task], self._judge,
                 )
                 for task, answers in self.answers.items()
@@ -166,9 +164,9 @@ class Evaluation:
         found = []
         for i in range(SAMPLES):
             for name, answers in self.answers.items():
-                if i < len(answers[ALONE]) and len(found) < SAMPLES:
+                if i < len(answers[BASELINE]) and len(found) < SAMPLES:
                     made = {s.name: answers[s.name][i].made for s in self.sides}
-                    prompt = decode(answers[ALONE][i].made.prompt_ids)
+                    prompt = decode(answers[BASELINE][i].made.prompt_ids)
                     found.append(sample(name, prompt, self.target.tokenizer, made))
         return found
 

@@ -98,12 +98,10 @@ def summarise(
             "target_alone": sum(a.clock.decode for a in alone),
         },
         "milliseconds_per_round": {
-            part: 1000 * getattr(clock, part) / max(len(rounds), 1)
-            for part in ("draft", "verify", "rest")
+            part: 1000 * getattr(clock, part) / max(len(rounds), 1) for part in ("draft", "verify", "rest")
         },
         "milliseconds_to_first_token": {
-            side: 1000 * sum(a.clock.first_token for a in rows) / len(rows)
-            for side, rows in sides.items()
+            side: 1000 * sum(a.clock.first_token for a in rows) / len(rows) for side, rows in sides.items()
         },
         "memory_bytes": {
             "target": weights_bytes(target.model),
@@ -111,9 +109,7 @@ def summarise(
             "peak": peak,
         },
         "lossless": {
-            "matched": sum(
-                a.made.token_ids == b.made.token_ids for a, b in zip(alone, answers, strict=True)
-            )
+            "matched": sum(a.made.token_ids == b.made.token_ids for a, b in zip(alone, answers, strict=True))
             if greedy
             else None,
             "of": len(answers) if greedy else 0,
@@ -171,10 +167,7 @@ def _grouped(items, key, name, round_of=lambda x: x) -> list[dict]:
     found: dict[int, list[Round]] = {}
     for item in items:
         found.setdefault(key(item), []).append(round_of(item))
-    return [
-        {"group": name(k), "rounds": len(rows), "tau": tau(rows)}
-        for k, rows in sorted(found.items())
-    ]
+    return [{"group": name(k), "rounds": len(rows), "tau": tau(rows)} for k, rows in sorted(found.items())]
 
 
 def _parts(target: Target, made: list[Generation]) -> list[dict]:

@@ -109,11 +109,9 @@ def expected_rounds(
     for t in trajectories:
         ids = pad_rows([t.ids], target.device)
         out = target.trajectories(ids, drafter.target_layers)
-        context = drafter.context(target, ids, out.features)
+        context = drafter.build_cache(target, ids, out.features)
         anchors = torch.arange(len(t.prompt_ids) - 1, len(t.ids) - 1, device=ids.device)[None]
-        alpha = text_acceptance(
-            target, drafter, context, ids, out.hidden, anchors, length, sampling
-        )
+        alpha = text_acceptance(target, drafter, context, ids, out.hidden, anchors, length, sampling)
         valid = anchors[..., None] + torch.arange(1, length + 1, device=ids.device) < len(t.ids)
         begins = occupancy(alpha, valid)
         rounds.append(begins.sum())

@@ -26,7 +26,7 @@ from draft_opd.decoding.verification import (
 from draft_opd.drafters.base import Drafter
 from draft_opd.models.target import Target
 
-# What `everywhere` runs at once: queries of a row (at least) and in all, and logits. Blocks do not
+# What `trace_all_positions` runs at once: queries of a row (at least) and in all, and logits. Blocks do not
 # see each other, but a dense mask computes as if they did.
 ROW, QUERIES, LOGITS = 64, 256, 1 << 24
 
@@ -49,9 +49,7 @@ def draft_given_text(text: Tensor, draft_probs: Tensor, target_probs: Tensor) ->
     excess = (draft_probs - target_probs).clamp_min(0.0)
     mass = excess.sum(-1, keepdim=True)
     # Where q nowhere exceeds p a rejection has probability zero; rounding must not make it fail.
-    excess = torch.where(
-        mass > 0, excess / mass.clamp_min(torch.finfo(mass.dtype).tiny), draft_probs
-    )
+    excess = torch.where(mass > 0, excess / mass.clamp_min(torch.finfo(mass.dtype).tiny), draft_probs)
     mixed = (1 - kept)[..., None] * excess
     return mixed.scatter_add(-1, text[..., None], kept[..., None])
 
@@ -110,13 +108,11 @@ def text_chooser(
     """
     if sampling.takes_argmax:
         return Sampling().chooser()
-    return Conditional(
-        sampling, text, known, sampling.probabilities(target.logits(states)), generator
-    )
+    return Conditional(sampling, text, known, sampling.probabilities(target.logits(states)), generator)
 
 
 @torch.inference_mode()
-def walk(
+def trace_sequential(
     target: Target,
     drafter: Drafter,
     trajectories: Sequence[Trajectory],
@@ -152,16 +148,14 @@ def walk(
             where = where.clamp_max(ids.shape[1] - 1)
             row, last = rows[:, None], ids[rows, at]
             if follow:
-                drafted = drafter.follow(
+                drafted = drafter.propose_until_mismatch(
                     target, context, at[:, None], last[:, None], ids[row, where][:, None]
                 )
             else:
                 choose = text_chooser(
                     target, sampling, ids[row, where], known, hidden[row, where - 1], generator
                 )
-                drafted, _ = drafter.propose(
-                    target, context, at[:, None], last[:, None], count, choose
-                )
+                drafted, _ = drafter.propose(target, context, at[:, None], last[:, None], count, choose)
             proposals = drafted[:, 0].tolist()
         else:
             proposals = [[] for _ in active]
@@ -182,7 +176,7 @@ def walk(
 
 
 @torch.inference_mode()
-def everywhere(
+def trace_all_positions(
     target: Target,
     drafter: Drafter,
     trajectories: Sequence[Trajectory],
@@ -190,7 +184,7 @@ def everywhere(
     context: Any,
     draft_length: int,
 ) -> list[list[Round]]:
-    """What `walk` finds of argmax drafts that are not wanted whole, in fewer and larger forwards:
+    """What `trace_sequential` finds of argmax drafts that are not wanted whole, in fewer and larger forwards:
     every position is drafted at, then the rounds follow from how far each draft is right.
 
     Does a draft's work τ times as often, and waits for none of it: faster while τ is small. Where
@@ -210,7 +204,7 @@ def everywhere(
         where = at[:, :, None] + offset
         known = where <= ends[:, None, None]
         text = ids[rows, where.clamp_max(ids.shape[1] - 1)]
-        drafted = drafter.follow(target, context, at, ids.gather(1, at), text)
+        drafted = drafter.propose_until_mismatch(target, context, at, ids.gather(1, at), text)
         found.append(drafted)
         lengths.append(accepted_prefix((drafted == text) & known))
     if not found:
@@ -267,8 +261,8 @@ def traces_by_length(
         ids = pad_rows([t.ids for t in batch], target.device)
         out = target.trajectories(ids, drafter.target_layers)
         for length in lengths:
-            context = drafter.context(target, ids, out.features)
-            found = walk(
+            context = drafter.build_cache(target, ids, out.features)
+            found = trace_sequential(
                 target, drafter, batch, ids, context, length, out.hidden, sampling, seed + start
             )
             for i, trace in zip(chosen, found, strict=True):

@@ -47,9 +47,7 @@ class _Scoring:
                 target = _scaled_(told(states).to(wide), self.target_scale)
             if self.labels is not None:
                 labels = self.labels[part]
-            scores, slope = self._scores(
-                _scaled_(draft, self.draft_scale), target, labels, gradient
-            )
+            scores, slope = self._scores(_scaled_(draft, self.draft_scale), target, labels, gradient)
             yield part, scores, None if slope is None else _scaled_(slope, self.draft_scale)
 
     def _scores(self, draft, target, labels, gradient: bool) -> tuple[Tensor, Tensor | None]:

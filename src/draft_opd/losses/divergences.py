@@ -198,9 +198,7 @@ def combine_streams(
     tiny = torch.finfo(dtype).tiny
     a_mean, r_mean = a_sum / a_mass.clamp_min(tiny), r_sum / r_mass.clamp_min(tiny)
     if normalization == "streams":
-        total = (accepted_weight * a_mean + rejected_weight * r_mean) / (
-            accepted_weight + rejected_weight
-        )
+        total = (accepted_weight * a_mean + rejected_weight * r_mean) / (accepted_weight + rejected_weight)
     elif normalization == "tokens":
         mass = accepted_weight * a_mass + rejected_weight * r_mass
         total = (accepted_weight * a_sum + rejected_weight * r_sum) / mass.clamp_min(tiny)
@@ -250,9 +248,7 @@ def acceptance_aware_loss(
     if valid is not None:
         # Padding may hold anything; 0 times NaN would still spoil the gradient.
         blank = ~valid.bool()[..., None]
-        draft_logits, target_logits = (
-            x.masked_fill(blank, 0.0) for x in (draft_logits, target_logits)
-        )
+        draft_logits, target_logits = (x.masked_fill(blank, 0.0) for x in (draft_logits, target_logits))
     if draft_logits.dtype != torch.float64:
         draft_logits, target_logits = draft_logits.float(), target_logits.float()
     a_raw, r_raw = stream_weights(accepted, draft_logits.shape[1], valid, gamma)

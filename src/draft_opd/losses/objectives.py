@@ -35,7 +35,7 @@ from draft_opd.losses.divergences import (
 
 
 @dataclass
-class Replay:
+class ReplayedBlocks:
     """What an objective sees; N blocks of K offsets.
 
     hidden [N, K, H] with gradient; states [N, K, Ht], the target's (None when nothing asks for
@@ -100,13 +100,9 @@ class Replay:
         return self._surprise(1.0)
 
     @cached_property
-    def surprise(self) -> Tensor:
+    def label_nll(self) -> Tensor:
         """The same at `draft_temperature`."""
-        return (
-            self.plain_surprise
-            if self.draft_temperature == 1
-            else self._surprise(self.draft_temperature)
-        )
+        return self.plain_surprise if self.draft_temperature == 1 else self._surprise(self.draft_temperature)
 
     @staticmethod
     def _dense(where: Tensor, values: Tensor) -> Tensor:
@@ -125,17 +121,17 @@ class Replay:
         return (values * weights).sum() / self.total(weights.sum()).clamp_min(1e-9)
 
 
-def decayed_cross_entropy(r: Replay, decay: float | None = None) -> Tensor:
+def decayed_cross_entropy(r: ReplayedBlocks, decay: float | None = None) -> Tensor:
     """Σ w_k (-log q(y_k)) / Σ w_k with w_k = exp(-(k-1)/γ), over reachable offsets (method §3)."""
     return _decayed(r, r.plain_surprise, decay)
 
 
-def decayed_divergence(r: Replay, decay: float | None = None) -> Tensor:
+def decayed_divergence(r: ReplayedBlocks, decay: float | None = None) -> Tensor:
     """The same with KL(p || q), the soft cross-entropy up to a constant."""
     return _decayed(r, r.score(forward_kl, r.reachable), decay)
 
 
-def _decayed(r: Replay, values: Tensor, decay: float | None) -> Tensor:
+def _decayed(r: ReplayedBlocks, values: Tensor, decay: float | None) -> Tensor:
     offsets = torch.arange(values.shape[1]).to(values)
     return r.mean(values, r.reachable * torch.exp(-offsets / (decay or r.decay)))
 
@@ -158,7 +154,7 @@ STREAMS = {
 }
 
 
-def _streams(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+def _streams(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     """(λ_a L_acc + λ_r L_rej) / (λ_a + λ_r), method §4."""
     weights = stream_weights(
         r.accepted, r.valid.shape[1], r.valid, o.gamma, o.accepted_gamma, o.supervise_correction,
@@ -182,40 +178,40 @@ def _streams(r: Replay, o: Objective) -> tuple[Tensor, dict]:
     }
 
 
-def _cross_entropy(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+def _cross_entropy(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     return decayed_cross_entropy(r), {}
 
 
-def _auf(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+def _auf(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     """Mean of -log q(y_k) over k <= n + 1."""
     used = up_to_first_rejection(r.accepted, r.reachable)
-    return r.mean(r.surprise, used.to(r.surprise)), {"supervised": int(used.sum())}
+    return r.mean(r.label_nll, used.to(r.label_nll)), {"supervised": int(used.sum())}
 
 
-def _dpace(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+def _dpace(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     """Σ w_k (-log q(y_k)) / blocks, w by D-PACE (its authors' normalisation)."""
-    weights = dpace_weights((-r.surprise).exp(), r.reachable, o.dpace_alpha)
-    return r.block_mean((r.surprise * weights).sum(1), r.valid), {}
+    weights = dpace_weights((-r.label_nll).exp(), r.reachable, o.dpace_alpha)
+    return r.block_mean((r.label_nll * weights).sum(1), r.valid), {}
 
 
-def _length(r: Replay, log_accept: Tensor, valid: Tensor) -> Tensor:
+def _length(r: ReplayedBlocks, log_accept: Tensor, valid: Tensor) -> Tensor:
     """1 - Σ accepted / Σ offsets: 0 when every block would be accepted whole."""
     accepted = (expected_length(log_accept, valid) * r.weight).sum()
     offsets = (valid * r.weight[:, None]).sum()
     return (offsets - accepted) / r.total(offsets).clamp_min(1e-9)
 
 
-def _expected_length(r: Replay, o: Objective) -> tuple[Tensor, dict]:
-    return _length(r, -r.surprise, r.reachable), {}
+def _expected_length(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
+    return _length(r, -r.label_nll, r.reachable), {}
 
 
-def _expected_overlap(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+def _expected_overlap(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     """With p along the trajectory: the expectation over texts of what sampling accepts."""
     log_overlap = -r.score(negative_log_overlap, r.valid)
     return _length(r, log_overlap, r.valid), {"supervised": int(r.valid.sum())}
 
 
-def _chain_tv(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+def _chain_tv(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     """Mean over blocks of 1 - Σ_k Π_{j<=k} A_j / (n + 1), A = Σ_v min(p, q), k <= n + 1."""
     valid = up_to_first_rejection(r.accepted, r.valid)
     accepted = expected_length(-r.score(negative_log_overlap, valid), valid)
@@ -232,7 +228,7 @@ class ObjectiveSpec:
     needs_branches: whether it enters behind the first rejection, in states off the trajectory.
     """
 
-    loss: Callable[[Replay, Objective], tuple[Tensor, dict]]
+    loss: Callable[[ReplayedBlocks, Objective], tuple[Tensor, dict]]
     conditioned_on: Literal["text", "draft"] = "text"
     needs_target_states: bool = False
     needs_branches: bool = False
@@ -255,7 +251,7 @@ def spec_of(o: Objective) -> ObjectiveSpec:
     return replace(spec, needs_branches=spec.needs_branches and o.suffix and o.rejected_weight > 0)
 
 
-def objective_loss(r: Replay, o: Objective) -> tuple[Tensor, dict]:
+def objective_loss(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     """The loss (0-d) and figures for the metrics."""
     spec = spec_of(o)
     loss, figures = spec.loss(r, o)

@@ -40,8 +40,7 @@ def find_folder(path_or_id: str | Path, kind: str) -> Path:
         return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:
         raise UserError(
-            f"{kind} '{text}' is neither a local folder nor a reachable hub id "
-            f"({type(error).__name__})"
+            f"{kind} '{text}' is neither a local folder nor a reachable hub id ({type(error).__name__})"
         ) from error
 
 
@@ -57,8 +56,7 @@ def check_hub(name: str, kind: str) -> None:
         HfApi().model_info(name, timeout=10)
     except RepositoryNotFoundError:
         raise UserError(
-            f"{kind} '{name}' is neither a local folder nor a hub id (or it is private: hf auth "
-            "login)"
+            f"{kind} '{name}' is neither a local folder nor a hub id (or it is private: hf auth login)"
         ) from None
     except HFValidationError:
         raise UserError(f"{kind} '{name}' is neither a local folder nor a hub id") from None
@@ -130,8 +128,7 @@ def find_drafter_files(path_or_id: str | Path) -> tuple[dict, Path]:
     weights = folder / "model.safetensors"
     if not weights.exists():
         raise UserError(
-            f"drafter '{folder}' has no model.safetensors, and no other format is read: "
-            "convert what it has"
+            f"drafter '{folder}' has no model.safetensors, and no other format is read: convert what it has"
         )
     try:
         with safe_open(weights, "np"):

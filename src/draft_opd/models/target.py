@@ -19,7 +19,7 @@ from draft_opd.models.cpu_linear import prepack
 from draft_opd.models.gqa_attention import use_grouped
 from draft_opd.models.hub import EMBEDDED
 from draft_opd.models.kv_cache import PositionCache
-from draft_opd.models.target_info import TargetText, check_tokenizer, find_target
+from draft_opd.models.target_info import TargetInfo, check_tokenizer, find_target
 from draft_opd.utils.errors import UserError
 
 
@@ -32,7 +32,7 @@ class TargetOutput:
     features: Tensor | None
 
 
-class Target(TargetText):
+class Target(TargetInfo):
     """A frozen transformers causal LM.
 
     >>> target = Target.from_pretrained("embedded", device="cpu")
@@ -43,9 +43,7 @@ class Target(TargetText):
     exactly the cached slots at or before its own position.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer=None, name: str = "", prepacked: bool = True
-    ):
+    def __init__(self, model: PreTrainedModel, tokenizer=None, name: str = "", prepacked: bool = True):
         """prepacked: on a CPU, keep the matrices in the layout that multiplies fastest as well."""
         super().__init__(model.config, model.generation_config, tokenizer, name)
         self.model = model.eval().requires_grad_(False)
@@ -89,17 +87,13 @@ class Target(TargetText):
             }  # fmt: skip
             try:
                 with _no_progress_bar():
-                    model = AutoModelForCausalLM.from_pretrained(
-                        path, attn_implementation="sdpa", **options
-                    )
+                    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", **options)
             except ValueError as error:
                 if "scaled_dot_product_attention" not in str(error):
                     raise
                 # Attention sinks, as gpt-oss has: eager attention takes our masks as well.
                 with _no_progress_bar():
-                    model = AutoModelForCausalLM.from_pretrained(
-                        path, attn_implementation="eager", **options
-                    )
+                    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
             check_tokenizer(tokenizer)
         except Exception as error:

@@ -26,7 +26,7 @@ def check_tokenizer(tokenizer) -> None:
         raise ValueError("it has no tokenizer files")
 
 
-def check_prompt(ids: Sequence[int], target: TargetText, name: str) -> None:
+def check_prompt(ids: Sequence[int], target: TargetInfo, name: str) -> None:
     """Raises `UserError` for token ids that the target does not have."""
     if ids and max(ids) >= target.vocab_size:
         raise UserError(
@@ -35,7 +35,7 @@ def check_prompt(ids: Sequence[int], target: TargetText, name: str) -> None:
         )
 
 
-class TargetText:
+class TargetInfo:
     """A target without its weights: for what a server decodes, and for what is written to disk."""
 
     def __init__(self, config, generation_config, tokenizer, name: str):
@@ -50,7 +50,7 @@ class TargetText:
         self._generation = generation_config
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str, *, trust_remote_code: bool = False) -> TargetText:
+    def from_pretrained(cls, path_or_id: str, *, trust_remote_code: bool = False) -> TargetInfo:
         """Reads configuration and tokenizer only. Raises `UserError` when there are none."""
         path = find_target(path_or_id, weights=False)
         trust = {"trust_remote_code": trust_remote_code}

@@ -113,9 +113,7 @@ def load_plan(path: Path) -> Plan:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "plan"
-        raise UserError(
-            f"{path}: '{where}': {first['msg'].removeprefix('Value error, ')}"
-        ) from None
+        raise UserError(f"{path}: '{where}': {first['msg'].removeprefix('Value error, ')}") from None
     except FileNotFoundError:
         raise UserError(f"ablation '{path}' does not exist") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -173,9 +171,7 @@ class Ablation:
         self.known = {**before["plan"]["variants"], **new["variants"]}
 
     def _load(self, stage: str, pairs: dict[str, Any]) -> Recipe:
-        return load_recipe(
-            self.plan.recipe, [f"{k}={json.dumps(v)}" for k, v in pairs.items()], stage
-        )
+        return load_recipe(self.plan.recipe, [f"{k}={json.dumps(v)}" for k, v in pairs.items()], stage)
 
     def _start_recipe(self, seed: int) -> Recipe:
         pairs = {**self.plan.common, **self.plan.start, "seed": seed}

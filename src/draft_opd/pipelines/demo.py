@@ -31,7 +31,7 @@ from draft_opd.training.trainer import Run
 from draft_opd.utils.console import Screen, table
 from draft_opd.utils.errors import UserError
 from draft_opd.utils.files import make_folder, write_json
-from draft_opd.utils.threads import settle_threads
+from draft_opd.utils.threads import tune_num_threads
 
 MAX_NEW_TOKENS = 320
 ANALYSED = 32  # held-out texts that the analyses look at
@@ -109,7 +109,7 @@ def run_demo(
     target = Target.from_pretrained(EMBEDDED)
     if target.device.type == "cpu":
         sample = torch.zeros(8, 256, dtype=torch.long)
-        threads = settle_threads(lambda: target.trajectories(sample))
+        threads = tune_num_threads(lambda: target.trajectories(sample))
         screen.say(f"{threads} CPU thread{'s' * (threads > 1)}: the fastest here and now")
     common = [
         f"seed={seed}",
@@ -193,8 +193,7 @@ def _take_up(out: Path, asked: dict) -> None:
         write_json(make_folder(out) / about.name, asked)
     elif json.loads(about.read_text()) != asked:
         raise UserError(
-            f"'{out}' holds an unfinished demo of another family or seed: choose a new folder or "
-            "remove it"
+            f"'{out}' holds an unfinished demo of another family or seed: choose a new folder or remove it"
         )
 
 
@@ -231,9 +230,7 @@ def _measure(
         traces[name] = []
         with screen.progress(f"decode, {LABELS[name]}", len(ids)) as update:
             for start in range(0, len(ids), 64):
-                made = speculate(
-                    target, drafter, ids[start : start + 64], max_new_tokens=max_new_tokens
-                )
+                made = speculate(target, drafter, ids[start : start + 64], max_new_tokens=max_new_tokens)
                 for prompt, g in zip(heldout[start : start + 64], made, strict=True):
                     matched += g.token_ids == alone[prompt.id].response_ids
                     of += 1
@@ -252,9 +249,7 @@ def _measure(
         timed.say = lambda _, done, __: update(done)
         timed.run()
     evaluation = timed.report()
-    speed = {
-        n: side["mean"]["speedup"] for n, side in zip(folders, evaluation["sides"], strict=True)
-    }
+    speed = {n: side["mean"]["speedup"] for n, side in zip(folders, evaluation["sides"], strict=True)}
     analyses = {
         LABELS[name]: analyse(target, drafters[name], list(alone.values())[:ANALYSED])
         for name in ("sft", "draft_opd")

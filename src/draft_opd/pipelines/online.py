@@ -49,9 +49,7 @@ class OnlineLoop:
         self.recipe, self.say, self.options = recipe, say, recipe.online
         self.out = make_folder(Path(recipe.out))
         self.served = self.out / "served"
-        self.target = Target.from_pretrained(
-            recipe.target, trust_remote_code=recipe.trust_remote_code
-        )
+        self.target = Target.from_pretrained(recipe.target, trust_remote_code=recipe.trust_remote_code)
         Drafter.from_pretrained(recipe.drafter, device="cpu").bind(self.target)
         o = self.options
         self.server = Server(o.server, o.server_model, o.endpoint, o.in_flight, o.patience)
@@ -72,9 +70,7 @@ class OnlineLoop:
             done.append(json.loads(about.read_text()))
             write_json(self.out / "online.json", {"kind": "online", "rounds": done})
         if not done:
-            raise UserError(
-                f"'{self.options.prompts}' has no usable prompts (held-out ones do not count)"
-            )
+            raise UserError(f"'{self.options.prompts}' has no usable prompts (held-out ones do not count)")
         return {"kind": "online", "path": str(self.out), "served": str(self.served), "rounds": done}
 
     def _prompts(self, first: int) -> tuple[list[Prompt], int, int]:
@@ -126,9 +122,7 @@ class OnlineLoop:
             for row in (part / "trajectories.jsonl").read_text(encoding="utf-8").splitlines()
         ]
         write_text(place / "train.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        data = self.recipe.data.model_copy(
-            update={"trajectories": str(place / "train.jsonl"), "limit": None}
-        )
+        data = self.recipe.data.model_copy(update={"trajectories": str(place / "train.jsonl"), "limit": None})
         recipe = self.recipe.model_copy(
             update={"drafter": start, "out": str(place / "run"), "data": data, "online": None}
         )

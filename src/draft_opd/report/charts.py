@@ -26,9 +26,7 @@ def training(branches: dict[str, list[History]]) -> Figure:
                 continue
             drawn.add(run.path)
             shown = name if run is runs[-1] else run.name
-            axes.plot(
-                *zip(*points, strict=True), color=next(colours), label=label(shown), marker="."
-            )
+            axes.plot(*zip(*points, strict=True), color=next(colours), label=label(shown), marker=".")
     legend(axes)
     return figure
 

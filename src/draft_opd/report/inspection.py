@@ -149,6 +149,4 @@ def _tokenizer(target: str):
     try:
         return AutoTokenizer.from_pretrained(resolve_path(target))
     except Exception as error:
-        raise UserError(
-            f"the tokenizer of '{target}' cannot be loaded ({type(error).__name__})"
-        ) from error
+        raise UserError(f"the tokenizer of '{target}' cannot be loaded ({type(error).__name__})") from error

@@ -47,8 +47,7 @@ def gather(paths: Sequence[str], title: str) -> Report:
             is_demo = (folder / "summary.json").exists()
             hint = "; a demo has its own report.html" if is_demo else ""
             raise UserError(
-                f"'{folder}' holds nothing to report: give folders that eval, analyze, sft or opd "
-                f"wrote{hint}"
+                f"'{folder}' holds nothing to report: give folders that eval, analyze, sft or opd wrote{hint}"
             )
     return made
 

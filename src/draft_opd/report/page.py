@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
 import draft_opd
-from draft_opd.evaluation.measure import ALONE
+from draft_opd.evaluation.measure import BASELINE
 from draft_opd.report import charts
 from draft_opd.report.plots import png, svg
 from draft_opd.training.run_folder import History
@@ -335,7 +335,7 @@ def _concurrency(e: dict, plot) -> list[dict]:
         rows = [
             {
                 "batch": row["in_flight"],
-                "side": ALONE if side == "target" else "served with the drafter",
+                "side": BASELINE if side == "target" else "served with the drafter",
                 "tau": row.get("tau") if side == "speculative" else None,
                 "speedup": row.get("speedup") if side == "speculative" else None,
                 **row[side],
@@ -356,7 +356,7 @@ def _concurrency(e: dict, plot) -> list[dict]:
              number(r["seconds_per_request"]["p95"], 2), number(r["tau"])]
             for r in rows
         ]  # fmt: skip
-        figure = plot(f"concurrency-{i}", charts.concurrency(rows, ALONE), "Throughput",
+        figure = plot(f"concurrency-{i}", charts.concurrency(rows, BASELINE), "Throughput",
                       "All requests together, prefill included.")  # fmt: skip
         sections.append(_section(title, text, [_table("", columns, cells)], [figure]))
     return sections

@@ -78,9 +78,7 @@ def ask(
     return Served(rows, counted, list(prompts))
 
 
-def expected(
-    target: Target, drafter: Drafter, rows: Sequence[Trajectory], length: int
-) -> Acceptance:
+def expected(target: Target, drafter: Drafter, rows: Sequence[Trajectory], length: int) -> Acceptance:
     """What our drafter's rounds on these texts come to, counted as an engine counts.
 
     Engines take the first token from the prompt's own forward, so rounds begin behind it, and they
@@ -107,7 +105,7 @@ def next_round(target: Target, drafter: Drafter, texts: list[list[int]], length:
     ids = pad_rows(texts, target.device)
     anchors = torch.tensor([[len(t) - 1] for t in texts], device=target.device)
     features = target.trajectories(ids, drafter.target_layers).features
-    context = drafter.context(target, ids, features)
+    context = drafter.build_cache(target, ids, features)
     drafted, _ = drafter.propose(
         target, context, anchors, ids.gather(1, anchors), length, lambda x: (x.argmax(-1), None)
     )
@@ -168,8 +166,8 @@ def likely_causes(
 ) -> list[str]:
     """Faults whose counts are the engine's, where ours are not; the nearest first."""
     base, found = distance(ours, served.counted), []
-    for name, change in drafter.faults(target.num_layers).items():
-        other = drafter.altered(change)  # one at a time: a drafter may be a good part of memory
+    for name, change in drafter.known_faults(target.num_layers).items():
+        other = drafter.with_fault(change)  # one at a time: a drafter may be a good part of memory
         if other is not None:
             counted = expected(target, other, served.rows, length)
             found.append((distance(counted, served.counted), name))
@@ -184,15 +182,11 @@ def likely_causes(
             "(engines may pass over a misnamed tensor), or the drafter of another target"
         ]
     if good:
-        return [
-            f"{name} (its counts are {far} from the engine's, ours {base})" for far, name in good
-        ]
+        return [f"{name} (its counts are {far} from the engine's, ours {base})" for far, name in good]
     return ["none of the known faults gives the engine's counts"]
 
 
-def compare(
-    target: Target, drafter: Drafter, served: Served, length: int, thinking: bool | None
-) -> dict:
+def compare(target: Target, drafter: Drafter, served: Served, length: int, thinking: bool | None) -> dict:
     """The whole finding, as `check-serving --json` prints it."""
     ours, count = expected(target, drafter, served.rows, length), len(served.rows)
     same_text = text_is_the_targets(target, served.rows)

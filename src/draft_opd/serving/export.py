@@ -13,7 +13,7 @@ import torch
 
 from draft_opd.drafters import Drafter
 from draft_opd.models.hub import resolve_path
-from draft_opd.models.target_info import TargetText
+from draft_opd.models.target_info import TargetInfo
 from draft_opd.serving.engines import serve_command
 from draft_opd.serving.model_card import model_card
 from draft_opd.utils.errors import UserError
@@ -38,7 +38,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"'{out}' exists and is not empty: choose a new folder")
     helper = Drafter.from_pretrained(drafter, device="cpu")
-    model = TargetText.from_pretrained(target, trust_remote_code=trust_remote_code)
+    model = TargetInfo.from_pretrained(target, trust_remote_code=trust_remote_code)
     helper.bind(model)
     if format not in helper.formats:
         raise UserError(

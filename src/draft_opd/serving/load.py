@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import httpx2 as httpx
 
-from draft_opd.data.openai_client import Server, said, why
+from draft_opd.data.openai_client import Server, error_message, sampling_params
 from draft_opd.data.prompts import Prompt
 from draft_opd.data.tasks import Task
 from draft_opd.decoding.sampling import Sampling
@@ -44,7 +44,7 @@ async def _ask(client: httpx.AsyncClient, body: dict, url: str) -> Reply:
         async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
             if answer.status_code != 200:
                 await answer.aread()
-                raise UserError(f"server {url}: {why(answer)}")
+                raise UserError(f"server {url}: {error_message(answer)}")
             async for line in answer.aiter_lines():
                 data = line.removeprefix("data:").strip()
                 ended = ended or data == "[DONE]"
@@ -90,7 +90,7 @@ def ask_all(
     order, and seconds in all."""
     common = {
         "model": server.model, "max_tokens": max_new_tokens, "seed": seed, "stream": True,
-        "stream_options": {"include_usage": True}, **said(sampling),
+        "stream_options": {"include_usage": True}, **sampling_params(sampling),
     }  # fmt: skip
     if thinking is not None:
         common["chat_template_kwargs"] = {"enable_thinking": thinking}
@@ -193,9 +193,7 @@ def measure_server(
                 row["rounds"], row["tau"] = counted.drafts, counted.tau or None
                 counts = counts or counted
         if baseline:
-            row["speedup"] = (
-                row["speculative"]["tokens_per_second"] / row["target"]["tokens_per_second"]
-            )
+            row["speedup"] = row["speculative"]["tokens_per_second"] / row["target"]["tokens_per_second"]
         levels.append(row)
         if progress:
             progress(task.name, i + 1, len(concurrency))

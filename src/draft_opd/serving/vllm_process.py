@@ -70,9 +70,7 @@ def read_metrics(server: Server) -> Acceptance:
             answer = client.get("/metrics", timeout=30)
         answer.raise_for_status()
     except httpx.HTTPError as error:
-        raise UserError(
-            f"server {server.url} shows no /metrics ({type(error).__name__})"
-        ) from error
+        raise UserError(f"server {server.url} shows no /metrics ({type(error).__name__})") from error
     drafts, requests, accepted, seen = 0.0, 0.0, Counter(), False
     try:
         for line in answer.text.splitlines():
@@ -84,9 +82,7 @@ def read_metrics(server: Server) -> Acceptance:
             elif name.startswith(REQUESTS):
                 requests += float(value)
     except (ValueError, TypeError) as error:
-        raise UserError(
-            f"server {server.url}: its /metrics are not vLLM's ({line[:80]})"
-        ) from error
+        raise UserError(f"server {server.url}: its /metrics are not vLLM's ({line[:80]})") from error
     if not seen:
         raise UserError(
             f"server {server.url} counts no drafts (no {DRAFTS} in /metrics): is it vLLM, started "

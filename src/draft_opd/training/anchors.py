@@ -71,9 +71,7 @@ def choose_blocks(
     elif options.anchors == "all":
         anchors = random_anchors(batch, options.max_anchors, seed)
     else:
-        anchors, weight = _by_occupancy(
-            target, drafter, batch, every, length, sampling, options, seed
-        )
+        anchors, weight = _by_occupancy(target, drafter, batch, every, length, sampling, options, seed)
     blocks = pack_anchors(batch, anchors, length)
     if weight is not None:
         blocks = replace(blocks, weight=weight)
@@ -98,7 +96,7 @@ def _by_occupancy(
     there; their weights make every mean that of all positions."""
     blocks = pack_anchors(batch, every, length)
     with torch.no_grad():
-        context = drafter.context(target, batch.ids, batch.features)
+        context = drafter.build_cache(target, batch.ids, batch.features)
         alpha = text_acceptance(
             target, drafter, context, batch.ids, batch.hidden, blocks.anchors, length, sampling
         )
@@ -145,7 +143,7 @@ def draft_at(
     """The blocks with what the drafter proposes there, and how much of it the text confirms."""
     length = blocks.labels.shape[2]
     states = text_states(batch, blocks)
-    context = drafter.context(target, batch.ids, batch.features)
+    context = drafter.build_cache(target, batch.ids, batch.features)
     ids = batch.ids.gather(1, blocks.anchors)
     rng = random.Random(f"{seed}/{batch.numbers[0]}")  # other draws in other processes
     generator = torch.Generator(batch.device).manual_seed(rng.getrandbits(32))

@@ -11,7 +11,7 @@ from torch import Tensor
 from draft_opd.decoding.rounds import Round
 from draft_opd.drafters.base import Drafter
 from draft_opd.losses.config import Objective
-from draft_opd.losses.objectives import Replay
+from draft_opd.losses.objectives import ReplayedBlocks
 from draft_opd.models.target import Target
 from draft_opd.training.data import Batch
 
@@ -78,7 +78,7 @@ def text_states(batch: Batch, blocks: Blocks) -> Tensor:
 
 def replay_hidden(target: Target, drafter: Drafter, batch: Batch, blocks: Blocks) -> Tensor:
     """The drafter's hidden states [batch, A, K, H] at the blocks, with gradient."""
-    context = drafter.context(target, batch.ids, batch.features)
+    context = drafter.build_cache(target, batch.ids, batch.features)
     ids = batch.ids.gather(1, blocks.anchors)
     return drafter.replay(target, context, blocks.anchors, ids, blocks.drafted)
 
@@ -91,9 +91,9 @@ def replay(
     states: Tensor | None = None,
     objective: Objective | None = None,
     total: Callable[[Tensor], Tensor] = Tensor.detach,
-) -> Replay:
+) -> ReplayedBlocks:
     """Replays the blocks, with gradient; `states` [batch, A, K, Ht] are the target's; `total` as
-    in `Replay`."""
+    in `ReplayedBlocks`."""
     temperatures = (
         {}
         if objective is None
@@ -102,7 +102,7 @@ def replay(
             "draft_temperature": objective.draft_temperature,
         }
     )
-    return Replay(
+    return ReplayedBlocks(
         hidden=replay_hidden(target, drafter, batch, blocks).flatten(0, 1),
         states=None if states is None else states.flatten(0, 1),
         labels=blocks.labels.flatten(0, 1),

@@ -97,9 +97,7 @@ class Opd(Section):
     )
     max_anchors: int = Field(16, ge=1, description="anchors a trajectory and step, drawn evenly")
     stride: int = Field(1, ge=1, description="replay every n-th round of a trace")
-    max_tokens: int | None = Field(
-        None, ge=1, description="supervised draft tokens a trajectory and step"
-    )
+    max_tokens: int | None = Field(None, ge=1, description="supervised draft tokens a trajectory and step")
     trace: Literal["auto", "walk", "everywhere"] = Field(
         "auto",
         description="hindsight round by round, or by drafting at every position first: faster "
@@ -151,9 +149,7 @@ class Parallel(Section):
     drafter: Literal["replicate", "shard"] = Field(
         "replicate", description="whole in every process (DDP), or in parts (FSDP2)"
     )
-    target: Literal["replicate", "shard"] = Field(
-        "replicate", description="the same, for the frozen target"
-    )
+    target: Literal["replicate", "shard"] = Field("replicate", description="the same, for the frozen target")
     tensor: int = Field(
         1, ge=1, description="processes that share one target by tensor parallelism (its tp_plan)"
     )

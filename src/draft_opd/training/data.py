@@ -13,7 +13,7 @@ from draft_opd.data.trajectory import Trajectory
 from draft_opd.hindsight.trace import pad_rows
 from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.target import Target
-from draft_opd.training.feature_store import FeatureFolder, Key, Said
+from draft_opd.training.feature_store import CachedFeatures, FeatureFolder, Key
 
 
 @dataclass
@@ -56,7 +56,7 @@ class BatchSource:
         self,
         target: Target,
         layers: Sequence[int],
-        known: dict[Key, Said] | FeatureFolder | None = None,
+        known: dict[Key, CachedFeatures] | FeatureFolder | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ):
         """known: where what the target said is kept, as `dtype`."""
@@ -92,7 +92,7 @@ class BatchSource:
         )
         return Batch(trajectories, ids, features, hidden, cache, numbers)
 
-    def _said(self, trajectory: Trajectory) -> Said:
+    def _said(self, trajectory: Trajectory) -> CachedFeatures:
         """What the target says of it; asked the first time, by itself: in a batch it would depend,
         in its last bits, on the others there, which are others when a run is resumed."""
         key = tuple(trajectory.ids)

@@ -38,35 +38,35 @@ WHOLE = ("replicate", "replicated_with_grad_allreduce")
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out")
 
 
-class Group:
+class ParallelContext:
     """The processes of a run; one alone is a group too.
 
-    rank, size: of those that split a batch. first: whether this one writes the run folder.
+    rank, size: of those that split a batch. is_main_process: whether this one writes the run folder.
     """
 
     def __init__(self, options: Parallel | None = None, mesh: DeviceMesh | None = None):
         self.options, self.mesh = options or Parallel(), mesh
-        self.rank, self.size, self.first, self.world = 0, 1, True, 1
+        self.rank, self.size, self.is_main_process, self.world = 0, 1, True, 1
         self._data = None
         if mesh is not None:
             self._data = mesh.get_group("data")
             self.rank, self.size = mesh.get_local_rank("data"), mesh["data"].size()
-            self.first, self.world = dist.get_rank() == 0, dist.get_world_size()
+            self.is_main_process, self.world = dist.get_rank() == 0, dist.get_world_size()
 
     # -- splitting and adding up ------------------------------------------------------------
 
-    def share(self, rows: Sequence[Item]) -> list[Item]:
+    def shard_rows(self, rows: Sequence[Item]) -> list[Item]:
         """This process's rows of a batch: every size-th."""
         return list(rows[self.rank :: self.size])
 
-    def parts(self, rows: Sequence[Item], most: int) -> list[list[Item]]:
+    def shard_pieces(self, rows: Sequence[Item], most: int) -> list[list[Item]]:
         """This process's rows in pieces of at most `most`: as many pieces in every process, so
         that all of them call upon what they share equally often."""
-        own = self.share(rows)
+        own = self.shard_rows(rows)
         count = ceil(ceil(len(rows) / self.size) / most)
         return [own[i * len(own) // count : (i + 1) * len(own) // count] for i in range(count)]
 
-    def total(self, x: Tensor) -> Tensor:
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
         """Sum over the processes that split a batch, without gradient."""
         if self.size == 1:
             return x.detach()
@@ -74,25 +74,23 @@ class Group:
         dist.all_reduce(x, group=self._data)
         return x
 
-    def totals(self, values: dict[str, float | list[float]]) -> dict:
+    def all_reduce_metrics(self, values: dict[str, float | list[float]]) -> dict:
         """The same of many figures at once, whose keys and shapes are equal everywhere."""
         if self.size == 1:
             return values
         flat = [x for v in values.values() for x in (v if isinstance(v, list) else [v])]
         told = torch.tensor(flat, dtype=torch.float64, device=self.mesh.device_type)
-        summed = iter(self.total(told).tolist())
+        summed = iter(self.all_reduce_sum(told).tolist())
         return {
-            key: [_like(x, next(summed)) for x in v]
-            if isinstance(v, list)
-            else _like(v, next(summed))
+            key: [_like(x, next(summed)) for x in v] if isinstance(v, list) else _like(v, next(summed))
             for key, v in values.items()
         }
 
-    def collect(self, value: Any) -> list:
+    def all_gather(self, value: Any) -> list:
         """Every process's value, by rank."""
         return [value] if self.size == 1 else _gathered(value, self.size, self._data)
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether it is set in any process, those that share a target among them."""
         if self.world == 1:
             return flag
@@ -100,11 +98,11 @@ class Group:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return bool(found)
 
-    def agreed(self, value: Any) -> bool:
+    def all_equal(self, value: Any) -> bool:
         """Whether all processes have the same."""
         return self.world == 1 or all(x == value for x in _gathered(value, self.world))
 
-    def of_first(self, value: Item) -> Item:
+    def broadcast(self, value: Item) -> Item:
         """The first process's value, in all of them."""
         if self.world == 1:
             return value
@@ -112,14 +110,14 @@ class Group:
         dist.broadcast_object_list(found, src=0)
         return found[0]
 
-    def in_turn(self, part: Callable[[], Item]) -> Item:
+    def main_process_first(self, part: Callable[[], Item]) -> Item:
         """What `part` gives, once the first process has done it: where files may be moved."""
-        if self.first:
+        if self.is_main_process:
             found = part()
-        self.wait()
-        return found if self.first else part()
+        self.barrier()
+        return found if self.is_main_process else part()
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all processes are here."""
         if self.world > 1:
             dist.barrier()
@@ -194,7 +192,7 @@ class Group:
         return DistributedDataParallel(called, device_ids=[where] if where.type == "cuda" else None)
 
     @contextmanager
-    def unreduced(self, wrapped: nn.Module) -> Iterator[None]:
+    def no_sync(self, wrapped: nn.Module) -> Iterator[None]:
         """Forwards and backwards inside leave their gradients for the next ones outside to add."""
         if isinstance(wrapped, DistributedDataParallel):
             with wrapped.no_sync():
@@ -232,7 +230,7 @@ def _like(example: float, value: float) -> float:
     return round(value) if isinstance(example, int) else value
 
 
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def gather_full_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sharded tensors gathered, on the CPU; all processes must ask for them."""
     return {
         k: (v.full_tensor() if isinstance(v, DTensor) else v).detach().cpu().contiguous()
@@ -240,7 +238,7 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+def distribute_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor, distributed and placed as `parameter` is."""
     if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
         moved = tensor.to(parameter.device)
@@ -249,7 +247,7 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 @contextmanager
-def joined(options: Parallel) -> Iterator[Group]:
+def distributed_context(options: Parallel) -> Iterator[ParallelContext]:
     """The group that the launcher started this process in; leaves it at the end.
 
     Raises `UserError` where the number of processes does not fit `options`.
@@ -261,7 +259,7 @@ def joined(options: Parallel) -> Iterator[Group]:
             f"{'es' * (world > 1)} that were started: use torchrun --nproc-per-node"
         )
     if world == 1:
-        yield Group(options)
+        yield ParallelContext(options)
         return
     device = "cpu"
     if torch.cuda.is_available():
@@ -273,22 +271,22 @@ def joined(options: Parallel) -> Iterator[Group]:
             )
         torch.cuda.set_device(local)
         device = "cuda"
-    with lost_peers():
+    with translate_comm_errors():
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=options.timeout)
         )
         shape = (world // options.tensor, options.tensor)
-        group = Group(options, init_device_mesh(device, shape, mesh_dim_names=("data", "tensor")))
+        group = ParallelContext(options, init_device_mesh(device, shape, mesh_dim_names=("data", "tensor")))
     try:
-        with lost_peers():
+        with translate_comm_errors():
             yield group
-            group.wait()
+            group.barrier()
     finally:
         dist.destroy_process_group()
 
 
 @contextmanager
-def lost_peers() -> Iterator[None]:
+def translate_comm_errors() -> Iterator[None]:
     """A process that waits in vain for another one says so, in a line."""
     try:
         yield

@@ -18,7 +18,7 @@ from draft_opd.utils.files import make_folder, write_bytes, write_json
 
 SHARD = 64 << 20  # bytes that are collected before a file is written
 Key = tuple[int, ...]  # a trajectory's tokens
-Said = tuple[Tensor, Tensor]  # features [L, F] and hidden states [L, H]
+CachedFeatures = tuple[Tensor, Tensor]  # features [L, F] and hidden states [L, H]
 
 
 class FeatureFolder:
@@ -65,14 +65,14 @@ class FeatureFolder:
         name = _name(key)
         return name in self._where or name in self._waiting
 
-    def __getitem__(self, key: Key) -> Said:
+    def __getitem__(self, key: Key) -> CachedFeatures:
         name = _name(key)
         if name in self._waiting:
             return self._waiting[name]
         file = self._file(self._where[name])
         return file.get_tensor(f"{name}.features"), file.get_tensor(f"{name}.hidden")
 
-    def __setitem__(self, key: Key, value: Said) -> None:
+    def __setitem__(self, key: Key, value: CachedFeatures) -> None:
         self._waiting[_name(key)] = value
         self._size += sum(x.numel() * x.element_size() for x in value)
         if self._size >= SHARD:

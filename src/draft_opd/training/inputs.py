@@ -77,8 +77,7 @@ def _read(path: str, limit: int | None, max_length: int | None) -> Rows:
     kept = [t for t in (cut(t, max_length) for t in found) if t]
     if not kept:
         raise UserError(
-            f"'{path}': max_length {max_length} leaves no response token, so the loss mask would "
-            "be all zeros"
+            f"'{path}': max_length {max_length} leaves no response token, so the loss mask would be all zeros"
         )
     return kept
 
@@ -96,7 +95,7 @@ def cut(trajectory: Trajectory, max_length: int | None) -> Trajectory | None:
 
 
 def _check_sampling(recipe: Recipe, train_set: Rows, held_out: Rows) -> None:
-    asked = recipe.sampling.filters
+    asked = recipe.sampling.as_tuple
     for name, rows in (("trajectories", train_set), ("heldout", held_out)):
         for t in rows:
             if (t.temperature, t.top_k, t.top_p) != asked:
@@ -115,9 +114,7 @@ def check_folder(recipe: Recipe, resume: bool) -> Recipe:
     out = Path(recipe.out)
     saved = out / "recipe.yaml"
     if saved.exists() and not resume:
-        raise UserError(
-            f"'{out}' already holds a run: continue it with --resume or set another `out`"
-        )
+        raise UserError(f"'{out}' already holds a run: continue it with --resume or set another `out`")
     if (out / "config.json").exists():
         raise UserError(f"'{out}' is a model's folder: set `out` to a folder of the run's own")
     if resume and not saved.exists() and (out / "last").exists():
@@ -171,8 +168,6 @@ def _differences(before: object, now: object, path: str = "") -> list[str]:
         return [
             found
             for key in sorted(set(before) | set(now))
-            for found in _differences(
-                before.get(key), now.get(key), f"{path}.{key}" if path else key
-            )
+            for found in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
         ]
     return [] if before == now else [f"{path}: {before} -> {now}"]

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from draft_opd.data.trajectory import Trajectory
 from draft_opd.training.checkpoint import Checkpoints, State
 from draft_opd.training.config import Recipe
-from draft_opd.training.distributed import whole
+from draft_opd.training.distributed import gather_full_tensors
 from draft_opd.utils.files import make_folder, write_json, write_lines, write_text
 
 IN_A_ROW = 10  # skipped steps: then a run that may skip stops as well
 KEPT = 3  # folders
 
 
-def spoiled(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
+def nonfinite_grads(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
     """Parameters whose gradient is not finite."""
-    gradients = whole({n: p.grad for n, p in named if p.grad is not None})
+    gradients = gather_full_tensors({n: p.grad for n, p in named if p.grad is not None})
     return [n for n, g in gradients.items() if not bool(torch.isfinite(g).all())]
 
 
@@ -33,14 +33,12 @@ def describe(losses: list[float], named: Iterable[tuple[str, nn.Parameter]]) -> 
     if bad:
         where = f" of forward {bad[0] + 1} of {len(losses)}" if len(losses) > 1 else ""
         return f"the loss{where} is {losses[bad[0]]}"
-    names = spoiled(named)
+    names = nonfinite_grads(named)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"the gradient of {', '.join(names[:3]) or 'no single parameter'}{more} is not finite"
 
 
-def keep(
-    out: Path, stage: str, recipe: Recipe, state: State, rows: list[Trajectory], about: dict
-) -> str:
+def keep(out: Path, stage: str, recipe: Recipe, state: State, rows: list[Trajectory], about: dict) -> str:
     """Writes `out/nonfinite/step-…`: a run folder as the run was before the step, the step's
     trajectories and `about`. Returns what to say of it."""
     step = state.progress.step + 1
@@ -61,8 +59,7 @@ def keep(
     write_json(folder / "nonfinite.json", {"step": step, "trajectories": ids, **about})
     Checkpoints(folder).save(state)
     return (
-        f"{told}; to begin with this step again: draft-opd {stage} --config "
-        f"'{folder}/recipe.yaml' --resume"
+        f"{told}; to begin with this step again: draft-opd {stage} --config '{folder}/recipe.yaml' --resume"
     )
 
 
@@ -70,7 +67,7 @@ def norm_of(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Clips gradients to a norm of `limit` unless that is not finite; returns it [0-d]."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    full = whole({"norm": norm})["norm"]
+    full = gather_full_tensors({"norm": norm})["norm"]
     if bool(torch.isfinite(full)):
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return full

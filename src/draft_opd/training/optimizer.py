@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from draft_opd.training.config import Optim
-from draft_opd.training.distributed import like, whole
+from draft_opd.training.distributed import distribute_like, gather_full_tensors
 from draft_opd.training.muon import Muon
 
 
@@ -18,9 +18,7 @@ def learning_rate(step: int, steps: int, o: Optim) -> float:
     if step < warm:
         return o.learning_rate * (step + 1) / warm
     part = (step - warm) / max(1, steps - warm)
-    return o.learning_rate * (
-        o.final_ratio + (1 - o.final_ratio) * (1 + math.cos(math.pi * part)) / 2
-    )
+    return o.learning_rate * (o.final_ratio + (1 - o.final_ratio) * (1 + math.cos(math.pi * part)) / 2)
 
 
 class Optimizer:
@@ -64,7 +62,7 @@ class Optimizer:
 
     def state(self) -> dict[str, Tensor]:
         """`<what>/<parameter>` -> whole tensor on the CPU, however parameters are sharded."""
-        return whole(
+        return gather_full_tensors(
             {
                 f"{what}/{self._names[parameter]}": value
                 for member in self.members
@@ -79,8 +77,6 @@ class Optimizer:
         for full, value in tensors.items():
             what, _, name = full.partition("/")
             parameter = owners[name]
-            member = next(
-                m for m in self.members if any(parameter is p for p in m.param_groups[0]["params"])
-            )
+            member = next(m for m in self.members if any(parameter is p for p in m.param_groups[0]["params"]))
             # AdamW counts its steps on the CPU.
-            member.state[parameter][what] = value if what == "step" else like(value, parameter)
+            member.state[parameter][what] = value if what == "step" else distribute_like(value, parameter)

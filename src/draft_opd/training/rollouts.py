@@ -12,12 +12,12 @@ from draft_opd.decoding.generate import speculate
 from draft_opd.decoding.rounds import Round, Traces
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.drafters.base import Drafter
-from draft_opd.hindsight.trace import everywhere, walk
+from draft_opd.hindsight.trace import trace_all_positions, trace_sequential
 from draft_opd.losses.objectives import spec_of
 from draft_opd.models.target import Target
 from draft_opd.training.config import Recipe
 from draft_opd.training.data import Batch, BatchSource
-from draft_opd.training.distributed import Group
+from draft_opd.training.distributed import ParallelContext
 from draft_opd.training.precision import autocast
 from draft_opd.training.stopwatch import Stopwatch
 
@@ -37,14 +37,14 @@ def hindsight_rollout(
     whole: bool = True,
     at_once: bool = False,
 ) -> Traces:
-    """Traces of the current drafter on stored text; see `walk`. `at_once`: by `everywhere`, for
-    argmax drafts that are not wanted whole."""
+    """Traces of the current drafter on stored text; see `trace_sequential`. `at_once`: by
+    `trace_all_positions`, for argmax drafts that are not wanted whole."""
     sampling = sampling or Sampling()
     with torch.inference_mode():
-        context = drafter.context(target, batch.ids, batch.features)
+        context = drafter.build_cache(target, batch.ids, batch.features)
         if at_once and not whole and sampling.takes_argmax:
-            return everywhere(target, drafter, batch.trajectories, batch.ids, context, length)
-        return walk(
+            return trace_all_positions(target, drafter, batch.trajectories, batch.ids, context, length)
+        return trace_sequential(
             target, drafter, batch.trajectories, batch.ids, context, length, batch.hidden,
             sampling, seed, whole,
         )  # fmt: skip
@@ -70,7 +70,7 @@ def live_rollout(
         seed=seed,
     )
     fresh = [
-        Trajectory(g.prompt_ids, g.token_ids, t.id, g.finish_reason, *sampling.filters)
+        Trajectory(g.prompt_ids, g.token_ids, t.id, g.finish_reason, *sampling.as_tuple)
         for t, g in zip(trajectories, made, strict=True)
     ]
     return fresh, [g.rounds for g in made]
@@ -91,7 +91,7 @@ class Rollouts:
         source: BatchSource,
         rows: Rows,
         length: int,
-        group: Group,
+        group: ParallelContext,
         call: Callable,
         clock: Stopwatch,
     ):
@@ -126,7 +126,7 @@ class Rollouts:
 
     def _own(self, index: int) -> tuple[list[Trajectory], list[int]]:
         rows = self.rows(index)
-        return self.group.share(rows), self.group.share(range(len(rows)))
+        return self.group.shard_rows(rows), self.group.shard_rows(range(len(rows)))
 
     def _make(self, index: int, seed: int, whole: bool) -> None:
         """Those used by later steps, when the drafter is another: what it drafted is kept."""
@@ -135,7 +135,7 @@ class Rollouts:
         every = {i: self.rows(i) for i in range(index, min(index + count, r.steps * r.accumulate))}
         # Split as each batch is, so that a trace is made where it is used; and in as many pieces
         # in every process, which may share the models.
-        own = {i: self.group.share(rows) for i, rows in every.items()}
+        own = {i: self.group.shard_rows(rows) for i, rows in every.items()}
         most = sum(ceil(len(rows) / self.group.size) for rows in every.values())
         joint = [t for rows in own.values() for t in rows]
         pieces = ceil(most / ROWS)
@@ -175,7 +175,7 @@ class Rollouts:
             i: [[[r.anchor, r.drafted, r.accepted] for r in t] for t in traces]
             for i, traces in self._made.items()
         }
-        shares = self.group.collect(own)
+        shares = self.group.all_gather(own)
         found = []
         for i in own:
             rows: list = [None] * len(self.rows(i))
@@ -187,5 +187,5 @@ class Rollouts:
     def load(self, state: list) -> None:
         """Takes back what `state` gave, in however many processes."""
         for index, rows in state:
-            share = self.group.share(rows)
+            share = self.group.shard_rows(rows)
             self._made[index] = [[Round(*r) for r in trace] for trace in share]

@@ -95,22 +95,16 @@ class Record:
         # First of all: where it does not start, the folder is still no run.
         self.tracker = open_tracker(recipe.tracker, self.out, tree, step)
         write_text(self.out / "recipe.yaml", yaml.safe_dump(tree, sort_keys=False))
-        write_json(
-            self.out / "run.json", {"kind": "run", "command": sys.argv, **machine(), **about}
-        )
+        write_json(self.out / "run.json", {"kind": "run", "command": sys.argv, **machine(), **about})
         kept = [
-            row
-            for row in read_metrics(self.metrics)
-            if row["step"] <= (evaluated if "tau" in row else step)
+            row for row in read_metrics(self.metrics) if row["step"] <= (evaluated if "tau" in row else step)
         ]
         write_lines(self.metrics, map(json.dumps, kept))
 
     def line(self, values: dict) -> None:
         """`values` has `step`."""
         with open(self.metrics, "ab", buffering=0) as file:
-            append(
-                file, f"{json.dumps(values)}\n".encode(), self.metrics, "go on with --resume", False
-            )
+            append(file, f"{json.dumps(values)}\n".encode(), self.metrics, "go on with --resume", False)
         if self.tracker:
             self.tracker.log(values["step"], dict(numbers(values)))
 

@@ -14,7 +14,7 @@ from draft_opd.drafters import FAMILIES, Drafter
 from draft_opd.models.hub import EMBEDDED
 from draft_opd.models.target import Target
 from draft_opd.training.config import Model, Recipe
-from draft_opd.training.distributed import Group
+from draft_opd.training.distributed import ParallelContext
 from draft_opd.training.inputs import Rows
 from draft_opd.utils.errors import UserError
 
@@ -38,7 +38,7 @@ def check_data(train_set: Rows, held_out: Rows, target: Target) -> None:
         check_trajectories(rows, target, f"data.{name}")
 
 
-def load_target(recipe: Recipe, group: Group) -> Target:
+def load_target(recipe: Recipe, group: ParallelContext) -> Target:
     """Whole, or this process's part of it."""
     options = {"trust_remote_code": recipe.trust_remote_code}
     if not group.splits_target:
@@ -52,7 +52,7 @@ def load_target(recipe: Recipe, group: Group) -> Target:
     return target
 
 
-def split_target(target: Target, group: Group) -> None:
+def split_target(target: Target, group: ParallelContext) -> None:
     """Leaves every process of a group its part; then all must call upon it equally often."""
     target.fingerprint  # noqa: B018 - it is remembered, while the weights are whole
     group.split_target(target.model, target.decoder, target.config)
@@ -82,7 +82,7 @@ def first_drafter(model: Model, target: Target, train_set: Rows) -> Drafter:
     return new_drafter(model, target, counts)
 
 
-def made_from(target: Target, train_set: Rows, held_out: Rows) -> dict[str, str]:
+def fingerprints_of(target: Target, train_set: Rows, held_out: Rows) -> dict[str, str]:
     """What a checkpoint belongs to, by hashes."""
     found = {"target": target.fingerprint}
     for name, rows in (("data.trajectories", train_set), ("data.heldout", held_out)):
@@ -93,7 +93,7 @@ def made_from(target: Target, train_set: Rows, held_out: Rows) -> dict[str, str]
     return found
 
 
-def check_made_from(out: Path, before: dict[str, str], now: dict[str, str]) -> None:
+def check_fingerprints(out: Path, before: dict[str, str], now: dict[str, str]) -> None:
     """Raises `UserError` where a run is resumed with something else than it began with."""
     for name, told in before.items():
         if now[name] != told:

@@ -11,7 +11,7 @@ from draft_opd.drafters.base import Drafter
 from draft_opd.models.target import Target
 from draft_opd.training.config import Recipe
 from draft_opd.training.data import BatchSource
-from draft_opd.training.distributed import Group
+from draft_opd.training.distributed import ParallelContext
 from draft_opd.training.rollouts import Rollouts, Rows
 from draft_opd.training.stopwatch import Stopwatch
 
@@ -35,7 +35,7 @@ class StageContext:
     rollouts: Rollouts
     rows: Rows
     length: int
-    group: Group
+    group: ParallelContext
     clock: Stopwatch
 
 

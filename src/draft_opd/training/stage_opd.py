@@ -75,13 +75,11 @@ def opd_loss(
     total: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> tuple[Tensor, dict]:
     """The loss of one batch, given its traces, and figures for the metrics, which add up over
-    batches and processes; `total` as in `Replay`."""
+    batches and processes; `total` as in `ReplayedBlocks`."""
     clock = clock or Stopwatch()
     objective, spec = options.objective, spec_of(options.objective)
     with clock("trace"):
-        blocks = choose_blocks(
-            target, drafter, batch, traces, options, length, sampling or Sampling(), seed
-        )
+        blocks = choose_blocks(target, drafter, batch, traces, options, length, sampling or Sampling(), seed)
     with clock("branches"):
         states = None
         if spec.needs_branches:
@@ -117,7 +115,7 @@ class OpdStage:
         return StepOutput(
             *opd_loss(
                 c.target, c.drafter, batch, traces, c.recipe.opd, sampling=c.recipe.sampling,
-                clock=c.clock, length=c.length, seed=seed, total=c.group.total,
+                clock=c.clock, length=c.length, seed=seed, total=c.group.all_reduce_sum,
             )
         )  # fmt: skip
 

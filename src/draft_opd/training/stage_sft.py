@@ -33,7 +33,7 @@ def sft_loss(
     seed: str,
     total: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> tuple[Tensor, dict]:
-    """The loss of one batch and figures for the metrics; `total` as in `Replay`."""
+    """The loss of one batch and figures for the metrics; `total` as in `ReplayedBlocks`."""
     rows = random_anchors(batch, anchors, seed)
     blocks = pack_anchors(batch, rows, length)
     blocks = replace(blocks, drafted=blocks.labels)  # teacher-forced
@@ -55,8 +55,8 @@ class SftStage:
         c = self.context
         rows = c.rows(index)
         with c.clock("target"), autocast(c.recipe, c.target.device):
-            numbers = c.group.share(range(len(rows)))
-            return c.source.batch(c.group.share(rows), numbers=numbers)
+            numbers = c.group.shard_rows(range(len(rows)))
+            return c.source.batch(c.group.shard_rows(rows), numbers=numbers)
 
     def forward_loss(self, prepared: Batch, seed: str) -> StepOutput:
         c, sft = self.context, self.context.recipe.sft
@@ -64,7 +64,7 @@ class SftStage:
             return StepOutput(
                 *sft_loss(
                     c.target, c.drafter, prepared, anchors=sft.anchors, decay=sft.decay,
-                    length=c.length, seed=seed, total=c.group.total,
+                    length=c.length, seed=seed, total=c.group.all_reduce_sum,
                 )
             )  # fmt: skip
 

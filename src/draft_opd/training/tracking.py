@@ -27,8 +27,7 @@ def check_tracker(kind: str) -> None:
     """Raises `UserError` when it is not installed."""
     if kind != "none" and find_spec(kind) is None:
         raise UserError(
-            f"tracker: {kind} is not installed: pip install 'draft-opd[{kind}]', or set "
-            "tracker=none"
+            f"tracker: {kind} is not installed: pip install 'draft-opd[{kind}]', or set tracker=none"
         )
 
 
@@ -90,9 +89,7 @@ class _Trackio:
     def __init__(self, out: Path, recipe: dict, step: int):
         import trackio
 
-        self.run = trackio.init(
-            project=PROJECT, name=_run_id(out, step), config=recipe, resume="allow"
-        )
+        self.run = trackio.init(project=PROJECT, name=_run_id(out, step), config=recipe, resume="allow")
         self.finish = trackio.finish
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -29,7 +29,7 @@ from draft_opd.training.checkpoint import (
 )
 from draft_opd.training.config import Recipe
 from draft_opd.training.data import BatchSource, batch_at
-from draft_opd.training.distributed import Group, whole
+from draft_opd.training.distributed import ParallelContext, gather_full_tensors
 from draft_opd.training.feature_store import FeatureFolder, about_features
 from draft_opd.training.inputs import Inputs, check_folder, read_inputs
 from draft_opd.training.optimizer import Optimizer, learning_rate
@@ -38,18 +38,18 @@ from draft_opd.training.rollouts import ROWS, Rollouts
 from draft_opd.training.run_folder import Record
 from draft_opd.training.setup import (
     check_data,
-    check_made_from,
+    check_fingerprints,
     check_shares,
+    fingerprints_of,
     first_drafter,
     load_target,
-    made_from,
 )
 from draft_opd.training.stage import StageContext, StepOutput, TrainingStage
 from draft_opd.training.stage_opd import OpdStage
 from draft_opd.training.stage_sft import SftStage
 from draft_opd.training.stopwatch import Stopwatch
 from draft_opd.utils.errors import Failure, Stopped, UserError
-from draft_opd.utils.files import hold, make_folder, recover_folder
+from draft_opd.utils.files import lock_folder, make_folder, recover_folder
 
 Stage = Literal["sft", "opd"]
 STAGES: dict[Stage, Callable[[StageContext], TrainingStage]] = {"sft": SftStage, "opd": OpdStage}
@@ -101,16 +101,16 @@ class Run:
         after: Run | None = None,
         resume: bool = False,
         on_metrics: OnMetrics | None = None,
-        group: Group | None = None,
+        group: ParallelContext | None = None,
         stop: Callable[[], bool] = lambda: False,
         inputs: Inputs | None = None,
     ):
         """`after`: an earlier run, whose target and remembered features serve again. `group`: the
-        processes that train together (`parallel.joined`). `stop`: whether to end after the step
-        that is running, with everything saved (`train` then raises `Stopped`). `inputs`: the
+        processes that train together (`distributed.distributed_context`). `stop`: whether to end after the
+        step that is running, with everything saved (`train` then raises `Stopped`). `inputs`: the
         recipe's, where they are read already."""
         self.stage, self.on_metrics = stage, on_metrics
-        self.group = group or Group()
+        self.group = group or ParallelContext()
         self.out = Path(recipe.out)
         # Before the target: a bad file should not cost a model's loading time.
         if inputs is None:
@@ -124,13 +124,13 @@ class Run:
         recipe, bfloat16_speed = self._resolve(recipe)
         self.recipe = recipe
         self.checkpoints = Checkpoints(self.out, recipe.keep_checkpoints)
-        self.group.wait()  # all have seen the folder as it was
+        self.group.barrier()  # all have seen the folder as it was
         self._lock: BinaryIO | None = None
-        begun = self.group.in_turn(lambda: self._take_up(resume))
-        if resume and not begun and self.group.first:
+        resume_from = self.group.main_process_first(lambda: self._open_folder(resume))
+        if resume and not resume_from and self.group.is_main_process:
             log.warning("nothing to resume in '%s': beginning at step 0", self.out)
         torch.manual_seed(recipe.seed)
-        source = str(begun) if begun else recipe.drafter
+        source = str(resume_from) if resume_from else recipe.drafter
         if source:
             self.drafter = Drafter.from_pretrained(source, device=self.target.device)
             self.drafter.bind(self.target)
@@ -138,13 +138,13 @@ class Run:
             self.drafter = first_drafter(recipe.model, self.target, self.train_set)
         self.drafter.gradient_checkpointing = recipe.gradient_checkpointing
         self.length = self.drafter.checked_length(recipe.draft_length)
-        self.called = self.group.wrap(self.drafter)
+        self.wrapped_drafter = self.group.wrap(self.drafter)
         self.optimizer = Optimizer(self.drafter, recipe.optim)
-        self.progress = load_checkpoint(begun, self.optimizer) if begun else Progress()
-        if not self.group.agreed(self.progress.step):
+        self.progress = load_checkpoint(resume_from, self.optimizer) if resume_from else Progress()
+        if not self.group.all_equal(self.progress.step):
             raise UserError(f"not all processes see the same run folder '{self.out}': share it")
-        made_of = made_from(self.target, self.train_set, self.held_out)
-        check_made_from(self.out, self.progress.made_of, made_of)
+        made_of = fingerprints_of(self.target, self.train_set, self.held_out)
+        check_fingerprints(self.out, self.progress.made_of, made_of)
         self.progress.made_of = made_of
         self._sources(after)
         self.clock = Stopwatch(self.target.device)
@@ -152,7 +152,7 @@ class Run:
         self._rows = partial(_batch, self.train_set, recipe)
         self.rollouts = Rollouts(
             recipe, self.target, self.drafter, self.source, self._rows, self.length, self.group,
-            partial(_quietly, self.called, self.group), self.clock,
+            partial(_no_grad_call, self.wrapped_drafter, self.group), self.clock,
         )  # fmt: skip
         self.training = STAGES[stage](
             StageContext(
@@ -172,37 +172,35 @@ class Run:
             "drafter_parameters": sum(p.numel() for p in self.drafter.parameters()),
         }
         self.record: Record | None = None
-        if self.group.first:
+        if self.group.is_main_process:
             self.record = Record(recipe, about, self.progress.step, self.progress.evaluated)
-            repair_best(begun, self.out / "best", self.progress)
-        kept = begun == self.checkpoints.last
+            repair_best(resume_from, self.out / "best", self.progress)
+        kept = resume_from == self.checkpoints.last
         self._saved = (self.progress.step, self.progress.evaluated) if kept else None
 
     # -- setting up -------------------------------------------------------------------------
 
     def _resolve(self, recipe: Recipe) -> tuple[Recipe, float | None]:
         """The recipe with types for `auto`, the same in every process, and what decided it."""
-        if self.group.first:
+        if self.group.is_main_process:
             warn_of(recipe, self.target.device)
         known = measured_before(self.out)
-        resolved, ratio = self.group.of_first(
-            resolve(recipe, self.target.device, self.target.hidden_size)
-        )
+        resolved, ratio = self.group.broadcast(resolve(recipe, self.target.device, self.target.hidden_size))
         return resolved, known if ratio is None else ratio
 
-    def _take_up(self, resume: bool) -> Path | None:
+    def _open_folder(self, resume: bool) -> Path | None:
         """The checkpoint to go on from. The first process keeps others out of the folder."""
-        if self.group.first:
-            self._lock = hold(make_folder(self.out))
+        if self.group.is_main_process:
+            self._lock = lock_folder(make_folder(self.out))
             check_folder(self.recipe, resume)  # another one may have come and gone meanwhile
             recover_folder(self.out / "best")
-        begun = self.checkpoints.newest() if resume else None
-        if resume and not begun and (self.out / "best").exists():
+        resume_from = self.checkpoints.newest() if resume else None
+        if resume and not resume_from and (self.out / "best").exists():
             raise UserError(
                 f"'{self.out}' holds a run's `best` but no checkpoint to resume from: begin in "
                 "another `out`, and keep this one for its drafter"
             )
-        return begun
+        return resume_from
 
     def _sources(self, after: Run | None) -> None:
         """Where batches come from, for training and for held-out τ."""
@@ -212,15 +210,15 @@ class Run:
         if data.cache_features == "disk":
             folder = Path(data.features or self.out / "features")
             about = about_features(self.target, layers, dtype)
-            self.features = self.group.in_turn(lambda: FeatureFolder(folder, about))
+            self.features = self.group.main_process_first(lambda: FeatureFolder(folder, about))
         keep = data.cache_features != "none"
         known = self.features if self.features is not None else {} if keep else None
         self.source = BatchSource(self.target, layers, known, dtype)
         # The yardstick is never rounded: its features stay in the target's own type.
-        self.yardstick = BatchSource(self.target, layers, {} if keep else None, self.target.dtype)
+        self.heldout_source = BatchSource(self.target, layers, {} if keep else None, self.target.dtype)
         if after is not None:
             self.source.adopt(after.source)
-            self.yardstick.adopt(after.yardstick)
+            self.heldout_source.adopt(after.heldout_source)
 
     # -- training ---------------------------------------------------------------------------
 
@@ -254,10 +252,10 @@ class Run:
             stop = self._stop_now()
             if last or better or p.step % r.save_interval == 0 or stop:
                 self._save()
-            if better and self.group.first:  # behind the checkpoint that names it
+            if better and self.group.is_main_process:  # behind the checkpoint that names it
                 save_best(self.out / "last", self.out / "best", p)
             if stop:
-                self.group.wait()  # for the first one, which writes
+                self.group.barrier()  # for the first one, which writes
                 raise Stopped(
                     f"stopped at step {p.step} of {r.steps}, saved in '{self.out / 'last'}': go "
                     "on with --resume"
@@ -292,7 +290,7 @@ class Run:
         self.drafter.train()
         seed = f"{self.recipe.seed}/{index}"
         with autocast(self.recipe, self.target.device):
-            return self.called(self.training.forward_loss, prepared, seed)
+            return self.wrapped_drafter(self.training.forward_loss, prepared, seed)
 
     def _next(self) -> None:
         """The next step and what is kept of it."""
@@ -306,7 +304,7 @@ class Run:
         seconds = {"all": time.perf_counter() - began, **self.clock.take()}
         self._record({"step": p.step, **line, "seconds": seconds})
         if self.group.world > 1:
-            self.stopping = self.group.any(self._asked_to_stop())
+            self.stopping = self.group.any_rank(self._asked_to_stop())
 
     def step(self, step: int) -> dict:
         """The update of that step (0-based) from the drafter as it is; returns its figures.
@@ -320,12 +318,12 @@ class Run:
         parts = []
         for index in range(step * r.accumulate, (step + 1) * r.accumulate):
             more = index + 1 < (step + 1) * r.accumulate
-            with self.group.unreduced(self.called) if more else nullcontext():
+            with self.group.no_sync(self.wrapped_drafter) if more else nullcontext():
                 loss, figures = self._forward(index)
                 with self.clock("backward"):
                     # Gradients are averaged over processes; they should be added.
                     (loss * self.group.size / r.accumulate).backward()
-            parts.append(self.group.totals({"loss": loss.item(), **figures}))
+            parts.append(self.group.all_reduce_metrics({"loss": loss.item(), **figures}))
         losses = [x["loss"] for x in parts]
         with self.clock("update"):
             norm = nonfinite.norm_of(list(self.drafter.parameters()), r.optim.clip)
@@ -338,7 +336,7 @@ class Run:
 
     def _figures(self, parts: list[dict]) -> dict:
         """Those of a step: counts are added up over its forwards, the rest is averaged."""
-        found = {key: _together(key, [x[key] for x in parts]) for key in parts[0]}
+        found = {key: _reduce_metric(key, [x[key] for x in parts]) for key in parts[0]}
         return self.training.summarize(found)
 
     def _not_finite(self, losses: list[float]) -> dict:
@@ -349,15 +347,15 @@ class Run:
         first = p.step * r.accumulate
         rows = [t for i in range(first, first + r.accumulate) for t in self._rows(i)]
         state, where = self._state(), ""
-        if self.group.first:
+        if self.group.is_main_process:
             about = {"what": what, "losses": [str(x) for x in losses]}
             where = nonfinite.keep(self.out, self.stage, r, state, rows, about)
         count = p.skipped + 1
         if r.optim.nonfinite == "stop" or count >= nonfinite.IN_A_ROW:
-            self.group.wait()
+            self.group.barrier()
             row = f" ({count} times in a row: see the first ones)" if count > 1 else ""
             raise Failure(f"step {p.step + 1}: {what}{row}; {where}")
-        if self.group.first:
+        if self.group.is_main_process:
             log.warning("step %d skipped: %s; %s", p.step + 1, what, where)
         return {"skipped": what}
 
@@ -366,7 +364,7 @@ class Run:
     def _state(self) -> State:
         self.progress.traces = self.rollouts.state()
         return State(
-            self.drafter.config_dict(), whole(self.drafter.tensors()), self.optimizer.state(),
+            self.drafter.config_dict(), gather_full_tensors(self.drafter.tensors()), self.optimizer.state(),
             self.progress,
         )  # fmt: skip
 
@@ -390,15 +388,15 @@ class Run:
         (above temperature 0: one draw). None when a stop was asked for meanwhile."""
         self.drafter.eval()
         counts = [0] * (self.length + 1)
-        for number, rows in enumerate(self.group.parts(self.held_out, ROWS)):
+        for number, rows in enumerate(self.group.shard_pieces(self.held_out, ROWS)):
             if self._stop_now():
                 return None
-            batch = self.yardstick.batch(rows)
+            batch = self.heldout_source.batch(rows)
             seed = number * self.group.size + self.group.rank
             traces = self.rollouts.hindsight(batch, seed)
             found = by_accepted((r for trace in traces for r in trace), self.length)
             counts = [a + b for a, b in zip(counts, found, strict=True)]
-        return self.group.totals({"counts": counts})["counts"]
+        return self.group.all_reduce_metrics({"counts": counts})["counts"]
 
     def _evaluate(self) -> bool:
         """Held-out τ at this step; whether it is the best so far."""
@@ -423,13 +421,13 @@ def _batch(train_set: list[Trajectory], recipe: Recipe, index: int) -> list[Traj
     return [train_set[i] for i in batch_at(lengths, recipe.batch_size, recipe.seed, index)]
 
 
-def _quietly(called: torch.nn.Module, group: Group, part: Callable, *inputs):
+def _no_grad_call(wrapped_drafter: torch.nn.Module, group: ParallelContext, part: Callable, *inputs):
     """Without gradient; through the wrapper only where that gathers weights."""
     with torch.no_grad():
-        return called(part, *inputs) if group.shards_drafter else part(*inputs)
+        return wrapped_drafter(part, *inputs) if group.shards_drafter else part(*inputs)
 
 
-def _together(key: str, values: list):
+def _reduce_metric(key: str, values: list):
     """A figure of several forwards as one: counts are added, the rest is averaged."""
     if isinstance(values[0], list):
         return [sum(column) for column in zip(*values, strict=True)]

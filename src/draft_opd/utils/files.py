@@ -31,7 +31,7 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def hold(folder: Path) -> BinaryIO:
+def lock_folder(folder: Path) -> BinaryIO:
     """Keeps other processes that ask for it out of a folder until what is returned is closed; a
     killed one lets go.
 
@@ -46,8 +46,7 @@ def hold(folder: Path) -> BinaryIO:
     except (BlockingIOError, PermissionError):
         file.close()
         raise UserError(
-            f"another process is writing into '{folder}': wait until it has ended, or choose "
-            "another folder"
+            f"another process is writing into '{folder}': wait until it has ended, or choose another folder"
         ) from None
     except (AttributeError, OSError):  # no locks in this system, or on this disk
         pass
@@ -90,8 +89,7 @@ def append(
     except OSError as error:
         os.ftruncate(file.fileno(), size)
         raise UserError(
-            f"cannot write '{path}' ({error.strerror}); what was written before is kept: make room "
-            f"and {then}"
+            f"cannot write '{path}' ({error.strerror}); what was written before is kept: make room and {then}"
         ) from error
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 
-def settle_threads(work: Callable[[], object], repeats: int = 3) -> int:
+def tune_num_threads(work: Callable[[], object], repeats: int = 3) -> int:
     """Sets and returns the number of torch's CPU threads that does `work` fastest.
 
     torch's threads wait for each other by spinning, so that on a machine with other work to do two
