@@ -35,7 +35,7 @@ def make_step(target: Target):
         for _ in range(2)
     ]
     cache = PositionCache.of(*stores)
-    cache.bound = CAPACITY
+    cache.set_bound(CAPACITY)
     key = torch.arange(CAPACITY)[None]
 
     def step(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

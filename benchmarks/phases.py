@@ -281,20 +281,20 @@ class RoundCosts(Phase):
         at = context + torch.arange(length + 1, device=s.device)[None]
 
         def one():
-            alone.bound(context + 1, filled=True)
+            alone.set_bound(context + 1, filled=True)
             return alone(anchors, last, 0)
 
         def verify():
-            alone.bound(context + length + 1, filled=True)
+            alone.set_bound(context + length + 1, filled=True)
             hidden = target.extend(block, at, cache, drafter.target_layers).hidden
             return target.logits(hidden).argmax(-1)
 
         def draft():
-            full.bound(context + length + 1, filled=True)
+            full.set_bound(context + length + 1, filled=True)
             return drafter.propose(target, memory, anchors[:, None], last[:, None], length, full.choose)
 
         def whole():
-            full.bound(context + length + 1, filled=True)
+            full.set_bound(context + length + 1, filled=True)
             return full(anchors, last, length).tolist()
 
         return {"one": s.seconds(one), "verify": s.seconds(verify), "draft": s.seconds(draft),

@@ -55,7 +55,7 @@ def main() -> None:
         for tokens in SIZES:
             block = torch.randint(3, 250, (batch, tokens), device=device)
             at = torch.arange(context, context + tokens, device=device).expand(batch, -1)
-            cache.bound = context + tokens
+            cache.set_bound(context + tokens)
             times: dict[str, list[float]] = {side: [] for side in sides}
             for repeat in range(-1, args.repeats):
                 for side, kind in rotated(list(sides.items()), repeat):

@@ -1,5 +1,6 @@
 """Contracts of the inside: what a check may change, how families and engines are known."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -61,3 +62,31 @@ def test_unknown_engines_are_refused(trained):
 def test_drafters_are_told_from_targets_by_their_config(trained_folder):
     assert is_drafter(read_config(trained_folder, "drafter"))
     assert not is_drafter(read_config(Path(resolve_path("embedded")), "target"))
+
+
+class Wrapped:
+    """A draft cache of another kind: no attribute but the protocol's methods can be reached."""
+
+    def __init__(self, inner):
+        self._inner = inner
+        for name in ("reserve", "set_bound", "select", "snapshot", "rollback"):
+            setattr(self, name, getattr(inner, name))
+
+
+def test_decoding_uses_no_more_of_a_draft_cache_than_its_protocol(target, trained, heldout):
+    class Other(type(trained)):
+        def build_cache(self, *given):
+            return Wrapped(super().build_cache(*given))
+
+        def extend_cache(self, cache, *given):
+            super().extend_cache(cache._inner, *given)
+
+        def propose(self, target, cache, *given):
+            return super().propose(target, cache._inner, *given)
+
+    other = copy.deepcopy(trained)
+    other.__class__ = Other
+    prompts = [t.prompt_ids for t in heldout[:3]]
+    made = d.speculate(target, other, prompts, max_new_tokens=30)
+    usual = d.speculate(target, trained, prompts, max_new_tokens=30)
+    assert [g.rounds for g in made] == [g.rounds for g in usual]

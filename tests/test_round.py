@@ -48,7 +48,7 @@ def test_a_round_reads_nothing_from_the_device(trained, family, batch, temperatu
         ))  # fmt: skip
         rounds = DecodeStep(real, drafter, cache, context, Sampling(temperature=temperature), None)
         last = torch.zeros(batch, dtype=torch.long, device="meta")
-        rounds.bound(36, filled=batch == 1)  # as a decode of one row has it
+        rounds.set_bound(36, filled=batch == 1)  # as a decode of one row has it
         before = [*cache.keys, *cache.values, *context.keys, *context.values]
         table = rounds(last + 30, last, count)
         assert table.shape == (batch, 2 + count)
@@ -57,6 +57,6 @@ def test_a_round_reads_nothing_from_the_device(trained, family, batch, temperatu
         assert all(a is b for a, b in zip(before, after, strict=True))
         with pytest.raises(RuntimeError, match="meta"):  # so this test can fail
             table.tolist()
-        cache.bound = None
+        cache.set_bound(None)
         with pytest.raises(RuntimeError, match="meta"):
             rounds(last + 30, last, count)

@@ -160,7 +160,7 @@ def speculate(
         count = min(length, target.max_positions - 1 - furthest)
         if pace:
             count = pace.choose(count)
-        rounds.bound(furthest + count + 1, filled=len(active) == 1)
+        rounds.set_bound(furthest + count + 1, filled=len(active) == 1)
         drafted_at = began
 
         def drafted_now():

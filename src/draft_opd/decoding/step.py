@@ -15,7 +15,7 @@ from torch import Tensor
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.tree import verify_tree
 from draft_opd.decoding.verification import verify
-from draft_opd.drafters.base import Drafter
+from draft_opd.drafters.base import DraftCache, Drafter
 from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.target import Target
 
@@ -27,7 +27,7 @@ class DecodeStep:
     target: Target
     drafter: Drafter | None
     cache: PositionCache
-    context: PositionCache | None
+    context: DraftCache | None
     sampling: Sampling
     generator: torch.Generator
     tree: tuple[int, ...] | None = None
@@ -36,17 +36,17 @@ class DecodeStep:
         self.choose = self.sampling.chooser(self.generator)
         self.layers = self.drafter.target_layers if self.drafter else ()
 
-    def bound(self, slots: int, filled: bool = False) -> None:
+    def set_bound(self, slots: int, filled: bool = False) -> None:
         """How many slots the next round may look at; `filled`: every row's block ends there."""
         for cache in (self.cache, self.context):
             if cache is not None:
-                cache.bound, cache.filled = slots, filled
+                cache.set_bound(slots, filled)
 
     def select(self, rows: Tensor) -> None:
         """Keeps only the given batch rows."""
-        self.cache.select(rows)
-        if self.drafter:
-            self.drafter.select(self.context, rows)
+        for cache in (self.cache, self.context):
+            if cache is not None:
+                cache.select(rows)
 
     def __call__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from pydantic import BaseModel
@@ -28,12 +28,29 @@ if TYPE_CHECKING:
 Choose = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
-class Drafter(nn.Module):
-    """A trainable drafter for one target.
+class DraftCache(Protocol):
+    """What a drafter keeps of a batch of texts that the target has already run on (for DFlash,
+    projected keys and values by position). Callers use these methods and look no further."""
 
-    A *context* holds what the drafter keeps of a batch of token sequences that the target has
-    already run on (for DFlash, projected keys and values by position). It is opaque to callers.
-    """
+    def reserve(self, capacity: int) -> None:
+        """Makes room for positions 0..capacity - 1, so that the storage need not move."""
+
+    def set_bound(self, slots: int | None, filled: bool = False) -> None:
+        """The next drafts look at so many positions at most. `filled`: every row reaches just so
+        far."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps only the given batch rows (index tensor)."""
+
+    def snapshot(self) -> Any:
+        """What `rollback` needs to come back to this state."""
+
+    def rollback(self, state: Any, lengths: Tensor) -> None:
+        """Back to a snapshot, keeping what came after it in positions below `lengths` [batch]."""
+
+
+class Drafter(nn.Module):
+    """A trainable drafter for one target; `build_cache` and `extend_cache` feed its `DraftCache`."""
 
     family: ClassVar[str]  # set by `register`
     target_layers: tuple[int, ...]  # 0-based target layers whose outputs are the features
@@ -92,12 +109,12 @@ class Drafter(nn.Module):
         the drafter is used; may be repeated. Raises `UserError` as `check_target` does."""
         self.check_target(target)
 
-    def build_cache(self, target: Target, ids: Tensor, features: Tensor) -> Any:
-        """ids [batch, L], features [batch, L, F] of whole right-padded rows -> context."""
+    def build_cache(self, target: Target, ids: Tensor, features: Tensor) -> DraftCache:
+        """ids [batch, L], features [batch, L, F] of whole right-padded rows."""
         raise NotImplementedError
 
     def extend_cache(
-        self, context: Any, target: Target, ids: Tensor, features: Tensor, positions: Tensor
+        self, context: DraftCache, target: Target, ids: Tensor, features: Tensor, positions: Tensor
     ) -> None:
         """Adds tokens the target has just run on ([batch, m], F features each) to a context.
 
@@ -105,7 +122,9 @@ class Drafter(nn.Module):
         """
         raise NotImplementedError
 
-    def replay(self, target: Target, context: Any, anchors: Tensor, ids: Tensor, drafted: Tensor) -> Tensor:
+    def replay(
+        self, target: Target, context: DraftCache, anchors: Tensor, ids: Tensor, drafted: Tensor
+    ) -> Tensor:
         """Drafts again, with gradient, exactly as at inference.
 
         anchors, ids [batch, A]: anchor positions and the tokens there; drafted [batch, A, K]: the
@@ -117,7 +136,7 @@ class Drafter(nn.Module):
     def propose(
         self,
         target: Target,
-        context: Any,
+        context: DraftCache,
         anchors: Tensor,
         ids: Tensor,
         draft_length: int,
@@ -131,7 +150,7 @@ class Drafter(nn.Module):
         raise NotImplementedError
 
     def propose_tree(
-        self, target: Target, context: Any, anchors: Tensor, ids: Tensor, widths: tuple[int, ...]
+        self, target: Target, context: DraftCache, anchors: Tensor, ids: Tensor, widths: tuple[int, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A draft tree a row; anchors, ids [batch]; `widths` nodes at depths 1, 2, ...
 
@@ -141,17 +160,13 @@ class Drafter(nn.Module):
         raise NotImplementedError
 
     def propose_until_mismatch(
-        self, target: Target, context: Any, anchors: Tensor, ids: Tensor, text: Tensor
+        self, target: Target, context: DraftCache, anchors: Tensor, ids: Tensor, text: Tensor
     ) -> Tensor:
         """Argmax drafts at every anchor, up to and including the first that is not `text`.
 
         anchors, ids [batch, A], text [batch, A, K]. Returns ids [batch, A, K]; behind that offset
         they may be -1, for "not looked at".
         """
-        raise NotImplementedError
-
-    def select(self, context: Any, rows: Tensor) -> None:
-        """Keeps only the given batch rows of a context."""
         raise NotImplementedError
 
     def head(self, target: Target) -> nn.Linear:

@@ -281,9 +281,6 @@ class DFlashDrafter(Drafter):
         for i, (k, v) in enumerate(self._project(features, positions)):
             context.update(k, v, i)
 
-    def select(self, context: PositionCache, rows: Tensor) -> None:
-        context.select(rows)
-
     def head(self, target: Target) -> nn.Linear:
         return target.head
 

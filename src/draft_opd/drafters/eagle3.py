@@ -426,9 +426,6 @@ class Eagle3Drafter(Drafter):
         found = fused.gather(1, (positions - 1).clamp_min(0)[..., None].expand(shape))
         return found * (positions > 0)[..., None]
 
-    def select(self, context: PositionCache, rows: Tensor) -> None:
-        context.select(rows)
-
     def _steps(self, target: Target, context, anchors: Tensor, ids: Tensor):
         """Drafting, step by step: a generator of hidden states [batch, A, H], normed for the head.
 

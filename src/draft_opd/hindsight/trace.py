@@ -138,7 +138,7 @@ def trace_sequential(
     active = [i for i in range(len(trajectories)) if anchors[i] < ends[i]]
     rows = torch.tensor(active, device=ids.device)
     if len(active) < len(trajectories):
-        drafter.select(context, rows)
+        context.select(rows)
     while active:
         at = torch.tensor([anchors[i] for i in active], device=ids.device)
         count = min(draft_length, target.max_positions - 1 - int(at.max()))
@@ -169,7 +169,7 @@ def trace_sequential(
             if anchors[i] < end:
                 going.append(row)
         if len(going) < len(active):
-            drafter.select(context, torch.tensor(going, dtype=torch.long, device=ids.device))
+            context.select(torch.tensor(going, dtype=torch.long, device=ids.device))
             active = [active[row] for row in going]
             rows = torch.tensor(active, dtype=torch.long, device=ids.device)
     return traces

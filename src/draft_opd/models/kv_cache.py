@@ -24,9 +24,9 @@ class PositionCache(Cache):
     it: its own keys are appended behind the first `visible` slots. `keep` writes some
     of them after all.
 
-    bound: a caller who knows how far the next forwards reach says it here, in slots. Then no value
-    of a tensor is looked at (on CUDA: nothing waits for the device), and the storage, `reserve`d
-    beforehand, stays where it is. `filled`: every row's tokens reach exactly that far.
+    A caller who knows how far the next forwards reach says so with `set_bound`. Then no value of a
+    tensor is looked at (on CUDA: nothing waits for the device), and the storage, `reserve`d
+    beforehand, stays where it is.
     """
 
     def __init__(self, capacity: int = 0):
@@ -48,6 +48,17 @@ class PositionCache(Cache):
         cache = cls(keys[0].shape[2] if keys else 0)
         cache.keys, cache.values = keys, values
         return cache
+
+    def set_bound(self, slots: int | None, filled: bool = False) -> None:
+        """The next forwards look at so many slots at most; None: that is to be found out. `filled`:
+        every row's tokens reach exactly that far."""
+        self.bound, self.filled = slots, filled
+
+    def snapshot(self) -> None:
+        """What `rollback` needs: nothing, since what lies behind a row's length is never looked at."""
+
+    def rollback(self, state: None, lengths: Tensor) -> None:
+        """Forgets what lies at and behind `lengths` [batch]: it will be overwritten."""
 
     def reach(self, positions: Tensor) -> int:
         """Slots up to and including the last of `positions`, or the bound."""
