@@ -210,17 +210,8 @@ def _served(screen, target, servers, chosen, sizes, options) -> dict:
 
 def _shown(report: dict) -> list:
     """Tables and lines for a terminal."""
-    from draft_opd.report.page import (
-        best_length,
-        comparison_rows,
-        elsewhere_rows,
-        length_rows,
-        number,
-        same_text,
-        sides_in,
-        spread,
-        times,
-    )
+    from draft_opd.report.format import number, same_text, spread, times
+    from draft_opd.report.page import best_length, comparison_rows, elsewhere_rows, length_rows, sides_in
 
     sides = sides_in(report)
     many = len(sides) > 1
@@ -256,7 +247,7 @@ def _shown(report: dict) -> list:
 
 
 def _levels(task: str, levels: list[dict]):
-    from draft_opd.report.page import number, times
+    from draft_opd.report.format import number, times
 
     sides = [s for s in ("target", "speculative") if s in levels[0]]
     rows = [

@@ -7,8 +7,8 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from draft_opd.models.gqa_attention import FEW, grouped
 
@@ -25,6 +25,39 @@ class Rotary(LlamaRotaryEmbedding):
         for name, value in kept.items():
             self._buffers[name] = value.to(self._buffers[name].device)
         return self
+
+
+class ProjectedAttention(nn.Module):
+    """Queries, keys and values of an attention layer, as Llama (`normed`: as Qwen3) makes them; the
+    names are those of published files."""
+
+    def __init__(self, config, inputs: int, bias: bool, normed: bool = True):
+        """config: of transformers; inputs: width of what is attended to and of the queries' states."""
+        super().__init__()
+        self.head_dim = config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(inputs, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(inputs, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(inputs, kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=bias)
+        self.q_norm, self.k_norm = (
+            LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if normed else nn.Identity()
+            for _ in range(2)
+        )
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def queries(self, x: Tensor, rotary) -> Tensor:
+        """[batch, m, inputs] -> rotated queries [batch, heads, m, d]."""
+        q = self.q_norm(self._split(self.q_proj(x))).transpose(1, 2)
+        return apply_rotary_pos_emb(q, q, *rotary)[0]
+
+    def keys_values(self, x: Tensor, rotary) -> tuple[Tensor, Tensor]:
+        """[batch, m, inputs] -> rotated keys and values, each [batch, kv_heads, m, d]."""
+        k = self.k_norm(self._split(self.k_proj(x))).transpose(1, 2)
+        v = self._split(self.v_proj(x)).transpose(1, 2)
+        return apply_rotary_pos_emb(k, k, *rotary)[0], v
 
 
 @dataclass

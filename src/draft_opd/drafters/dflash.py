@@ -18,10 +18,9 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3MLP,
     Qwen3RMSNorm,
-    apply_rotary_pos_emb,
 )
 
-from draft_opd.drafters.attention import BlockMask, Rotary, attend
+from draft_opd.drafters.attention import BlockMask, ProjectedAttention, Rotary, attend
 from draft_opd.drafters.base import Choose, Drafter
 from draft_opd.drafters.registry import register
 from draft_opd.drafters.speculators import flatten, is_speculators, wrap
@@ -58,33 +57,13 @@ def default_decay(block_size: int) -> float:
     return 5 + (block_size - 10) / 3
 
 
-class DFlashAttention(nn.Module):
+class DFlashAttention(ProjectedAttention):
     def __init__(self, config: Qwen3Config, layer: int):
-        super().__init__()
-        hidden, bias = config.hidden_size, config.attention_bias
-        self.head_dim = config.head_dim
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=bias)
-        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        super().__init__(config, config.hidden_size, config.attention_bias)
         self.kind = config.layer_types[layer]
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
-
-    def keys_values(self, x: Tensor, rotary) -> tuple[Tensor, Tensor]:
-        """[batch, tokens, H] -> rotated keys and values, each [batch, kv_heads, tokens, d]."""
-        k = self.k_norm(self._split(self.k_proj(x))).transpose(1, 2)
-        v = self._split(self.v_proj(x)).transpose(1, 2)
-        return apply_rotary_pos_emb(k, k, *rotary)[0], v
-
     def forward(self, x: Tensor, join: Join, rotary, visibility):
-        q = self.q_norm(self._split(self.q_proj(x))).transpose(1, 2)
-        q = apply_rotary_pos_emb(q, q, *rotary)[0]
-        out = attend(q, *join(*self.keys_values(x, rotary)), visibility, self.kind)
+        out = attend(self.queries(x, rotary), *join(*self.keys_values(x, rotary)), visibility, self.kind)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

@@ -8,21 +8,19 @@ the step before; once the target has run on a token, its slot is made again from
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from draft_opd.drafters.attention import Rotary
 from draft_opd.drafters.base import Choose, Drafter
+from draft_opd.drafters.eagle3_layer import Eagle3Layer
+from draft_opd.drafters.eagle3_options import STEP_DECAY, STEPS, Eagle3Options, default_target_layers
 from draft_opd.drafters.expansion import best_children
 from draft_opd.drafters.registry import register
 from draft_opd.drafters.speculators import flatten, is_speculators, wrap
 from draft_opd.drafters.target_config import (
-    ShapeOptions,
     adopt_final_norm,
     config_for,
     initialise,
@@ -35,106 +33,12 @@ from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.target import Target
 from draft_opd.utils.errors import UserError
 
-# The training-time test of the published recipes unrolls 7 steps weighted 0.8^step.
-STEPS, STEP_DECAY = 7, 4.4814  # 0.8^k = exp(-k / 4.4814)
 # Variants that published files name in their config, at the top or in `eagle_config`.
 FLAGS = ("norm_before_residual", "norm_output", "norm_before_fc", "fc_norm")
 LLAMA, QWEN3 = "LlamaForCausalLMEagle3", "Eagle3Qwen3ForCausalLM"  # SGLang's and vLLM's names
 SPECULATORS_KEYS = (
     "draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids", *FLAGS
 )  # fmt: skip
-
-
-def default_target_layers(count: int) -> tuple[int, ...]:
-    """0-based layers whose outputs are hidden_states[2], [n // 2] and [n - 3]; spread evenly where
-    a short target makes these collide."""
-    layers = (1, count // 2 - 1, count - 4)
-    if len(set(layers)) == 3 and min(layers) >= 0 and list(layers) == sorted(layers):
-        return layers
-    if count < 4:
-        raise UserError(f"EAGLE-3 taps three layers before the last; the target has {count}")
-    return (0, (count - 2) // 2, count - 2)
-
-
-class Eagle3Attention(nn.Module):
-    """Queries of one step against context slots and the block's own earlier steps.
-
-    qk_norm: queries and keys are normed head by head, as in Qwen3.
-    """
-
-    def __init__(self, config: LlamaConfig, qk_norm: bool):
-        super().__init__()
-        hidden, self.head_dim = config.hidden_size, config.head_dim
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.groups = heads // kv_heads
-        self.q_proj = nn.Linear(2 * hidden, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(2 * hidden, kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(2 * hidden, kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=False)
-        self.q_norm, self.k_norm = (
-            LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if qk_norm else nn.Identity()
-            for _ in range(2)
-        )
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
-
-    def keys_values(self, x: Tensor, rotary) -> tuple[Tensor, Tensor]:
-        """[batch, m, 2H] -> rotated keys and values, each [batch, kv_heads, m, d]."""
-        k = self.k_norm(self._split(self.k_proj(x))).transpose(1, 2)
-        v = self._split(self.v_proj(x)).transpose(1, 2)
-        return apply_rotary_pos_emb(k, k, *rotary)[0], v
-
-    def forward(self, x: Tensor, rotary, context, seen: Tensor, own_k: Tensor, own_v: Tensor):
-        """x [batch, A, 2H], one query a block; context (k, v) [batch, heads, C, d]; seen
-        [batch, A, C]; own_k, own_v [batch, kv_heads, A, steps, d]. Returns [batch, A, H]."""
-        q = self.q_norm(self._split(self.q_proj(x))).transpose(1, 2)
-        q = apply_rotary_pos_emb(q, q, *rotary)[0] * self.head_dim**-0.5
-        keys, values = context
-        own_k, own_v = (t.repeat_interleave(self.groups, 1) for t in (own_k, own_v))
-        far = (q @ keys.to(q.dtype).transpose(2, 3)).masked_fill(~seen[:, None], -torch.inf)
-        near = (q[:, :, :, None] * own_k).sum(-1)
-        weights = torch.cat([far, near], -1).float().softmax(-1).to(own_v.dtype)
-        width = keys.shape[2]
-        out = weights[..., :width] @ values.to(weights.dtype)
-        out = out + (weights[..., width:, None] * own_v).sum(3)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
-
-class Eagle3Layer(nn.Module):
-    def __init__(self, config: LlamaConfig, qk_norm: bool, norm_before_residual: bool):
-        super().__init__()
-        self.self_attn = Eagle3Attention(config, qk_norm)
-        self.norm_before_residual = norm_before_residual
-        self.mlp = LlamaMLP(config)
-        for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
-            setattr(self, name, LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps))
-
-    def forward(self, hidden: Tensor, x: Tensor, *attended) -> Tensor:
-        """Attention over `attended` and MLP, added to the residual [batch, A, H]."""
-        hidden = hidden + self.self_attn(x, *attended)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
-    def join(self, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Token embeddings and hidden states, normed and side by side [..., 2H]; the residual."""
-        normed = self.hidden_norm(hidden)
-        x = torch.cat([self.input_layernorm(embedded), normed], -1)
-        return x, normed if self.norm_before_residual else hidden
-
-
-class Eagle3Options(ShapeOptions):
-    """Shape of a new drafter; None means "as the target has it"."""
-
-    draft_length: int = Field(STEPS, ge=1, description="steps unrolled in training; K")
-    draft_vocab_size: int | None = Field(None, ge=2, description="None: the whole vocabulary")
-    target_layers: tuple[int, ...] | None = Field(
-        None, min_length=1, description="0-based layers that are tapped; None: engines' default"
-    )
-    attention: Literal["llama", "qwen3"] = Field("llama", description="qwen3: q and k normed")
-    norm_before_residual: bool = Field(False, description="the residual begins behind hidden_norm")
-    norm_output: bool = Field(False, description="the normed state is fed back (EAGLE 3.1)")
-    norm_before_fc: bool = Field(False, description="one norm over the features of all layers")
-    fc_norm: bool = Field(False, description="one norm for the features of each layer")
 
 
 @register("eagle3")

@@ -24,7 +24,8 @@ from draft_opd.evaluation.run import Evaluation
 from draft_opd.evaluation.statistics import difference
 from draft_opd.models.hub import EMBEDDED
 from draft_opd.models.target import Target
-from draft_opd.report.page import Report, spread, times
+from draft_opd.report.format import spread, times
+from draft_opd.report.page import Report
 from draft_opd.training.config import load_recipe
 from draft_opd.training.run_folder import lineage
 from draft_opd.training.trainer import Run

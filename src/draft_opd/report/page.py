@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 import draft_opd
 from draft_opd.evaluation.measure import BASELINE
 from draft_opd.report import charts
+from draft_opd.report.format import number, same_text, spread, times
 from draft_opd.report.plots import png, svg
 from draft_opd.training.run_folder import History
 from draft_opd.utils.files import make_folder, write_bytes, write_text
@@ -376,26 +377,6 @@ def _analysis(analyses: dict[str, dict], plot) -> dict:
              "Rounds by tenth of the response."),
     ]  # fmt: skip
     return _section("Where the drafter fails", "", [_table("", columns, shares)], plots)
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def times(value: float | None) -> str:
-    return f"{value:.2f}×" if value else "–"
-
-
-def spread(ends: Sequence[float] | None, form: str = ".2f") -> str:
-    return f"{ends[0]:{form}} to {ends[1]:{form}}" if ends else "–"
-
-
-def same_text(task: dict) -> str:
-    found = task["lossless"]
-    text = f"{found['matched']}/{found['of']}" if found["of"] else "–"
-    if task.get("regret"):
-        text += f"; beyond rounding {task['regret']['beyond_bound']}/{task['regret']['of']}"
-    return text
 
 
 def _yaml(value: dict) -> str:

@@ -121,3 +121,9 @@ def batch_at(lengths: Sequence[int], batch_size: int, seed: int, index: int) -> 
     """The trajectories of the index-th batch since the start of the run."""
     per_epoch = len(batch_order(lengths, batch_size, seed, 0))
     return batch_order(lengths, batch_size, seed, index // per_epoch)[index % per_epoch]
+
+
+def rows_at(rows: Sequence[Trajectory], batch_size: int, seed: int, index: int) -> list[Trajectory]:
+    """The whole batch of the index-th forward since the run began."""
+    lengths = [len(t.ids) for t in rows]
+    return [rows[i] for i in batch_at(lengths, batch_size, seed, index)]

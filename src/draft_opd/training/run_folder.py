@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
@@ -80,6 +80,38 @@ def lineage(drafter: str) -> list[History]:
             break
         drafter = found[0].recipe.get("drafter") or ""
     return found
+
+
+@dataclass
+class RunResult:
+    """Held-out τ before, at the end and at its best; `best` and `last` are drafter folders."""
+
+    out: Path
+    start_tau: float | None
+    tau: float
+    best_tau: float
+    best_step: int
+    step: int
+    supervised: int
+    seconds: float
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return {
+            "kind": "run",
+            "path": str(self.out),
+            "best": str(self.best),
+            "last": str(self.last),
+            **{k: v for k, v in asdict(self).items() if k != "out"},
+        }
+
+    @property
+    def best(self) -> Path:
+        return self.out / "best"
+
+    @property
+    def last(self) -> Path:
+        return self.out / "last"
 
 
 class Record:

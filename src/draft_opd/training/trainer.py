@@ -7,14 +7,12 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 import torch
 
-from draft_opd.data.trajectory import Trajectory
 from draft_opd.decoding.rounds import by_accepted, tau_of
 from draft_opd.drafters.base import Drafter
 from draft_opd.models.target import Target
@@ -28,14 +26,14 @@ from draft_opd.training.checkpoint import (
     save_best,
 )
 from draft_opd.training.config import Recipe
-from draft_opd.training.data import BatchSource, batch_at
+from draft_opd.training.data import BatchSource, rows_at
 from draft_opd.training.distributed import ParallelContext, gather_full_tensors
 from draft_opd.training.feature_store import FeatureFolder, about_features
 from draft_opd.training.inputs import Inputs, check_folder, read_inputs
 from draft_opd.training.optimizer import Optimizer, learning_rate
 from draft_opd.training.precision import autocast, measured_before, resolve, warn_of
 from draft_opd.training.rollouts import ROWS, Rollouts
-from draft_opd.training.run_folder import Record
+from draft_opd.training.run_folder import Record, RunResult
 from draft_opd.training.setup import (
     check_data,
     check_fingerprints,
@@ -55,38 +53,6 @@ Stage = Literal["sft", "opd"]
 STAGES: dict[Stage, Callable[[StageContext], TrainingStage]] = {"sft": SftStage, "opd": OpdStage}
 OnMetrics = Callable[[dict], None]
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class RunResult:
-    """Held-out τ before, at the end and at its best; `best` and `last` are drafter folders."""
-
-    out: Path
-    start_tau: float | None
-    tau: float
-    best_tau: float
-    best_step: int
-    step: int
-    supervised: int
-    seconds: float
-
-    def as_dict(self) -> dict:
-        """For JSON."""
-        return {
-            "kind": "run",
-            "path": str(self.out),
-            "best": str(self.best),
-            "last": str(self.last),
-            **{k: v for k, v in asdict(self).items() if k != "out"},
-        }
-
-    @property
-    def best(self) -> Path:
-        return self.out / "best"
-
-    @property
-    def last(self) -> Path:
-        return self.out / "last"
 
 
 class Run:
@@ -149,7 +115,7 @@ class Run:
         self._sources(after)
         self.clock = Stopwatch(self.target.device)
         # Not methods of this one: a run that nobody wants any more should go at once.
-        self._rows = partial(_batch, self.train_set, recipe)
+        self._rows = partial(rows_at, self.train_set, recipe.batch_size, recipe.seed)
         self.rollouts = Rollouts(
             recipe, self.target, self.drafter, self.source, self._rows, self.length, self.group,
             partial(_no_grad_call, self.wrapped_drafter, self.group), self.clock,
@@ -413,12 +379,6 @@ class Run:
             return False
         p.best_tau, p.best_step = value, p.step
         return True
-
-
-def _batch(train_set: list[Trajectory], recipe: Recipe, index: int) -> list[Trajectory]:
-    """The whole batch of the index-th forward since the run began."""
-    lengths = [len(t.ids) for t in train_set]
-    return [train_set[i] for i in batch_at(lengths, recipe.batch_size, recipe.seed, index)]
 
 
 def _no_grad_call(wrapped_drafter: torch.nn.Module, group: ParallelContext, part: Callable, *inputs):
