@@ -57,8 +57,8 @@ def analyse(
             for r in trace:
                 part = (r.anchor + 1 - len(t.prompt_ids)) / len(t.response_ids)
                 anchors[min(BINS - 1, int(part * BINS))] += 1
-        anchors = [[r.anchor for r in trace] for trace in traces]
-        blocks = attach_drafts(pack_anchors(batch, anchors, length), traces)
+        at = [[r.anchor for r in trace] for trace in traces]
+        blocks = attach_drafts(pack_anchors(batch, at, length), traces)
         drafted = replay(target, drafter, batch, blocks, teacher_states(target, batch, blocks))
         on_text = replay(
             target, drafter, batch, replace(blocks, drafted=blocks.labels),
