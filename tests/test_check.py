@@ -24,8 +24,8 @@ from draft_opd.serving.vllm_process import Acceptance, Engine, EngineFailed
 @pytest.fixture(scope="module")
 def texts(heldout):
     """As an engine leaves them: cut by a limit, or ended by a stop token."""
-    cut = [d.Trajectory(t.prompt_ids, t.response_ids[:32], t.id) for t in heldout[-2:]]
-    return [*cut, heldout[0]]
+    cut = [d.Trajectory(t.prompt_ids, t.response_ids[:40], t.id) for t in heldout[-3:]]
+    return [*cut, heldout[20]]
 
 
 def served(target, texts, counted) -> Served:

@@ -114,14 +114,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from draft_opd.models.target import Target
 from draft_opd.training.config import Parallel
-from draft_opd.training.distributed import Group
+from draft_opd.training.distributed import ParallelContext
 from draft_opd.training.setup import split_target
 
 kind = "cuda" if torch.cuda.is_available() else "cpu"
 backend = "nccl" if kind == "cuda" else "gloo"
 dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
 mesh = init_device_mesh(kind, (1, 1), mesh_dim_names=("data", "tensor"))
-group = Group(Parallel(target="shard"), mesh)
+group = ParallelContext(Parallel(target="shard"), mesh)
 whole, target = (
     Target.from_pretrained("embedded", device=device, prepacked=False)
     for device in (group.device, "cpu")
