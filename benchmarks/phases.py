@@ -387,5 +387,5 @@ class Decode(Phase):
 PHASES: dict[str, type[Phase]] = {
     p.name: p for p in (Machine, Lossless, RoundCosts, Collect, Sft, League, Decode)
 }
-# What a phase goes on from, by another phase.
+# Paths that earlier phases must have made, by the phase that needs them.
 NEEDS = {"sft": ["data/train", "data/heldout"], "league": ["sft/best"], "decode": ["sft/best"]}

@@ -131,7 +131,7 @@ def test_the_walk_through_runs_as_it_is_written(tmp_path):
         prompts = (ROOT / "src" / "draft_opd" / "embedded" / f"{part}.jsonl").read_text()
         (tmp_path / name).write_text(prompts)
     # The shell hands its commands over to forked processes, which need not load torch again.
-    shell = 'draft-opd() { jq=$(printf "%s\\0" "$@" | base64 -w0); echo "draft-opd $jq"; }'
+    shell = 'draft-opd() { words=$(printf "%s\\0" "$@" | base64 -w0); echo "draft-opd $words"; }'
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", "\n".join([shell, *lines])], cwd=tmp_path, text=True,
         capture_output=True,

@@ -180,7 +180,7 @@ class Run:
         keep = data.cache_features != "none"
         known = self.features if self.features is not None else {} if keep else None
         self.source = BatchSource(self.target, layers, known, dtype)
-        # The yardstick is never rounded: its features stay in the target's own type.
+        # What τ is measured on is never rounded: its features stay in the target's own type.
         self.heldout_source = BatchSource(self.target, layers, {} if keep else None, self.target.dtype)
         if after is not None:
             self.source.adopt(after.source)
