@@ -45,9 +45,11 @@ def main() -> None:
     reading = size / limits.bandwidth(target.dtype, target.device, max(1, round(size / 2**20)))
     rate = limits.matrix_rate(target.dtype, target.device)
     config = GenerationConfig(
-        max_new_tokens=args.tokens, do_sample=False, eos_token_id=sorted(target.stop_ids),
+        max_new_tokens=args.tokens,
+        do_sample=False,
+        eos_token_id=sorted(target.stop_ids),
         pad_token_id=0,
-    )  # fmt: skip
+    )
 
     def ours(rows):
         made = speculate(target, None, rows, max_new_tokens=args.tokens)

@@ -47,9 +47,12 @@ def make_step(target: Target):
         )
         mask = target._mask(key[:, None] <= positions[:, :, None], positions, key)
         out = target.decoder(
-            input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache,
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
             use_cache=True,
-        )  # fmt: skip
+        )
         return target.head(out.last_hidden_state).argmax(-1)
 
     return step

@@ -79,9 +79,12 @@ def decode(target: Target, path: str, prompts: str, limit: int, tokens: int) -> 
 
     def theirs(**more):
         config = GenerationConfig(
-            max_new_tokens=tokens, do_sample=False, eos_token_id=sorted(target.stop_ids),
-            pad_token_id=0, **more,
-        )  # fmt: skip
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=sorted(target.stop_ids),
+            pad_token_id=0,
+            **more,
+        )
 
         def run(ids):
             made = plain_model(target).generate(

@@ -18,8 +18,18 @@ from pathlib import Path
 
 import machine
 
-ROWS = ("sft_continued", "ce_replay", "auf", "dpace", "dpace_random", "expected_length+ce",
-        "paper", "paper_random_anchors", "paper_accepted_only", "forward_kl")  # fmt: skip
+ROWS = (
+    "sft_continued",
+    "ce_replay",
+    "auf",
+    "dpace",
+    "dpace_random",
+    "expected_length+ce",
+    "paper",
+    "paper_random_anchors",
+    "paper_accepted_only",
+    "forward_kl",
+)
 
 
 def side(path: Path, run: Path, seeds: set[int]) -> dict:

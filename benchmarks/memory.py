@@ -53,12 +53,24 @@ def measure(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as out:
         recipe = load_recipe(
             "embedded:dflash",
-            [f"data.trajectories={args.data}/train", f"data.heldout={args.data}/heldout",
-             "data.heldout_limit=8", "data.limit=400", "data.cache_features=none", "batch_size=2",
-             "opd.max_anchors=8", "sft.anchors=8", "opd.trace_every=1", f"steps={args.steps}",
-             f"evaluation.every={max(1, args.steps // 8)}", f"out={out}/run", *drafter, *pairs],
+            [
+                f"data.trajectories={args.data}/train",
+                f"data.heldout={args.data}/heldout",
+                "data.heldout_limit=8",
+                "data.limit=400",
+                "data.cache_features=none",
+                "batch_size=2",
+                "opd.max_anchors=8",
+                "sft.anchors=8",
+                "opd.trace_every=1",
+                f"steps={args.steps}",
+                f"evaluation.every={max(1, args.steps // 8)}",
+                f"out={out}/run",
+                *drafter,
+                *pairs,
+            ],
             stage,
-        )  # fmt: skip
+        )
 
         def look(line: dict) -> None:
             if "loss" in line and line["step"] % 25 == 0:
@@ -92,8 +104,10 @@ def run(args: argparse.Namespace, side: str, steps: int) -> dict:
     options = [f"--{k}={getattr(args, k)}" for k in ("data", "drafter")]
     done = subprocess.run(
         [sys.executable, __file__, *options, f"--steps={steps}", "--side", side],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

@@ -55,14 +55,22 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for side, options in sides.items():
                 tree = {
-                    "target": args.target, "drafter": args.drafter, "steps": 1_000_000,
-                    "out": str(Path(folder) / side), "batch_size": size,
-                    "precision": args.precision, "save_every": args.steps,
-                    "data": {"trajectories": args.trajectories, "heldout": args.heldout,
-                             "heldout_limit": 1, **options.get("data", {})},
+                    "target": args.target,
+                    "drafter": args.drafter,
+                    "steps": 1_000_000,
+                    "out": str(Path(folder) / side),
+                    "batch_size": size,
+                    "precision": args.precision,
+                    "save_every": args.steps,
+                    "data": {
+                        "trajectories": args.trajectories,
+                        "heldout": args.heldout,
+                        "heldout_limit": 1,
+                        **options.get("data", {}),
+                    },
                     "opd": {"objective": {"kind": args.objective}, **options.get("opd", {})},
                     "optim": {"learning_rate": 1e-9},  # all keep the drafter they began with
-                }  # fmt: skip
+                }
                 runs[side] = Run("opd", parse_recipe(tree), after=next(iter(runs.values()), None))
                 runs[side]._evaluate()  # how the trace is made goes by τ
             for repeat in range(args.repeats + 1):

@@ -27,13 +27,13 @@ SIDES = {
     "SFT, DDP": ["sft"],
     "Draft-OPD (the paper's loss), DDP": COMMON,
     "the same, Muon": [*COMMON, "optim.name=muon"],
-    "Draft-OPD (D-PACE, traces of 5 steps), DDP": [
-        "opd", "opd.objective.kind=dpace", "opd.trace_every=5"
-    ],
+    "Draft-OPD (D-PACE, traces of 5 steps), DDP": ["opd", "opd.objective.kind=dpace", "opd.trace_every=5"],
     "Draft-OPD (the paper's loss), drafter and target sharded (FSDP2)": [
-        *COMMON, "parallel.drafter=shard", "parallel.target=shard"
+        *COMMON,
+        "parallel.drafter=shard",
+        "parallel.target=shard",
     ],
-}  # fmt: skip
+}
 
 
 def run(count: int, args: argparse.Namespace, side: list[str], out: Path) -> list[dict]:
@@ -41,13 +41,31 @@ def run(count: int, args: argparse.Namespace, side: list[str], out: Path) -> lis
     stage, *pairs = side
     drafter = [f"drafter={args.drafter}"] if stage == "opd" else []
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-        str(count), "-m", "draft_opd", stage, "--config", "embedded:dflash",
-        f"data.trajectories={args.data}/train", f"data.heldout={args.data}/heldout",
-        "data.heldout_limit=32", "data.limit=400", "data.cache_features=none", "batch_size=9",
-        "optim.name=adamw", "optim.learning_rate=5e-4", f"steps={args.steps}", f"out={out}",
-        f"evaluation.every={args.steps}", *drafter, *pairs,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        "-m",
+        "draft_opd",
+        stage,
+        "--config",
+        "embedded:dflash",
+        f"data.trajectories={args.data}/train",
+        f"data.heldout={args.data}/heldout",
+        "data.heldout_limit=32",
+        "data.limit=400",
+        "data.cache_features=none",
+        "batch_size=9",
+        "optim.name=adamw",
+        "optim.learning_rate=5e-4",
+        f"steps={args.steps}",
+        f"out={out}",
+        f"evaluation.every={args.steps}",
+        *drafter,
+        *pairs,
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:

@@ -36,11 +36,21 @@ from draft_opd.training.trainer import Run
 from draft_opd.utils.machine import speed_over_float32
 
 QWEN3 = {  # the shapes of Qwen3-0.6B and 4B (their config.json on the hub); weights are random
-    "Qwen3-0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-                   "num_attention_heads": 16, "num_key_value_heads": 8},
-    "Qwen3-4B": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
-                 "num_attention_heads": 32, "num_key_value_heads": 8},
-}  # fmt: skip
+    "Qwen3-0.6B": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+    },
+    "Qwen3-4B": {
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -66,20 +76,56 @@ class Size:
 
 SIZES = {
     "tiny": Size(
-        shapes=(EMBEDDED,), contexts=(64,), repeats=3, lossless=2, train=8, heldout=2, tokens=24,
-        batch=4, drafter={"num_layers": 1, "block_size": 4}, sft_steps=4, every=2, league_steps=2,
-        decode=1, megabytes=16,
-        seconds={"machine": 5, "lossless": 15, "rounds": 10, "collect": 10, "sft": 15,
-                 "league": 40, "decode": 20},
+        shapes=(EMBEDDED,),
+        contexts=(64,),
+        repeats=3,
+        lossless=2,
+        train=8,
+        heldout=2,
+        tokens=24,
+        batch=4,
+        drafter={"num_layers": 1, "block_size": 4},
+        sft_steps=4,
+        every=2,
+        league_steps=2,
+        decode=1,
+        megabytes=16,
+        seconds={
+            "machine": 5,
+            "lossless": 15,
+            "rounds": 10,
+            "collect": 10,
+            "sft": 15,
+            "league": 40,
+            "decode": 20,
+        },
     ),
     "gpu": Size(
-        shapes=("Qwen3-0.6B", "Qwen3-4B"), contexts=(256, 2048), repeats=10, lossless=200,
-        train=7473, heldout=128, tokens=256, batch=64, drafter={"num_layers": 3, "block_size": 16},
-        sft_steps=2000, every=200, league_steps=250, decode=12, megabytes=4096,
-        seconds={"machine": 20, "lossless": 90, "rounds": 90, "collect": 450, "sft": 540,
-                 "league": 600, "decode": 120},
+        shapes=("Qwen3-0.6B", "Qwen3-4B"),
+        contexts=(256, 2048),
+        repeats=10,
+        lossless=200,
+        train=7473,
+        heldout=128,
+        tokens=256,
+        batch=64,
+        drafter={"num_layers": 3, "block_size": 16},
+        sft_steps=2000,
+        every=200,
+        league_steps=250,
+        decode=12,
+        megabytes=4096,
+        seconds={
+            "machine": 20,
+            "lossless": 90,
+            "rounds": 90,
+            "collect": 450,
+            "sft": 540,
+            "league": 600,
+            "decode": 120,
+        },
     ),
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -176,12 +222,17 @@ def short_sft(target: Target, family: str, out: str, steps: int) -> Drafter:
     collect(target, prompts[:4], Path(out) / "heldout", max_new_tokens=64, batch_size=64)
     recipe = parse_recipe(
         {
-            "target": EMBEDDED, "out": f"{out}/{family}", "steps": steps, "batch_size": 4,
+            "target": EMBEDDED,
+            "out": f"{out}/{family}",
+            "steps": steps,
+            "batch_size": 4,
             "data": {"trajectories": f"{out}/train", "heldout": f"{out}/heldout"},
-            "model": {"family": family}, "optim": {"name": "muon", "learning_rate": 3e-3},
-            "evaluation": {"every": steps}, "precision": "float32",
+            "model": {"family": family},
+            "optim": {"name": "muon", "learning_rate": 3e-3},
+            "evaluation": {"every": steps},
+            "precision": "float32",
         }
-    )  # fmt: skip
+    )
     run = Run("sft", recipe, target=target, resume=Path(recipe.out).exists())
     run.train()
     return run.drafter.eval()
@@ -217,9 +268,10 @@ class Lossless(Phase):
                 rows.append([family, way, same, len(ids), tau])
         columns = ["family", "drafts", "same text", "of", "τ"]
         return {
-            "matched": sum(r[2] for r in rows), "of": sum(r[3] for r in rows),
+            "matched": sum(r[2] for r in rows),
+            "of": sum(r[3] for r in rows),
             "table": _table(columns, rows),
-        }  # fmt: skip
+        }
 
 
 def random_target(shape: str, device: torch.device, dtype: torch.dtype) -> Target:
@@ -227,9 +279,13 @@ def random_target(shape: str, device: torch.device, dtype: torch.dtype) -> Targe
     if shape == EMBEDDED:
         return Target.from_pretrained(EMBEDDED, device=device)
     config = Qwen3Config(
-        vocab_size=151_936, head_dim=128, tie_word_embeddings=True, max_position_embeddings=40_960,
-        rope_theta=1e6, **QWEN3[shape],
-    )  # fmt: skip
+        vocab_size=151_936,
+        head_dim=128,
+        tie_word_embeddings=True,
+        max_position_embeddings=40_960,
+        rope_theta=1e6,
+        **QWEN3[shape],
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -260,8 +316,15 @@ class RoundCosts(Phase):
                 ms = [1000 * times[k]["median"] for k in times]
                 rows.append([shape, context, *ms, 1000 * reading])
             del target, drafter
-        columns = ["shape", "context", "target, 1 token", "verify 16", "draft 15", "a round",
-                   "read the weights"]  # fmt: skip
+        columns = [
+            "shape",
+            "context",
+            "target, 1 token",
+            "verify 16",
+            "draft 15",
+            "a round",
+            "read the weights",
+        ]
         return {"milliseconds": found, "table": _table(columns, rows)}
 
     def _times(self, target: Target, drafter: Drafter, context: int) -> dict:
@@ -297,8 +360,12 @@ class RoundCosts(Phase):
             full.set_bound(context + length + 1, filled=True)
             return full(anchors, last, length).tolist()
 
-        return {"one": s.seconds(one), "verify": s.seconds(verify), "draft": s.seconds(draft),
-                "round": s.seconds(whole)}  # fmt: skip
+        return {
+            "one": s.seconds(one),
+            "verify": s.seconds(verify),
+            "draft": s.seconds(draft),
+            "round": s.seconds(whole),
+        }
 
 
 class Collect(Phase):
@@ -310,9 +377,12 @@ class Collect(Phase):
             prompts = read_prompts(s.prompts[part], getattr(self.size, part))
             began = time.perf_counter()
             path = collect(
-                s.target, prompts, Path("data") / part, max_new_tokens=self.size.tokens,
+                s.target,
+                prompts,
+                Path("data") / part,
+                max_new_tokens=self.size.tokens,
                 batch_size=8 * self.size.batch,
-            )  # fmt: skip
+            )
             value, seconds = summary(path), time.perf_counter() - began
             found[part] = {**value, "seconds": seconds}
             rate = value["response_tokens"] / seconds
@@ -324,13 +394,22 @@ class Collect(Phase):
 def _recipe(setup: Setup, out: str, steps: int, rate: float, **more) -> dict:
     size = setup.size
     return {
-        "target": setup.target_name, "out": out, "steps": steps, "batch_size": size.batch,
-        "data": {"trajectories": "data/train", "heldout": "data/heldout",
-                 "heldout_limit": size.heldout, "cache_features": "memory"},
-        "model": {"family": "dflash", "options": size.drafter}, "sft": {"anchors": 32},
-        "optim": {"name": "muon", "learning_rate": rate}, "evaluation": {"every": size.every},
+        "target": setup.target_name,
+        "out": out,
+        "steps": steps,
+        "batch_size": size.batch,
+        "data": {
+            "trajectories": "data/train",
+            "heldout": "data/heldout",
+            "heldout_limit": size.heldout,
+            "cache_features": "memory",
+        },
+        "model": {"family": "dflash", "options": size.drafter},
+        "sft": {"anchors": 32},
+        "optim": {"name": "muon", "learning_rate": rate},
+        "evaluation": {"every": size.every},
         **more,
-    }  # fmt: skip
+    }
 
 
 class Sft(Phase):
@@ -360,9 +439,14 @@ class League(Phase):
         variants = {"sft_continued": {"stage": "sft"}}
         variants |= {n: {"set": {"opd.objective.kind": k}} for n, k in kinds.items()}
         plan = Plan.model_validate(
-            {"recipe": str(recipe), "seeds": [0], "start": {"drafter": "sft/best"},
-             "baseline": "sft_continued", "variants": variants}
-        )  # fmt: skip
+            {
+                "recipe": str(recipe),
+                "seeds": [0],
+                "start": {"drafter": "sft/best"},
+                "baseline": "sft_continued",
+                "variants": variants,
+            }
+        )
         value = Ablation(plan, Path("league"), print).run()
         rows = [[r["variant"], r["tau"], r["gain_percent"], r["seconds"]] for r in value["table"]]
         columns = ["variant", "τ", "% to sft_continued", "seconds"]

@@ -44,8 +44,7 @@ def updates(model: torch.nn.Module) -> dict:
     """An update of all matrices of a drafter by each Muon."""
     sides = {}
     for name in ("torch's, bfloat16", "ours, float32", "ours, bfloat16"):
-        matrices = [torch.nn.Parameter(p.detach().clone()) for p in model.parameters()
-                    if p.ndim == 2]  # fmt: skip
+        matrices = [torch.nn.Parameter(p.detach().clone()) for p in model.parameters() if p.ndim == 2]
         for p in matrices:
             p.grad = torch.randn_like(p)
         if name.startswith("torch"):
@@ -69,9 +68,14 @@ def main() -> None:
     runs: dict[str, Run] = {}
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("float32", "bfloat16"):
-            pairs = [f"precision={kind}", f"out={Path(folder) / kind}", "steps=1000000",
-                     f"data.trajectories={args.trajectories}", f"data.heldout={args.heldout}",
-                     "optim.learning_rate=1e-9"]  # fmt: skip
+            pairs = [
+                f"precision={kind}",
+                f"out={Path(folder) / kind}",
+                "steps=1000000",
+                f"data.trajectories={args.trajectories}",
+                f"data.heldout={args.heldout}",
+                "optim.learning_rate=1e-9",
+            ]
             recipe = load_recipe("embedded", pairs, "sft")
             runs[kind] = Run("sft", recipe, after=next(iter(runs.values()), None))
         steps = dict.fromkeys(runs, 0)

@@ -42,10 +42,16 @@ OBJECTIVES = ("dpace", "acceptance_aware")
 
 def make_target(vocabulary: int, device: str) -> Target:
     config = Qwen3Config(
-        vocab_size=vocabulary, hidden_size=192, intermediate_size=512, num_hidden_layers=8,
-        num_attention_heads=6, num_key_value_heads=2, head_dim=32, max_position_embeddings=4096,
+        vocab_size=vocabulary,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     return Target(Qwen3ForCausalLM(config).to(device), name=f"random {vocabulary}")
 
@@ -89,12 +95,14 @@ def steps(shape: dict, device: str, repeats: int) -> dict:
     traces = hindsight_rollout(target, drafter, plain, length)
 
     def sft():
-        return sft_loss(target, drafter, plain, anchors=shape["blocks"], length=length, decay=None, seed="0")
+        return sft_loss(
+            target, drafter, plain, anchors=shape["blocks"], num_draft_tokens=length, decay=None, seed="0"
+        )
 
     def opd(kind):
         options = Opd(max_anchors=shape["blocks"], objective={"kind": kind})
         batch = cached if kind == "acceptance_aware" else plain
-        return opd_loss(target, drafter, batch, traces, options, length=length, seed="0")
+        return opd_loss(target, drafter, batch, traces, options, num_draft_tokens=length, seed="0")
 
     kinds = {"sft": sft, **{kind: lambda kind=kind: opd(kind) for kind in OBJECTIVES}}
     for name, work in kinds.items():

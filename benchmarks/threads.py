@@ -90,8 +90,10 @@ def compare(repeats: int) -> None:
                 done = subprocess.run(
                     [sys.executable, __file__, "--work"],
                     env={**os.environ, "OMP_NUM_THREADS": str(threads), **POLICIES[policy]},
-                    capture_output=True, text=True, check=True,
-                )  # fmt: skip
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
             finally:
                 for process in busy:
                     process.kill()

@@ -55,9 +55,13 @@ def main() -> None:
                         target.device.type, torch.bfloat16, enabled=args.precision == "bfloat16"
                     ):
                         found[at_once] = hindsight_rollout(
-                            target, drafter, batch, drafter.draft_length, whole=False,
+                            target,
+                            drafter,
+                            batch,
+                            drafter.draft_length,
+                            whole=False,
                             at_once=at_once,
-                        )  # fmt: skip
+                        )
                     if repeat:
                         times[at_once].append(time.perf_counter() - began)
                 where = [[(r.anchor, r.accepted) for t in f for r in t] for f in found.values()]

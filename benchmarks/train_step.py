@@ -35,9 +35,10 @@ STAGES = {
     "opd, D-PACE": ("opd", {"opd": {"objective": {"kind": "dpace"}}}),
     "opd, the paper's loss": ("opd", {}),
     "opd, D-PACE, remembered": (
-        "opd", {"opd": {"objective": {"kind": "dpace"}}, "data": {"cache_features": "memory"}}
+        "opd",
+        {"opd": {"objective": {"kind": "dpace"}}, "data": {"cache_features": "memory"}},
     ),
-}  # fmt: skip
+}
 GROUPS = {
     "matrix products": ("mm", "bmm", "linear", "matmul", "baddbmm"),
     "attention": ("attention",),
@@ -90,12 +91,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for side, (stage, more) in STAGES.items():
             tree = {
-                "target": args.target, "drafter": args.drafter, "steps": 1_000_000,
-                "out": str(Path(folder) / side), "batch_size": args.batch,
-                "precision": args.precision, "optim": {"learning_rate": 1e-9}, **more,
-                "data": {"trajectories": args.trajectories, "heldout": args.heldout,
-                         "heldout_limit": 1, **more.get("data", {})},
-            }  # fmt: skip
+                "target": args.target,
+                "drafter": args.drafter,
+                "steps": 1_000_000,
+                "out": str(Path(folder) / side),
+                "batch_size": args.batch,
+                "precision": args.precision,
+                "optim": {"learning_rate": 1e-9},
+                **more,
+                "data": {
+                    "trajectories": args.trajectories,
+                    "heldout": args.heldout,
+                    "heldout_limit": 1,
+                    **more.get("data", {}),
+                },
+            }
             first = next(iter(runs.values()), None)
             recipe = parse_recipe(tree)
             runs[side] = Run(stage, recipe, target=first and first.target)

@@ -57,10 +57,14 @@ def main() -> None:
             which, shape = sides[name]
             clock = Timing()
             made = speculate(
-                target, which, [row.prompt_ids], max_new_tokens=len(row.response_ids),
+                target,
+                which,
+                [row.prompt_ids],
+                max_new_tokens=len(row.response_ids),
                 draft_length=shape if isinstance(shape, int) else None,
-                tree=shape if isinstance(shape, tuple) else None, timing=clock,
-            )[0]  # fmt: skip
+                tree=shape if isinstance(shape, tuple) else None,
+                timing=clock,
+            )[0]
             seconds[name].append(clock.decode)
             if which is not None:
                 rounds[name] += made.rounds

@@ -41,10 +41,15 @@ def main() -> None:
             collect(target, prompts, folder / part, max_new_tokens=320, batch_size=64)
         for family, shape in SHAPES.items():
             pairs = [
-                f"data.trajectories={folder / 'train'}", f"data.heldout={folder / 'heldout'}",
-                f"model.options={shape}", f"steps={STEPS}", "precision=float32", f"out={OUT}",
-                f"evaluation.every={STEPS // 3}", f"optim.learning_rate={RATES[family]}",
-            ]  # fmt: skip
+                f"data.trajectories={folder / 'train'}",
+                f"data.heldout={folder / 'heldout'}",
+                f"model.options={shape}",
+                f"steps={STEPS}",
+                "precision=float32",
+                f"out={OUT}",
+                f"evaluation.every={STEPS // 3}",
+                f"optim.learning_rate={RATES[family]}",
+            ]
             recipe = load_recipe(f"embedded:{family}", pairs, "sft")
             recipe = recipe.model_copy(update={"out": str(folder / family)})
             result = Run("sft", recipe, target=target).train()

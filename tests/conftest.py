@@ -193,11 +193,17 @@ def together(forked, recipe_for, trained_folder, tmp_path_factory):
         logs = [folder / f"{rank}.log" for rank in range(count)]
         return [
             forked.start(
-                stage, "--config", folder / "r.yaml", "--resume", log=log, **env, RANK=str(rank),
+                stage,
+                "--config",
+                folder / "r.yaml",
+                "--resume",
+                log=log,
+                **env,
+                RANK=str(rank),
                 LOCAL_RANK=str(rank),
             )
             for rank, log in enumerate(logs)
-        ], logs  # fmt: skip
+        ], logs
 
     def run(count: int, stage: str, out: Path, *pairs: str) -> list[dict]:
         processes, logs = begin(count, stage, out, *pairs)

@@ -24,18 +24,25 @@ class Forked:
 
     def __init__(self):
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, bufsize=1,
-        )  # fmt: skip
+            [sys.executable, str(Path(__file__))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
 
     def _ask(self, **what) -> int:
         self.process.stdin.write(f"{json.dumps(what)}\n")
         return int(self.process.stdout.readline())
 
     def start(
-        self, *arguments, log: Path, script: Path | None = None, folder: Path | None = None,
+        self,
+        *arguments,
+        log: Path,
+        script: Path | None = None,
+        folder: Path | None = None,
         **env: str,
-    ) -> int:  # fmt: skip
+    ) -> int:
         asked = {"arguments": list(map(str, arguments)), "log": str(log), "env": env}
         return self._ask(**asked, script=script and str(script), folder=str(folder or Path.cwd()))
 

@@ -8,10 +8,21 @@ from safetensors.torch import load_file
 
 ADAMW = ("optim.name=adamw", "optim.learning_rate=1e-4")
 # Batches that two processes cannot share evenly, and two forwards a step.
-UNEVEN = ("steps=4", "evaluation.every=2", "batch_size=5", "accumulate=2", "data.max_length=110",
-          "data.heldout_limit=3", *ADAMW)  # fmt: skip
-PAPER = ("opd.objective.kind=acceptance_aware", "opd.trace_every=2", "data.cache_features=none",
-         "opd.max_anchors=6")  # fmt: skip
+UNEVEN = (
+    "steps=4",
+    "evaluation.every=2",
+    "batch_size=5",
+    "accumulate=2",
+    "data.max_length=110",
+    "data.heldout_limit=3",
+    *ADAMW,
+)
+PAPER = (
+    "opd.objective.kind=acceptance_aware",
+    "opd.trace_every=2",
+    "data.cache_features=none",
+    "opd.max_anchors=6",
+)
 
 
 def metrics(out: Path) -> list[dict]:

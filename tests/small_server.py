@@ -153,9 +153,13 @@ class Handler(BaseHTTPRequestHandler):
         sampling = Sampling(temperature=asked["temperature"])
         with ONE_AT_A_TIME:
             made = speculate(
-                TARGET, DRAFTER, [prompt], max_new_tokens=asked["max_tokens"], sampling=sampling,
+                TARGET,
+                DRAFTER,
+                [prompt],
+                max_new_tokens=asked["max_tokens"],
+                sampling=sampling,
                 seed=asked["seed"],
-            )[0]  # fmt: skip
+            )[0]
             ROUNDS.extend(made.rounds)
             REQUEST_COUNT[0] += 1
         shown = made.token_ids[:-1] if made.finish_reason == "stop" else made.token_ids

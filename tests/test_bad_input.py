@@ -31,10 +31,16 @@ OPD = "opd --config {recipe} out={new}"
 EVAL = "eval --target embedded --tasks embedded --limit 1 --max-new-tokens 4"
 PAIR = f"{EVAL} --drafter {{drafter}}"
 HEADING = {
-    "prompts": "Prompts", "data": "Trajectories", "target": "Targets", "drafter": "Drafters",
-    "recipe": "Recipes", "run": "Runs", "place": "Places", "server": "Servers",
+    "prompts": "Prompts",
+    "data": "Trajectories",
+    "target": "Targets",
+    "drafter": "Drafters",
+    "recipe": "Recipes",
+    "run": "Runs",
+    "place": "Places",
+    "server": "Servers",
     "option": "Options",
-}  # fmt: skip
+}
 
 
 # -- what is wrong: each makes files in a folder and returns the arguments' names ---------------
@@ -62,11 +68,19 @@ class Shop:
 
     def tree(self) -> dict:
         return {
-            "target": "embedded", "out": "runs/x", "steps": 2, "batch_size": 2,
-            "data": {"trajectories": str(self.data / "train"), "limit": 8, "heldout_limit": 2,
-                     "heldout": str(self.data / "heldout")},
-            "drafter": str(self.trained), "evaluation": {"every": 2},
-        }  # fmt: skip
+            "target": "embedded",
+            "out": "runs/x",
+            "steps": 2,
+            "batch_size": 2,
+            "data": {
+                "trajectories": str(self.data / "train"),
+                "limit": 8,
+                "heldout_limit": 2,
+                "heldout": str(self.data / "heldout"),
+            },
+            "drafter": str(self.trained),
+            "evaluation": {"every": 2},
+        }
 
     def recipe(self, **sections) -> Path:
         return self.file("recipe.yaml", yaml.safe_dump(self.tree() | sections))
@@ -184,41 +198,51 @@ case("data: a negative id", T, trajectories(response_ids=[3, -1]))
 case("data: an id that no target has", T, trajectories(response_ids=[3, 10**30]))
 case("data: an empty response", T, trajectories(response_ids=[]))
 case("data: a temperature in words", T, trajectories(temperature="hot"))
-case("data: the same id twice", T,
-     lambda shop: {"file": shop.file("t.jsonl", f"{shop.rows()}\n{shop.rows()}")})  # fmt: skip
+case(
+    "data: the same id twice", T, lambda shop: {"file": shop.file("t.jsonl", f"{shop.rows()}\n{shop.rows()}")}
+)
 case("data: tokens of another target", T, trajectories(response_ids=[3, 5000]))
 case("data: longer than the context", T, trajectories(response_ids=[5] * 5000))
 case("data: sampled at another temperature", T, trajectories(temperature=0.7))
-case("data: held-out prompts among those trained on",
-     "sft --config {recipe} out={new} data.trajectories={heldout}",
-     lambda shop: {"heldout": shop.data / "heldout"})  # fmt: skip
+case(
+    "data: held-out prompts among those trained on",
+    "sft --config {recipe} out={new} data.trajectories={heldout}",
+    lambda shop: {"heldout": shop.data / "heldout"},
+)
 case("data: nothing is left after max_length", f"{SFT} data.max_length=8")
-case("data: analysed with another target's drafter",
-     "analyze --target embedded --drafter {drafter} --trajectories {file} --out {new}",
-     trajectories(response_ids=[3, 5000]))  # fmt: skip
+case(
+    "data: analysed with another target's drafter",
+    "analyze --target embedded --drafter {drafter} --trajectories {file} --out {new}",
+    trajectories(response_ids=[3, 5000]),
+)
 
 G = "generate --drafter {trained} --prompt Hi --target {target}"
 case("target: no such folder", G, lambda shop: {"target": shop.folder / "none"})
 case("target: a drafter in its place", G, lambda shop: {"target": shop.trained})
-case("target: no config.json", G,
-     lambda shop: shop.target(lambda f: (f / "config.json").unlink()))  # fmt: skip
-case("target: config.json is no JSON", G,
-     lambda shop: shop.target(lambda f: (f / "config.json").write_text("{")))  # fmt: skip
-case("target: not a causal language model", G,
-     lambda shop: shop.target(lambda f: (f / "config.json").write_text(
-         '{"model_type": "vit", "architectures": ["ViTModel"]}')))  # fmt: skip
-case("target: no weights", G,
-     lambda shop: shop.target(lambda f: (f / "model.safetensors").unlink()))  # fmt: skip
+case("target: no config.json", G, lambda shop: shop.target(lambda f: (f / "config.json").unlink()))
+case(
+    "target: config.json is no JSON",
+    G,
+    lambda shop: shop.target(lambda f: (f / "config.json").write_text("{")),
+)
+case(
+    "target: not a causal language model",
+    G,
+    lambda shop: shop.target(
+        lambda f: (f / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTModel"]}')
+    ),
+)
+case("target: no weights", G, lambda shop: shop.target(lambda f: (f / "model.safetensors").unlink()))
 case("target: corrupt weights", G, lambda shop: shop.target(cut("model.safetensors")))
 case("target: a pickle in their place", G, lambda shop: shop.target(pickled))
-case("target: no tokenizer", G,
-     lambda shop: shop.target(lambda f: [x.unlink() for x in f.glob("token*")]))  # fmt: skip
-case("target: its tokenizer belongs to a larger model", G,
-     lambda shop: shop.target(larger_tokenizer))  # fmt: skip
-case("target: remote code required", G,
-     lambda shop: shop.target(remote))  # fmt: skip
-case("target: a weight of another shape", G,
-     lambda shop: shop.target(edit("config.json", intermediate_size=100)))  # fmt: skip
+case("target: no tokenizer", G, lambda shop: shop.target(lambda f: [x.unlink() for x in f.glob("token*")]))
+case("target: its tokenizer belongs to a larger model", G, lambda shop: shop.target(larger_tokenizer))
+case("target: remote code required", G, lambda shop: shop.target(remote))
+case(
+    "target: a weight of another shape",
+    G,
+    lambda shop: shop.target(edit("config.json", intermediate_size=100)),
+)
 
 
 def remote(folder: Path) -> None:
@@ -239,28 +263,33 @@ D = f"{EVAL} --drafter {{drafter}}"
 case("drafter: no such folder", D, lambda shop: {"drafter": shop.folder / "none"})
 case("drafter: a run folder", D, lambda shop: {"drafter": shop.trained.parent})
 case("drafter: a target in its place", D, lambda shop: {"drafter": resolve_path("embedded")})
-case("drafter: config.json is no JSON", D,
-     lambda shop: shop.drafter(lambda f: (f / "config.json").write_text("not")))  # fmt: skip
-case("drafter: config.json describes none", D,
-     lambda shop: shop.drafter(edit("config.json", hidden_size="wide")))  # fmt: skip
-case("drafter: no safetensors", D,
-     lambda shop: shop.drafter(lambda f: (f / "model.safetensors").unlink()))  # fmt: skip
+case(
+    "drafter: config.json is no JSON",
+    D,
+    lambda shop: shop.drafter(lambda f: (f / "config.json").write_text("not")),
+)
+case(
+    "drafter: config.json describes none",
+    D,
+    lambda shop: shop.drafter(edit("config.json", hidden_size="wide")),
+)
+case("drafter: no safetensors", D, lambda shop: shop.drafter(lambda f: (f / "model.safetensors").unlink()))
 case("drafter: a pickle in their place", D, lambda shop: shop.drafter(pickled))
 case("drafter: corrupt safetensors", D, lambda shop: shop.drafter(cut("model.safetensors")))
-case("drafter: a tensor is missing", D,
-     lambda shop: shop.drafter(tensors(lambda t: t.pop("fc.weight"))))  # fmt: skip
-case("drafter: a misnamed tensor", D,
-     lambda shop: shop.drafter(tensors(
-         lambda t: t.update(fc2=t["fc.weight"].clone()))))  # fmt: skip
-case("drafter: a tensor of another shape", D,
-     lambda shop: shop.drafter(tensors(
-         lambda t: t.update({"norm.weight": t["norm.weight"][:-1].clone()}))))  # fmt: skip
-case("drafter: another vocabulary", D,
-     lambda shop: shop.drafter(edit("config.json", vocab_size=1000)))  # fmt: skip
-case("drafter: another hidden size", D,
-     lambda shop: {"drafter": of_other_width(shop.folder / "wide")})  # fmt: skip
-case("drafter: layers that the target does not have", D,
-     lambda shop: shop.drafter(layers([1, 2, 3, 4, 99])))  # fmt: skip
+case("drafter: a tensor is missing", D, lambda shop: shop.drafter(tensors(lambda t: t.pop("fc.weight"))))
+case(
+    "drafter: a misnamed tensor",
+    D,
+    lambda shop: shop.drafter(tensors(lambda t: t.update(fc2=t["fc.weight"].clone()))),
+)
+case(
+    "drafter: a tensor of another shape",
+    D,
+    lambda shop: shop.drafter(tensors(lambda t: t.update({"norm.weight": t["norm.weight"][:-1].clone()}))),
+)
+case("drafter: another vocabulary", D, lambda shop: shop.drafter(edit("config.json", vocab_size=1000)))
+case("drafter: another hidden size", D, lambda shop: {"drafter": of_other_width(shop.folder / "wide")})
+case("drafter: layers that the target does not have", D, lambda shop: shop.drafter(layers([1, 2, 3, 4, 99])))
 
 
 def layers(ids: list[int]) -> Callable[[Path], None]:
@@ -277,8 +306,15 @@ def of_other_width(folder: Path) -> Path:
 
     from draft_opd.drafters.dflash import DFlashDrafter
 
-    config = Qwen3Config(hidden_size=64, intermediate_size=64, num_hidden_layers=1, head_dim=16,
-                         num_attention_heads=4, num_key_value_heads=2, vocab_size=839)  # fmt: skip
+    config = Qwen3Config(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=839,
+    )
     config.block_size, config.num_target_layers = 16, 8
     config.dflash_config = {"mask_token_id": 3, "target_layer_ids": [1, 2]}
     DFlashDrafter(config).save_pretrained(folder)
@@ -287,21 +323,25 @@ def of_other_width(folder: Path) -> Path:
 
 case("recipe: no such file", "sft --config {file}", lambda shop: {"file": shop.folder / "no.yaml"})
 case("recipe: not YAML", "sft --config {file}", lambda shop: {"file": shop.file("r.yaml", "a: [")})
-case("recipe: binary", "sft --config {file}",
-     lambda shop: {"file": shop.file("r.yaml", b"\xff\x00" * 99)})  # fmt: skip
+case("recipe: binary", "sft --config {file}", lambda shop: {"file": shop.file("r.yaml", b"\xff\x00" * 99)})
 case("recipe: a list", "sft --config {file}", lambda shop: {"file": shop.file("r.yaml", "- a\n")})
 case("recipe: an unknown key", SFT, recipe(stepz=3))
 case("recipe: an unknown key in a section", SFT, recipe(optim={"learnin_rate": 1e-3}))
-case("recipe: a missing key", "sft --config {file}",
-     lambda shop: {"file": shop.file("r.yaml", "target: embedded\n")})  # fmt: skip
+case(
+    "recipe: a missing key",
+    "sft --config {file}",
+    lambda shop: {"file": shop.file("r.yaml", "target: embedded\n")},
+)
 case("recipe: another type", SFT, recipe(steps="many"))
 case("recipe: a section that is a value", SFT, recipe(optim=3))
 case("recipe: out of range", SFT, recipe(optim={"learning_rate": -1}))
 case("recipe: infinite", SFT, recipe(optim={"learning_rate": float("inf")}))
-case("recipe: contradictory values", SFT, recipe(data={"trajectories": "a", "heldout": "b",
-                                                       "features": "f"}))  # fmt: skip
-case("recipe: an estimator of another divergence", OPD,
-     recipe(opd={"objective": {"kind": "total_variation", "estimator": "k3"}}))  # fmt: skip
+case("recipe: contradictory values", SFT, recipe(data={"trajectories": "a", "heldout": "b", "features": "f"}))
+case(
+    "recipe: an estimator of another divergence",
+    OPD,
+    recipe(opd={"objective": {"kind": "total_variation", "estimator": "k3"}}),
+)
 case("recipe: a number out of range in a list", SFT, recipe(optim={"betas": [2, 3]}))
 case("recipe: a wrong choice", SFT, recipe(precision="float8"))
 case("recipe: a pair on the command line without a value", f"{SFT} steps")
@@ -335,8 +375,7 @@ def damaged(shop: Shop, name: str, content: bytes) -> dict:
 
 
 R = "sft --config {recipe} --resume"
-case("run: into a drafter's folder", OPD, lambda shop: {
-    "new": shop.folder_of(shop.trained, "drafter")})  # fmt: skip
+case("run: into a drafter's folder", OPD, lambda shop: {"new": shop.folder_of(shop.trained, "drafter")})
 case("run: its recipe is missing", R, lambda shop: without(shop, "recipe.yaml"))
 case("run: its checkpoints are missing", R, lambda shop: without(shop, "last", "checkpoints"))
 case("run: already there", "sft --config {recipe}", begun)
@@ -344,22 +383,33 @@ case("run: resumed with another recipe", f"{R} batch_size=3 optim.learning_rate=
 case("run: resumed on other data", R, lambda shop: other_data(shop))
 case("run: no sound checkpoint", R, lambda shop: damaged(shop, "last/model.safetensors", b"torn"))
 case("run: its recipe is damaged", R, lambda shop: damaged(shop, "recipe.yaml", b"\xff[1"))
-case("run: inspected when damaged", "inspect {run}",
-     lambda shop: damaged(shop, "run.json", b"{"))  # fmt: skip
+case("run: inspected when damaged", "inspect {run}", lambda shop: damaged(shop, "run.json", b"{"))
 case("run: a report of nothing", "report {new} --out {new}")
-case("run: a demo in a folder of other things", "demo --out {folder}",
-     lambda shop: {"folder": shop.file("notes.txt", "mine").parent})  # fmt: skip
-case("run: collected otherwise before", f"{COLLECT} --prompts embedded:train --limit 2 --seed 5",
-     lambda shop: {"new": collected(shop)})  # fmt: skip
-case("run: collected of other prompts before",
-     f"{COLLECT} --prompts embedded:heldout --limit 2 --max-new-tokens 4",
-     lambda shop: {"new": collected(shop)})  # fmt: skip
-case("run: its collect.json is damaged",
-     f"{COLLECT} --prompts embedded:train --limit 2 --max-new-tokens 4",
-     lambda shop: {"new": collected(shop, b"{")})  # fmt: skip
-case("run: its trajectories are damaged",
-     f"{COLLECT} --prompts embedded:train --limit 2 --max-new-tokens 4",
-     lambda shop: {"new": collected(shop, None, b"\xff\n")})  # fmt: skip
+case(
+    "run: a demo in a folder of other things",
+    "demo --out {folder}",
+    lambda shop: {"folder": shop.file("notes.txt", "mine").parent},
+)
+case(
+    "run: collected otherwise before",
+    f"{COLLECT} --prompts embedded:train --limit 2 --seed 5",
+    lambda shop: {"new": collected(shop)},
+)
+case(
+    "run: collected of other prompts before",
+    f"{COLLECT} --prompts embedded:heldout --limit 2 --max-new-tokens 4",
+    lambda shop: {"new": collected(shop)},
+)
+case(
+    "run: its collect.json is damaged",
+    f"{COLLECT} --prompts embedded:train --limit 2 --max-new-tokens 4",
+    lambda shop: {"new": collected(shop, b"{")},
+)
+case(
+    "run: its trajectories are damaged",
+    f"{COLLECT} --prompts embedded:train --limit 2 --max-new-tokens 4",
+    lambda shop: {"new": collected(shop, None, b"\xff\n")},
+)
 
 
 def without(shop: Shop, *names: str) -> dict:
@@ -403,55 +453,81 @@ def collected(shop: Shop, about: bytes | None = None, rows: bytes | None = None)
     return out
 
 
-case("place: a folder under a file", f"{COLLECT} --prompts embedded:train --limit 1",
-     lambda shop: {"new": shop.file("file", "x") / "out"})  # fmt: skip
+case(
+    "place: a folder under a file",
+    f"{COLLECT} --prompts embedded:train --limit 1",
+    lambda shop: {"new": shop.file("file", "x") / "out"},
+)
 case("place: a folder that is a file", SFT, lambda shop: {"new": shop.file("file", "x")})
 # A disk is full for files beyond so many bytes: what fits is written, as it is there.
-case("place: the disk is full while collecting",
-     f"{COLLECT} --prompts embedded:train --limit 9 --batch-size 1 --max-new-tokens 40",
-     lambda shop: {"room": 2000})  # fmt: skip
+case(
+    "place: the disk is full while collecting",
+    f"{COLLECT} --prompts embedded:train --limit 9 --batch-size 1 --max-new-tokens 40",
+    lambda shop: {"room": 2000},
+)
 case("place: the disk is full for a checkpoint", SFT, lambda shop: {"room": 100_000})
-case("place: the disk is full while evaluating", f"{PAIR} --out {{new}}",
-     lambda shop: {"room": 300})  # fmt: skip
-case("place: the disk is full while exporting",
-     "export --target embedded --drafter {drafter} --format vllm --out {new}",
-     lambda shop: {"room": 100_000})  # fmt: skip
-case("place: an export to a file",
-     "export --target embedded --drafter {drafter} --format vllm --out {new}/out",
-     lambda shop: {"new": shop.file("file", "x")})  # fmt: skip
+case("place: the disk is full while evaluating", f"{PAIR} --out {{new}}", lambda shop: {"room": 300})
+case(
+    "place: the disk is full while exporting",
+    "export --target embedded --drafter {drafter} --format vllm --out {new}",
+    lambda shop: {"room": 100_000},
+)
+case(
+    "place: an export to a file",
+    "export --target embedded --drafter {drafter} --format vllm --out {new}/out",
+    lambda shop: {"new": shop.file("file", "x")},
+)
 
 S = f"{COLLECT} --prompts embedded:train --limit 2 --max-new-tokens 4 --patience 0.2 --server"
 MODELS = (200, b'{"data": [{"id": "small"}]}')
 case("server: nobody there", f"{S} http://127.0.0.1:{{port}}", lambda shop: {"port": free_port()})
 case("server: no such host", f"{S} http://no-such-host.invalid:8000")
 case("server: no URL", f"{S} localhost:8000")
-case("server: TLS where none is spoken", f"{S} {{url}}",
-     lambda shop: {"url": shop.serve(lambda _: MODELS).replace("http:", "https:")})  # fmt: skip
-case("server: something else", f"{S} {{url}}",
-     lambda shop: {"url": shop.serve(lambda _: (200, b"<html>"))})  # fmt: skip
-case("server: no such route", f"{S} {{url}}",
-     lambda shop: {"url": shop.serve(lambda _: (404, b"not found"))})  # fmt: skip
-case("server: a key is wanted", f"{S} {{url}}",
-     lambda shop: {"url": shop.serve(
-         lambda _: (401, b'{"error": {"message": "no key"}}'))})  # fmt: skip
-case("server: another model", f"{S} {{url}} --server-model big",
-     lambda shop: {"url": shop.serve(lambda _: MODELS)})  # fmt: skip
-case("server: several models", f"{S} {{url}}",
-     lambda shop: {"url": shop.serve(
-         lambda _: (200, b'{"data": [{"id": "a"}, {"id": "b"}]}'))})  # fmt: skip
-case("server: an unknown endpoint", f"{S} {{url}} --endpoint responses",
-     lambda shop: {"url": shop.serve(lambda _: MODELS)})  # fmt: skip
-case("server: answers that are garbage", f"{S} {{url}}",
-     lambda shop: {"url": shop.serve(
-         lambda path: MODELS if path == "/v1/models" else (200, b"\x00\xff"))})  # fmt: skip
-case("server: answers of another shape", f"{S} {{url}}",
-     lambda shop: {"url": shop.serve(
-         lambda path: MODELS if path == "/v1/models" else (200, b'{"choices": []}'))})  # fmt: skip
-case("server: it only fails", f"{S} {{url}}",
-     lambda shop: {"url": shop.serve(
-         lambda path: MODELS if path == "/v1/models" else (503, b"overloaded"))})  # fmt: skip
-case("server: --endpoint without one",
-     f"{COLLECT} --prompts embedded:train --limit 1 --endpoint chat")  # fmt: skip
+case(
+    "server: TLS where none is spoken",
+    f"{S} {{url}}",
+    lambda shop: {"url": shop.serve(lambda _: MODELS).replace("http:", "https:")},
+)
+case("server: something else", f"{S} {{url}}", lambda shop: {"url": shop.serve(lambda _: (200, b"<html>"))})
+case("server: no such route", f"{S} {{url}}", lambda shop: {"url": shop.serve(lambda _: (404, b"not found"))})
+case(
+    "server: a key is wanted",
+    f"{S} {{url}}",
+    lambda shop: {"url": shop.serve(lambda _: (401, b'{"error": {"message": "no key"}}'))},
+)
+case(
+    "server: another model",
+    f"{S} {{url}} --server-model big",
+    lambda shop: {"url": shop.serve(lambda _: MODELS)},
+)
+case(
+    "server: several models",
+    f"{S} {{url}}",
+    lambda shop: {"url": shop.serve(lambda _: (200, b'{"data": [{"id": "a"}, {"id": "b"}]}'))},
+)
+case(
+    "server: an unknown endpoint",
+    f"{S} {{url}} --endpoint responses",
+    lambda shop: {"url": shop.serve(lambda _: MODELS)},
+)
+case(
+    "server: answers that are garbage",
+    f"{S} {{url}}",
+    lambda shop: {"url": shop.serve(lambda path: MODELS if path == "/v1/models" else (200, b"\x00\xff"))},
+)
+case(
+    "server: answers of another shape",
+    f"{S} {{url}}",
+    lambda shop: {
+        "url": shop.serve(lambda path: MODELS if path == "/v1/models" else (200, b'{"choices": []}'))
+    },
+)
+case(
+    "server: it only fails",
+    f"{S} {{url}}",
+    lambda shop: {"url": shop.serve(lambda path: MODELS if path == "/v1/models" else (503, b"overloaded"))},
+)
+case("server: --endpoint without one", f"{COLLECT} --prompts embedded:train --limit 1 --endpoint chat")
 
 case("option: an unknown command", "frobnicate")
 case("option: an unknown option", "sft --konfig r.yaml")
@@ -459,11 +535,12 @@ case("option: a required one is missing", "eval --target embedded")
 case("option: no tasks", "eval --target embedded --drafter {drafter}")
 case("option: an unknown task", "eval --target embedded --drafter {drafter} --tasks gsm")
 case("option: no task at all", "eval --target embedded --drafter {drafter} --tasks ,")
-case("option: a task's file is missing",
-     "eval --target embedded --drafter {drafter} --tasks a=/no.jsonl")  # fmt: skip
-case("option: an analysis of longer drafts than trained",
-     "analyze --target embedded --drafter {drafter} --trajectories {held} --draft-length 99"
-     " --out {new}", lambda shop: {"held": shop.data / "heldout"})  # fmt: skip
+case("option: a task's file is missing", "eval --target embedded --drafter {drafter} --tasks a=/no.jsonl")
+case(
+    "option: an analysis of longer drafts than trained",
+    "analyze --target embedded --drafter {drafter} --trajectories {held} --draft-length 99 --out {new}",
+    lambda shop: {"held": shop.data / "heldout"},
+)
 case("option: a plan that is not there", "ablate --config /no.yaml --out {new}")
 case("option: a tree for a drafter of blocks", f"{PAIR} --tree 4,2")
 case("option: nothing to inspect", "inspect /nowhere")
@@ -478,17 +555,19 @@ case("option: a seed out of range", f"{PAIR} --seed 99999999999999999999999")
 case("option: drafts longer than trained", f"{PAIR} --draft-length 99")
 case("option: a device that is not there", f"{PAIR} --device cuda:9")
 case("option: an unknown dtype", f"{PAIR} --dtype float8")
-case("option: an unknown format",
-     "export --target embedded --drafter {drafter} --format gguf --out {new}")  # fmt: skip
+case("option: an unknown format", "export --target embedded --drafter {drafter} --format gguf --out {new}")
 case("option: an unknown family", "demo --out {new} --family gpt")
-case("option: an empty prompt", "generate --target embedded --drafter {drafter} --prompt {blank}",
-     lambda shop: {"blank": " "})  # fmt: skip
-case("option: equal samples",
-     f"{COLLECT} --prompts embedded:train --samples 2 --limit 1")  # fmt: skip
-case("option: an analysis into a file",
-     "analyze --target embedded --drafter {drafter} --trajectories {held}"
-     " --out {drafter}/config.json",
-     lambda shop: {"held": shop.data / "heldout"})  # fmt: skip
+case(
+    "option: an empty prompt",
+    "generate --target embedded --drafter {drafter} --prompt {blank}",
+    lambda shop: {"blank": " "},
+)
+case("option: equal samples", f"{COLLECT} --prompts embedded:train --samples 2 --limit 1")
+case(
+    "option: an analysis into a file",
+    "analyze --target embedded --drafter {drafter} --trajectories {held} --out {drafter}/config.json",
+    lambda shop: {"held": shop.data / "heldout"},
+)
 
 
 # -- what is said ----------------------------------------------------------------------------
@@ -503,8 +582,12 @@ def listed() -> dict[str, str]:
 
 def plain(line: str, shop: Shop, names: dict) -> str:
     """The line without what differs between machines."""
-    places = {shop.folder: "…", shop.trained.parent.parent: "…", shop.data: "data",
-              resolve_path("embedded"): "…/embedded"}  # fmt: skip
+    places = {
+        shop.folder: "…",
+        shop.trained.parent.parent: "…",
+        shop.data: "data",
+        resolve_path("embedded"): "…/embedded",
+    }
     for path, short in sorted(places.items(), key=lambda x: -len(str(x[0]))):
         line = line.replace(str(path), short)
     line = re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:8000", line)
@@ -528,9 +611,11 @@ def test_one_line(capsys, monkeypatch, trained_folder, data, tmp_path, request, 
     command, make = CASES[name]
     shop = Shop(tmp_path, trained_folder, data)
     defaults = {
-        "new": tmp_path / "new", "recipe": tmp_path / "recipe.yaml", "trained": trained_folder,
+        "new": tmp_path / "new",
+        "recipe": tmp_path / "recipe.yaml",
+        "trained": trained_folder,
         "drafter": trained_folder,
-    }  # fmt: skip
+    }
     shop.recipe()
     names = defaults | make(shop)
     before = snapshot(tmp_path, trained_folder)
@@ -579,13 +664,15 @@ def test_the_page_lists_every_case_and_no_other():
 
 def write(lines: dict[str, str]) -> None:
     text = [
-        "# Bad input", "",
+        "# Bad input",
+        "",
         "Whatever is wrong with what a command is given, it says so in one line (what, where, how",
         "to mend it) and ends with status 2; nothing that was there before is touched. These are",
         "all the cases that `tests/test_bad_input.py` tries, with the line each gets. Exit",
         "statuses: 0 done, 1 a failure that is not the input's, 2 bad input, 75 stopped on request",
-        "with everything saved.", "",
-    ]  # fmt: skip
+        "with everything saved.",
+        "",
+    ]
     for key, title in HEADING.items():
         text += [f"## {title}", "", "| what is wrong | what is said |", "|---|---|"]
         text += [f"| {n} | `` {x} `` |" for n, x in sorted(lines.items()) if n.startswith(f"{key}:")]

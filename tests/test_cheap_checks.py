@@ -21,8 +21,13 @@ ROW = {"id": "1", "prompt_ids": [1, 2], "response_ids": [3, 2]}
 def files(tmp_path):
     """Names in the commands below -> paths."""
     recipe = {"steps": 1, "target": "embedded", "out": str(tmp_path / "run")}
-    made = {"none": tmp_path / "none", "out": tmp_path / "out", "rows": tmp_path / "t.jsonl",
-            "prompts": tmp_path / "p.jsonl", "recipe": tmp_path / "r.yaml"}  # fmt: skip
+    made = {
+        "none": tmp_path / "none",
+        "out": tmp_path / "out",
+        "rows": tmp_path / "t.jsonl",
+        "prompts": tmp_path / "p.jsonl",
+        "recipe": tmp_path / "r.yaml",
+    }
     made["rows"].write_text(json.dumps(ROW) + "\n")
     made["prompts"].write_text('{"prompt": "x"}\n')
     recipe["data"] = {"trajectories": str(made["rows"]), "heldout": str(made["rows"])}
@@ -40,8 +45,7 @@ def files(tmp_path):
         ("analyze --target embedded --drafter x --trajectories {none} --out {out}", "'{none}'"),
         ("collect --target embedded --prompts {none} --out {out}", "'{none}' does not exist"),
         ("collect --target {none} --prompts {prompts} --out {out}", "target '{none}'"),
-        ("collect --target embedded --prompts {prompts} --drafter {none} --out {out}",
-         "drafter '{none}'"),
+        ("collect --target embedded --prompts {prompts} --drafter {none} --out {out}", "drafter '{none}'"),
         ("export --target embedded --drafter {none} --format vllm --out {out}", "'{none}'"),
         ("check-serving --target embedded --drafter {none}", "drafter '{none}'"),
         ("sft --config {recipe}", "data.heldout shares prompts with data.trajectories"),
@@ -49,10 +53,12 @@ def files(tmp_path):
         ("sft --config {recipe} data.heldout={none}", "'{none}' does not exist"),
         ("opd --config {recipe} drafter={none}", "drafter '{none}'"),
         ("opd --config {recipe}", "set `drafter`"),
-        ("online --config {recipe} drafter={none} online.server=http://x online.prompts={prompts}",
-         "drafter '{none}'"),
+        (
+            "online --config {recipe} drafter={none} online.server=http://x online.prompts={prompts}",
+            "drafter '{none}'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_it_is_said_before_torch_is_loaded(files, command, message):
     names = {name: str(path) for name, path in files.items()}
     words = [word.format(**names) for word in command.split()]

@@ -74,27 +74,51 @@ def test_help_does_not_wait_for_torch():
 def test_the_three_commands_of_a_user(capsys, data, trained_folder, tmp_path):
     """sft → opd → eval through the command line, then analyze, export, inspect, generate."""
     shared = [
-        f"data.trajectories={data / 'train'}", f"data.heldout={data / 'heldout'}",
-        "data.heldout_limit=8", "batch_size=4", "steps=2", "evaluation.every=2",
+        f"data.trajectories={data / 'train'}",
+        f"data.heldout={data / 'heldout'}",
+        "data.heldout_limit=8",
+        "batch_size=4",
+        "steps=2",
+        "evaluation.every=2",
         "opd.trace_every=1",
-    ]  # fmt: skip
+    ]
     sft = succeed(capsys, "sft", "--config", "embedded", *shared, f"out={tmp_path / 'sft'}")
     opd = succeed(
-        capsys, "opd", "--config", "embedded", *shared, f"out={tmp_path / 'opd'}",
+        capsys,
+        "opd",
+        "--config",
+        "embedded",
+        *shared,
+        f"out={tmp_path / 'opd'}",
         f"drafter={sft['last']}",
-    )  # fmt: skip
+    )
     assert opd["step"] == 2 and opd["tau"] >= 1
     again = succeed(
-        capsys, "opd", "--config", "embedded", *shared, f"out={tmp_path / 'opd'}",
-        f"drafter={sft['last']}", "--resume",
-    )  # fmt: skip
+        capsys,
+        "opd",
+        "--config",
+        "embedded",
+        *shared,
+        f"out={tmp_path / 'opd'}",
+        f"drafter={sft['last']}",
+        "--resume",
+    )
     assert again["tau"] == opd["tau"]
 
     pair = ["--target", "embedded", "--drafter", trained_folder]
     report = succeed(
-        capsys, "eval", *pair, "--tasks", "embedded", "--limit", "2", "--max-new-tokens", "16",
-        "--out", tmp_path / "eval",
-    )  # fmt: skip
+        capsys,
+        "eval",
+        *pair,
+        "--tasks",
+        "embedded",
+        "--limit",
+        "2",
+        "--max-new-tokens",
+        "16",
+        "--out",
+        tmp_path / "eval",
+    )
     assert report == json.loads((tmp_path / "eval" / "eval.json").read_text())
     task = report["tasks"][0]
     assert task["lossless"] == {"matched": 2, "of": 2} and task["tau"] >= 1
@@ -103,9 +127,16 @@ def test_the_three_commands_of_a_user(capsys, data, trained_folder, tmp_path):
     assert report["mean"]["speedup"] == task["speedup"]
 
     found = succeed(
-        capsys, "analyze", *pair, "--trajectories", data / "heldout", "--limit", "6",
-        "--out", tmp_path / "analysis",
-    )  # fmt: skip
+        capsys,
+        "analyze",
+        *pair,
+        "--trajectories",
+        data / "heldout",
+        "--limit",
+        "6",
+        "--out",
+        tmp_path / "analysis",
+    )
     assert sum(found["share"].values()) == pytest.approx(1)
     assert found["forward_kl"]["suffix"] > found["forward_kl"]["accepted"] > 0
     assert sum(found["anchors"]["by_tenth"]) == found["rounds"]
@@ -113,10 +144,12 @@ def test_the_three_commands_of_a_user(capsys, data, trained_folder, tmp_path):
     made = succeed(capsys, "export", *pair, "--format", "vllm", "--out", tmp_path / "served")
     assert '"num_speculative_tokens": 15' in made["serve"]
     for path, kind in (
-        (tmp_path / "served", "drafter"), (tmp_path / "opd", "run"),
+        (tmp_path / "served", "drafter"),
+        (tmp_path / "opd", "run"),
         (data / "train", "trajectories"),
-        (data / "train" / "trajectories.jsonl", "trajectories"), ("embedded", "target"),
-    ):  # fmt: skip
+        (data / "train" / "trajectories.jsonl", "trajectories"),
+        ("embedded", "target"),
+    ):
         value = succeed(capsys, "inspect", path)
         assert value["kind"] == kind and value["path"]
 
@@ -132,10 +165,18 @@ def test_inspect_shows_which_tokens_are_supervised(capsys, data):
 
 def test_generate_streams_the_targets_text_and_marks_drafted_tokens(capsys, trained_folder):
     arguments = [
-        "generate", "--target", "embedded", "--drafter", trained_folder, "--prompt",
+        "generate",
+        "--target",
+        "embedded",
+        "--drafter",
+        trained_folder,
+        "--prompt",
         "Mia has 3 apples and buys 4 more. How many apples are there now?",
-        "--max-new-tokens", "120", "--draft-length", "15",
-    ]  # fmt: skip
+        "--max-new-tokens",
+        "120",
+        "--draft-length",
+        "15",
+    ]
     value = succeed(capsys, *arguments)
     status, out, err = call(capsys, *arguments)
     assert status == 0 and out.count("⟦") == out.count("⟧") > 0
@@ -149,8 +190,19 @@ def test_generate_streams_the_targets_text_and_marks_drafted_tokens(capsys, trai
 
 
 def test_generate_reads_standard_input(trained_folder):
-    command = [sys.executable, "-m", "draft_opd.cli.main", "generate", "--target", "embedded",
-               "--drafter", str(trained_folder), "--max-new-tokens", "8", "--json"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "draft_opd.cli.main",
+        "generate",
+        "--target",
+        "embedded",
+        "--drafter",
+        str(trained_folder),
+        "--max-new-tokens",
+        "8",
+        "--json",
+    ]
     done = subprocess.run(command, input="Hello", capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["tokens"] == 8
 

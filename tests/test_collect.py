@@ -16,9 +16,20 @@ FAMILY = "dflash"
 
 def test_a_killed_collection_goes_on_without_losing_or_doubling(tmp_path, data):
     command = [
-        "collect", "--target", "embedded", "--prompts", "embedded:train", "--limit", "24", "--out",
-        str(tmp_path / "out"), "--batch-size", "4", "--max-new-tokens", "80",
-    ]  # fmt: skip
+        "collect",
+        "--target",
+        "embedded",
+        "--prompts",
+        "embedded:train",
+        "--limit",
+        "24",
+        "--out",
+        str(tmp_path / "out"),
+        "--batch-size",
+        "4",
+        "--max-new-tokens",
+        "80",
+    ]
     file = tmp_path / "out" / "trajectories.jsonl"
     process = Process(*command)
     deadline = time.monotonic() + 120
@@ -65,9 +76,13 @@ def test_more_samples_later_are_new_ones(target, tmp_path):
     hot = Sampling(temperature=1.5)
     for samples in (2, 4):
         path = collect(
-            target, read_prompts("embedded:train", 1), tmp_path, max_new_tokens=30,
-            samples=samples, sampling=hot,
-        )  # fmt: skip
+            target,
+            read_prompts("embedded:train", 1),
+            tmp_path,
+            max_new_tokens=30,
+            samples=samples,
+            sampling=hot,
+        )
     rows = d.read_trajectories(path)
     assert len(rows) == len({tuple(t.response_ids) for t in rows}) == 4
 
@@ -76,9 +91,13 @@ def test_several_samples_differ_and_are_named(target, tmp_path):
     from draft_opd.decoding.sampling import Sampling
 
     path = collect(
-        target, read_prompts("embedded:train", 2), tmp_path, max_new_tokens=60, samples=3,
+        target,
+        read_prompts("embedded:train", 2),
+        tmp_path,
+        max_new_tokens=60,
+        samples=3,
         sampling=Sampling(temperature=1.5),
-    )  # fmt: skip
+    )
     rows = d.read_trajectories(path)
     assert {t.id for t in rows} == {"1-0", "1-1", "1-2", "2-0", "2-1", "2-2"}
     assert len({tuple(t.response_ids) for t in rows}) > 2

@@ -9,12 +9,12 @@ from draft_opd.cli.main import run
 from draft_opd.data.prompts import Prompt, read_prompts
 from draft_opd.data.tasks import Task
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.evaluation.compare import compare
 from draft_opd.evaluation.concurrency import throughput
 from draft_opd.evaluation.lengths import Hardware, is_mixture, roofline, weights_read
 from draft_opd.evaluation.measure import BASELINE, sides_of
 from draft_opd.evaluation.names import names_of
 from draft_opd.evaluation.run import Evaluation
+from draft_opd.evaluation.summary import compare
 from draft_opd.evaluation.tokens import pieces
 
 LONGEST = 16
@@ -26,15 +26,17 @@ def evaluation(target, trained, untrained) -> Evaluation:
     drafters = {"good": ("x/good", trained), "bad": ("x/bad", untrained)}
     prompts = read_prompts("embedded:heldout", 5)
     made = Evaluation(
-        target, sides_of(drafters, [3, 15]), [Task("a", prompts[:3]), Task("b", prompts[3:])],
+        target,
+        sides_of(drafters, [3, 15]),
+        [Task("a", prompts[:3]), Task("b", prompts[3:])],
         max_new_tokens=LONGEST,
-    )  # fmt: skip
+    )
     made.run()
     return made
 
 
 def test_every_side_answers_the_same_prompts(evaluation):
-    report = evaluation.report()
+    report = evaluation.report().to_json()
     assert [s["side"] for s in report["sides"]] == ["good K=3", "good K=15", "bad K=3", "bad K=15"]
     for side in report["sides"]:
         assert [t["lossless"] for t in side["tasks"]] == [{"matched": n, "of": n} for n in (3, 2)]
@@ -52,24 +54,27 @@ def test_every_side_answers_the_same_prompts(evaluation):
 
 def test_a_side_does_not_differ_from_itself(evaluation):
     answers = evaluation.answers["a"]["good K=3"]
-    same = compare(answers, answers)
-    assert same["tau_difference"] == 0 and same["tau_interval"] == (0, 0)
-    assert same["speed_ratio"] == 1 and same["speed_interval"] == (1, 1)
+    same = compare(answers, answers, task="a", side="good", against="good").to_json()
+    assert same["tau_difference"] == 0 and same["tau_interval"] == [0, 0]
+    assert same["speed_ratio"] == 1 and same["speed_interval"] == [1, 1]
 
 
 def test_advice_knows_tau_at_every_length_without_decoding(evaluation, target, trained):
     evaluation.lengths(lengths=[1, 3, 15])
-    good, bad = evaluation.more["draft_lengths"]
+    good, bad = (a.to_json() for a in evaluation.advices)
     answers = [a for task in evaluation.answers.values() for a in task[BASELINE]]
     for row in good["lengths"]:
         rounds = [
             r
             for a in answers
             for r in d.generate(
-                target, trained, a.made.prompt_ids, max_new_tokens=LONGEST,
+                target,
+                trained,
+                a.made.prompt_ids,
+                max_new_tokens=LONGEST,
                 draft_length=row["draft_length"],
             ).rounds
-        ]  # fmt: skip
+        ]
         assert row["tau"] == pytest.approx(sum(r.accepted + 1 for r in rounds) / len(rounds))
         cost = sum(row["milliseconds"].values())
         assert row["speedup"] == pytest.approx(row["tau"] * good["target_milliseconds"] / cost)
@@ -101,11 +106,12 @@ def test_other_hardware_follows_from_two_numbers(target, trained):
 def test_throughput_counts_what_decoding_gives(evaluation, target):
     prompts = [p.ids(target) for p in read_prompts("embedded:heldout", 3)]
     sizes = [1, 3, 6]  # the last one takes each prompt twice
-    rows = throughput(target, evaluation.sides[:2], prompts, sizes, max_new_tokens=LONGEST)
+    rates = throughput(target, evaluation.sides[:2], prompts, sizes, max_new_tokens=LONGEST)
+    rows = [r.to_json() for r in rates]
     assert [(r["batch"], r["side"]) for r in rows] == [
         (b, s) for b in sizes for s in (BASELINE, "good K=3", "good K=15")
     ]
-    taus = {s["side"]: s["tasks"][0]["tau"] for s in evaluation.report()["sides"]}
+    taus = {s["side"]: s["tasks"][0]["tau"] for s in evaluation.report().to_json()["sides"]}
     for row in rows:
         assert row["tau"] == pytest.approx(taus.get(row["side"], 1.0))
         assert row["side"] != BASELINE or row["speedup"] == 1.0
@@ -131,8 +137,9 @@ def test_pieces_say_who_wrote_each_token(evaluation, target):
 
 
 def test_the_raw_rounds_give_the_same_tau(evaluation, tmp_path):
-    report = evaluation.report()
-    evaluation.save(tmp_path, report)
+    result = evaluation.report()
+    evaluation.save(tmp_path, result)
+    report = result.to_json()
     sums: dict = {}
     for line in (tmp_path / "rounds.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -176,8 +183,7 @@ def test_drafters_are_named_by_what_differs(paths, names):
         (["--out", "README.md"], "cannot create the folder"),
         (["--tasks", "embedded", "--prompts", "README.md"], "README.md:1: not valid JSON"),
         (["--concurrency", "none"], "--concurrency none"),
-        (["--server", "http://localhost:1"], "has its own drafter"),
-        (["--baseline-server", "http://localhost:1"], "--server"),
+        (["--server", "http://localhost:1"], "--server"),
     ],
 )
 def test_bad_options_get_one_line(capsys, trained_folder, more, message):
@@ -189,12 +195,15 @@ def test_bad_options_get_one_line(capsys, trained_folder, more, message):
 
 def test_above_temperature_zero_texts_are_not_compared(target, trained):
     made = Evaluation(
-        target, sides_of({"x": ("x", trained)}), [Task("t", read_prompts("embedded:heldout", 2))],
-        sampling=Sampling(temperature=0.8, top_p=0.9), max_new_tokens=20,
-    )  # fmt: skip
+        target,
+        sides_of({"x": ("x", trained)}),
+        [Task("t", read_prompts("embedded:heldout", 2))],
+        sampling=Sampling(temperature=0.8, top_p=0.9),
+        max_new_tokens=20,
+    )
     made.run()
     made.lengths(lengths=[2, 15])
-    report = made.report()
+    report = made.report().to_json()
     assert report["tasks"][0]["lossless"] == {"matched": None, "of": 0}
     assert (report["temperature"], report["top_p"]) == (0.8, 0.9)
     # The rounds are drawn given the same texts: K drafts bring K + 1 tokens at most.
@@ -203,13 +212,17 @@ def test_above_temperature_zero_texts_are_not_compared(target, trained):
 
 
 def test_a_prompt_that_leaves_no_room_is_found_before_decoding(target, trained):
-    prompts = [*read_prompts("embedded:heldout", 1),
-               Prompt("long one", [{"role": "user", "content": "word " * 5000}])]  # fmt: skip
+    prompts = [
+        *read_prompts("embedded:heldout", 1),
+        Prompt("long one", [{"role": "user", "content": "word " * 5000}]),
+    ]
     seen = []
     made = Evaluation(
-        target, sides_of({"x": ("x", trained)}), [Task("t", prompts)],
+        target,
+        sides_of({"x": ("x", trained)}),
+        [Task("t", prompts)],
         say=lambda *done: seen.append(done),
-    )  # fmt: skip
+    )
     with pytest.raises(d.UserError, match=r"task 't', prompt long one: .* tokens"):
         made.run()
     assert not seen

@@ -130,9 +130,14 @@ def test_sampled_decoding_repeats_with_its_seed_and_follows_the_target(target, t
 
     def run(seed, count):
         return d.speculate(
-            target, trained, [prompt] * count, max_new_tokens=2, sampling=sampling, seed=seed,
+            target,
+            trained,
+            [prompt] * count,
+            max_new_tokens=2,
+            sampling=sampling,
+            seed=seed,
             draft_length=3,
-        )  # fmt: skip
+        )
 
     assert [g.token_ids for g in run(7, 20)] == [g.token_ids for g in run(7, 20)]
     made = run(0, n)

@@ -13,9 +13,14 @@ from draft_opd.utils.console import Screen
 def demo(family, tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "run"
     small = [
-        "data.limit=12", "data.heldout_limit=2", "steps=6", "evaluation.every=3", "batch_size=4",
-        "opd.trace_every=3", "precision=float32",
-    ]  # fmt: skip
+        "data.limit=12",
+        "data.heldout_limit=2",
+        "steps=6",
+        "evaluation.every=3",
+        "batch_size=4",
+        "opd.trace_every=3",
+        "precision=float32",
+    ]
     return out, run_demo(out, family, 0, Screen(True), small, max_new_tokens=24)
 
 
@@ -72,8 +77,14 @@ def test_a_folder_in_use_is_left_alone(demo, family):
 def test_a_killed_demo_goes_on(tmp_path, monkeypatch):
     from draft_opd.training.trainer import Run
 
-    small = ["data.limit=8", "data.heldout_limit=2", "steps=2", "evaluation.every=2",
-             "batch_size=4", "opd.trace_every=1"]  # fmt: skip
+    small = [
+        "data.limit=8",
+        "data.heldout_limit=2",
+        "steps=2",
+        "evaluation.every=2",
+        "batch_size=4",
+        "opd.trace_every=1",
+    ]
     whole = Run.train
 
     def killed(self):

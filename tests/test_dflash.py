@@ -22,9 +22,10 @@ def test_flex_attention_and_sdpa_agree():
     torch.manual_seed(0)
     anchors = torch.tensor([[3, 9, 20], [0, 5, 11]])
     for kind, causal, window in (
-        ("full_attention", False, None), ("full_attention", True, None),
+        ("full_attention", False, None),
+        ("full_attention", True, None),
         ("sliding_attention", False, 4),
-    ):  # fmt: skip
+    ):
         seen = BlockMask(anchors, 6, 24, causal, window)
         q = torch.randn(2, 4, 18, 8)
         k, v = torch.randn(2, 2, 42, 8), torch.randn(2, 2, 42, 8)
@@ -37,9 +38,13 @@ def test_visibility_is_what_its_docstring_says():
     anchors = torch.tensor([[2, 4]])
     mask = BlockMask(anchors, 2, 5).dense("full_attention")[0, 0]
     expected = torch.tensor(
-        [[1, 1, 0, 0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 1, 1, 0, 0],
-         [1, 1, 1, 1, 0, 0, 0, 1, 1], [1, 1, 1, 1, 0, 0, 0, 1, 1]]
-    ).bool()  # fmt: skip
+        [
+            [1, 1, 0, 0, 0, 1, 1, 0, 0],
+            [1, 1, 0, 0, 0, 1, 1, 0, 0],
+            [1, 1, 1, 1, 0, 0, 0, 1, 1],
+            [1, 1, 1, 1, 0, 0, 0, 1, 1],
+        ]
+    ).bool()
     assert torch.equal(mask, expected)
 
 
@@ -54,11 +59,18 @@ def test_a_folder_is_the_z_lab_layout(target, trained, trained_folder):
     assert {"fc.weight", "hidden_norm.weight", "norm.weight"} <= names
     layer = {n.removeprefix("layers.0.") for n in names if n.startswith("layers.0.")}
     assert layer == {
-        "input_layernorm.weight", "post_attention_layernorm.weight",
-        "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight",
-        "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight",
-        "self_attn.o_proj.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight",
-    }  # fmt: skip
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+        "mlp.gate_proj.weight",
+        "mlp.up_proj.weight",
+        "mlp.down_proj.weight",
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+        "self_attn.o_proj.weight",
+        "self_attn.q_norm.weight",
+        "self_attn.k_norm.weight",
+    }
     assert not any("embed" in n or "lm_head" in n for n in names)
 
 

@@ -133,9 +133,11 @@ def test_the_walk_through_runs_as_it_is_written(tmp_path):
     # The shell hands its commands over to forked processes, which need not load torch again.
     shell = 'draft-opd() { words=$(printf "%s\\0" "$@" | base64 -w0); echo "draft-opd $words"; }'
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", "\n".join([shell, *lines])], cwd=tmp_path, text=True,
+        ["bash", "-euo", "pipefail", "-c", "\n".join([shell, *lines])],
+        cwd=tmp_path,
+        text=True,
         capture_output=True,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     log, commands = tmp_path / "log", 0
     for line in done.stdout.splitlines():

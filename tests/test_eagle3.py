@@ -132,11 +132,16 @@ def speculators(config, tensors, target):
     del inner["eagle_config"]
     config.clear()
     config |= {
-        "architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3", **outer,
-        "eagle_aux_hidden_state_layer_ids": taps, "transformer_layer_config": inner,
-        "speculators_config": {"algorithm": "eagle3", "proposal_methods": [
-            {"proposal_type": "greedy", "speculative_tokens": 9}]},
-    }  # fmt: skip
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        **outer,
+        "eagle_aux_hidden_state_layer_ids": taps,
+        "transformer_layer_config": inner,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 9}],
+        },
+    }
     for k in [k for k in tensors if k.startswith("midlayer.")]:
         tensors[k.replace("midlayer.", "layers.0.")] = tensors.pop(k)
 
@@ -211,12 +216,17 @@ def test_a_folder_is_the_layout_engines_serve(target, trained, trained_folder):
     assert "norm_output" not in config and isinstance(config["rope_theta"], float)
     tensors = load_file(trained_folder / "model.safetensors")
     assert set(tensors) == {
-        "fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d",
-        "midlayer.hidden_norm.weight", "midlayer.input_layernorm.weight",
+        "fc.weight",
+        "norm.weight",
+        "lm_head.weight",
+        "d2t",
+        "t2d",
+        "midlayer.hidden_norm.weight",
+        "midlayer.input_layernorm.weight",
         "midlayer.post_attention_layernorm.weight",
         *(f"midlayer.self_attn.{n}_proj.weight" for n in "qkvo"),
         *(f"midlayer.mlp.{n}_proj.weight" for n in ("gate", "up", "down")),
-    }  # fmt: skip
+    }
     hidden = target.hidden_size
     assert tensors["fc.weight"].shape == (hidden, 3 * hidden)
     assert tensors["midlayer.self_attn.q_proj.weight"].shape[1] == 2 * hidden
@@ -336,9 +346,14 @@ def test_divergences_over_a_draft_vocabulary(score, seed):
     """p is whole in the overlap and in KL(q || p), and restricted and normalised in KL(p || q)."""
     hidden, teacher, head, target_head, vocabulary = sides(seed)
     got = chunked_score(
-        score, hidden, head, teacher_hidden=teacher, teacher_weight=target_head,
-        vocabulary=vocabulary, chunk=3,
-    )  # fmt: skip
+        score,
+        hidden,
+        head,
+        teacher_hidden=teacher,
+        teacher_weight=target_head,
+        vocabulary=vocabulary,
+        chunk=3,
+    )
     for i in range(N):
         p = (teacher[i] @ target_head.T).softmax(-1).tolist()
         q = dict(zip(vocabulary.tolist(), (hidden[i] @ head.T).softmax(-1).tolist(), strict=True))
@@ -362,9 +377,14 @@ def test_a_trained_head_gets_the_gradient_of_the_whole(score):
         weights = torch.arange(1.0, N + 1, dtype=torch.float64)
         if chunk:
             values = chunked_score(
-                score, hidden, head, teacher_hidden=teacher, teacher_weight=target_head,
-                vocabulary=vocabulary, chunk=chunk,
-            )  # fmt: skip
+                score,
+                hidden,
+                head,
+                teacher_hidden=teacher,
+                teacher_weight=target_head,
+                vocabulary=vocabulary,
+                chunk=chunk,
+            )
         else:
             values = score(over_target(hidden @ head.T, vocabulary, V), teacher @ target_head.T)
         (values * weights).sum().backward()
@@ -427,8 +447,11 @@ def test_labels_outside_end_what_a_block_can_reach(target, trained, heldout):
 def test_an_export_says_how_to_serve_it(trained_folder, tmp_path):
     made = export("embedded", str(trained_folder), "sglang", tmp_path / "s", dtype="bfloat16")
     assert "--speculative-algorithm EAGLE3" in made["serve"] and str(tmp_path / "s") in made["serve"]
-    for part in ("--speculative-num-steps 15", "--speculative-eagle-topk 1",
-                 "--speculative-num-draft-tokens 16"):  # fmt: skip
+    for part in (
+        "--speculative-num-steps 15",
+        "--speculative-eagle-topk 1",
+        "--speculative-num-draft-tokens 16",
+    ):
         assert part in made["serve"]
     made = export("embedded", str(trained_folder), "vllm", tmp_path / "v")
     assert '"method": "eagle3"' in made["serve"] and '"num_speculative_tokens": 15' in made["serve"]

@@ -18,20 +18,32 @@ from draft_opd.evaluation.statistics import difference, interval, ratio
 FAMILY = "dflash"
 
 ROWS = {  # a row as the hub has it, and the turns it becomes
-    "gsm8k": ({"question": "Q?", "answer": "4"},
-              ["Q?\nPlease reason step by step, and put your final answer within \\boxed{}."]),
-    "math500": ({"problem": "P?", "answer": "4"},
-                ["P?\nPlease reason step by step, and put your final answer within \\boxed{}."]),
-    "aime2025": ({"problem": "P?", "problem_idx": 1},
-                 ["P?\nPlease reason step by step, and put your final answer within \\boxed{}."]),
+    "gsm8k": (
+        {"question": "Q?", "answer": "4"},
+        ["Q?\nPlease reason step by step, and put your final answer within \\boxed{}."],
+    ),
+    "math500": (
+        {"problem": "P?", "answer": "4"},
+        ["P?\nPlease reason step by step, and put your final answer within \\boxed{}."],
+    ),
+    "aime2025": (
+        {"problem": "P?", "problem_idx": 1},
+        ["P?\nPlease reason step by step, and put your final answer within \\boxed{}."],
+    ),
     "mbpp": ({"prompt": "Write f.", "code": "x"}, ["Write f."]),
-    "humaneval": ({"prompt": "def f():", "task_id": "H/0"},
-                  ["Write a solution to the following problem and make sure that it passes the "
-                   "tests:\n```python\ndef f():\n```"]),
-    "swe-bench-lite": ({"problem_statement": "It fails."},
-                       ["Problem Statement:\nIt fails.\nPlease fix the issue described above."]),
+    "humaneval": (
+        {"prompt": "def f():", "task_id": "H/0"},
+        [
+            "Write a solution to the following problem and make sure that it passes the "
+            "tests:\n```python\ndef f():\n```"
+        ],
+    ),
+    "swe-bench-lite": (
+        {"problem_statement": "It fails."},
+        ["Problem Statement:\nIt fails.\nPlease fix the issue described above."],
+    ),
     "mt-bench": ({"prompt": ["One?", "Two?"], "category": "x"}, ["One?", "Two?"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -151,7 +163,7 @@ def evaluate(target, drafter, task, **options) -> dict:
     """What `eval` says of one drafter on one task."""
     made = Evaluation(target, sides_of({"x": ("x", drafter)}), [task], **options)
     made.run()
-    return made.report()["tasks"][0]
+    return made.report().to_json()["tasks"][0]
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +173,14 @@ def measured(target, trained):
 
 
 def test_twice_is_the_same_to_the_last_digit(measured):
-    timed = {"tokens_per_second", "speedup", "speedup_interval", "seconds",
-             "milliseconds_per_round", "milliseconds_to_first_token"}  # fmt: skip
+    timed = {
+        "tokens_per_second",
+        "speedup",
+        "speedup_interval",
+        "seconds",
+        "milliseconds_per_round",
+        "milliseconds_to_first_token",
+    }
     one, two = ({k: v for k, v in m.items() if k not in timed} for m in measured)
     assert one == two
 

@@ -23,9 +23,13 @@ from draft_opd.training.run_folder import read_history, read_metrics
 
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SCALARS = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
     | st.sampled_from([10**400, -(10**400), 1 << 70, "1", "hot", ".inf"])
-)  # fmt: skip
+)
 VALUES = st.recursive(
     SCALARS,
     lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=6), x, max_size=4),
@@ -88,8 +92,14 @@ def test_bytes_that_are_no_jsonl(tmp_path, content):
 
 
 @FUZZ
-@given(st.lists(st.tuples(st.text(min_size=1, max_size=4), IDS.filter(bool), IDS.filter(bool)),
-                max_size=5, unique_by=lambda x: x[0]), st.data())  # fmt: skip
+@given(
+    st.lists(
+        st.tuples(st.text(min_size=1, max_size=4), IDS.filter(bool), IDS.filter(bool)),
+        max_size=5,
+        unique_by=lambda x: x[0],
+    ),
+    st.data(),
+)
 def test_a_file_cut_anywhere_is_the_lines_before_the_cut(tmp_path, written, data):
     """What a kill leaves is taken up again; nothing sound is lost, nothing is there twice."""
     path = tmp_path / "t.jsonl"
@@ -240,8 +250,12 @@ def test_a_drafters_config_may_be_anything(folder, data):
 
 
 @FUZZ
-@given(st.sampled_from(["model.safetensors", "config.json"]), st.integers(0, 1 << 30),
-       st.binary(min_size=1, max_size=9), st.booleans())  # fmt: skip
+@given(
+    st.sampled_from(["model.safetensors", "config.json"]),
+    st.integers(0, 1 << 30),
+    st.binary(min_size=1, max_size=9),
+    st.booleans(),
+)
 def test_a_drafters_files_may_be_broken_anywhere(folder, name, at, content, cut):
     def change(before: bytes) -> bytes:
         place = at % min(len(before), 4000)  # the headers: tensors hold any bytes
@@ -255,8 +269,10 @@ def test_a_drafters_files_may_be_broken_anywhere(folder, name, at, content, cut)
 
 
 @FUZZ
-@given(st.sampled_from(["training/files.json", "training/progress.json", "config.json"]),
-       st.binary(max_size=60) | VALUES.map(lambda x: json.dumps(x).encode()))  # fmt: skip
+@given(
+    st.sampled_from(["training/files.json", "training/progress.json", "config.json"]),
+    st.binary(max_size=60) | VALUES.map(lambda x: json.dumps(x).encode()),
+)
 def test_a_checkpoints_files_may_be_anything(checkpoint, name, content):
     """Not one of them is taken for a checkpoint: all were something else when it was written."""
     with (
@@ -269,9 +285,11 @@ def test_a_checkpoints_files_may_be_anything(checkpoint, name, content):
 
 
 @FUZZ
-@given(st.binary(max_size=80) | VALUES.map(lambda x: yaml.safe_dump(x).encode()),
-       st.binary(max_size=80) | VALUES.map(lambda x: json.dumps(x).encode()),
-       st.binary(max_size=80))  # fmt: skip
+@given(
+    st.binary(max_size=80) | VALUES.map(lambda x: yaml.safe_dump(x).encode()),
+    st.binary(max_size=80) | VALUES.map(lambda x: json.dumps(x).encode()),
+    st.binary(max_size=80),
+)
 def test_a_run_folder_may_hold_anything(tmp_path, recipe, about, metrics):
     for name, content in (("recipe.yaml", recipe), ("run.json", about), ("metrics.jsonl", metrics)):
         (tmp_path / name).write_bytes(content)
@@ -304,9 +322,11 @@ def test_rounds_tile_a_text(found):
     while anchor < len(text):
         drafted = [ids[i] if i < len(ids) and right[i - 1] else 7 for i in range(anchor + 1, anchor + 1 + k)]
         accepted = 0
-        while accepted < k and anchor + 1 + accepted < len(ids) and (
-            drafted[accepted] == ids[anchor + 1 + accepted]
-        ):  # fmt: skip
+        while (
+            accepted < k
+            and anchor + 1 + accepted < len(ids)
+            and (drafted[accepted] == ids[anchor + 1 + accepted])
+        ):
             accepted += 1
         bonus = ids[anchor + accepted + 1] if anchor + accepted + 1 < len(ids) else 5
         tokens, drawn, ended = committed(drafted, accepted, bonus, frozenset(), len(text) - len(made))
@@ -323,8 +343,13 @@ def test_rounds_tile_a_text(found):
     assert tau(rounds) * len(rounds) == pytest.approx(len(text) + beyond)
 
 
-@given(st.lists(st.integers(0, 5), max_size=12), st.integers(0, 12), st.integers(0, 5),
-       st.frozensets(st.integers(0, 5), max_size=3), st.integers(1, 14))  # fmt: skip
+@given(
+    st.lists(st.integers(0, 5), max_size=12),
+    st.integers(0, 12),
+    st.integers(0, 5),
+    st.frozensets(st.integers(0, 5), max_size=3),
+    st.integers(1, 14),
+)
 def test_what_a_round_commits(drafted, accepted, bonus, stops, room):
     accepted = min(accepted, len(drafted))
     tokens, drawn, ended = committed(drafted, accepted, bonus, stops, room)

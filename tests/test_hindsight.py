@@ -103,18 +103,24 @@ def test_the_chooser_draws_what_was_enumerated():
     total = sum(exact.values())
     for parts in ((slice(0, K),), (slice(0, 1), slice(1, 2))):
         choose = Conditional(
-            Sampling(temperature=1.0), torch.tensor(text).expand(n, K),
-            torch.ones(n, K, dtype=torch.bool), probs, torch.Generator().manual_seed(0),
-        )  # fmt: skip
+            Sampling(temperature=1.0),
+            torch.tensor(text).expand(n, K),
+            torch.ones(n, K, dtype=torch.bool),
+            probs,
+            torch.Generator().manual_seed(0),
+        )
         drawn = torch.cat([choose(logits[:, part])[0] for part in parts], 1)
         for draft, value in exact.items():
             share = float((drawn == torch.tensor(draft)).all(1).double().mean())
             assert share == pytest.approx(value / total, abs=5 * (0.25 / n) ** 0.5)
     known = torch.zeros(n, K, dtype=torch.bool)
     choose = Conditional(
-        Sampling(temperature=1.0), torch.tensor(text).expand(n, K), known, probs,
+        Sampling(temperature=1.0),
+        torch.tensor(text).expand(n, K),
+        known,
+        probs,
         torch.Generator().manual_seed(0),
-    )  # fmt: skip
+    )
     share = torch.nn.functional.one_hot(choose(logits)[0], V).double().mean(0)
     assert (share - torch.stack([q[()], q[(0,)]])).abs().max() < 5 * (0.25 / n) ** 0.5
 
@@ -174,9 +180,13 @@ def test_accepted_lengths_agree_with_live_decoding(target, trained, heldout, sam
     or easier): chi-squared test of equal histograms, p > 0.001."""
     sampling = Sampling(temperature=1.0, draft=draft)
     made = d.speculate(
-        target, trained, [t.prompt_ids for t in sampled], max_new_tokens=100, sampling=sampling,
+        target,
+        trained,
+        [t.prompt_ids for t in sampled],
+        max_new_tokens=100,
+        sampling=sampling,
         seed=11,
-    )  # fmt: skip
+    )
     texts = [d.Trajectory(g.prompt_ids, g.token_ids) for g in made]
     traces = hindsight_traces(target, trained, texts, sampling=sampling, seed=17)
     sides = [[r.accepted for t in side for r in t] for side in ([g.rounds for g in made], traces)]

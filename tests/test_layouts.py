@@ -100,8 +100,10 @@ def test_safe_ai_labs_files_are_known(target, family, untrained, tmp_path):
     del config["eagle_config"], config["eagle_aux_hidden_state_layer_ids"]
     path.write_text(json.dumps(config))
     tensors = load_file(tmp_path / "d" / "model.safetensors")
-    save_file({k: v.half() if v.is_floating_point() else v for k, v in tensors.items()},
-              tmp_path / "d" / "model.safetensors")  # fmt: skip
+    save_file(
+        {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()},
+        tmp_path / "d" / "model.safetensors",
+    )
     drafter = d.Drafter.from_pretrained(str(tmp_path / "d"), device="cpu")
     drafter.bind(target)
     assert drafter.family == "eagle3" and drafter.draft_length == 7

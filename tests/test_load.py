@@ -20,9 +20,28 @@ OPTIONS = {"max_new_tokens": 40, "sampling": Sampling()}
 
 def test_a_server_against_one_without_a_drafter(capsys, target, trained, trained_folder, tmp_path):
     with served(f"drafter={trained_folder}") as url, served() as baseline:
-        code = run(["eval", "--target", "embedded", "--server", url, "--baseline-server", baseline,
-                    "--tasks", "embedded", "--limit", "4", "--max-new-tokens", "40",
-                    "--concurrency", "1,3", "--out", str(tmp_path), "--json"])  # fmt: skip
+        code = run(
+            [
+                "eval-server",
+                "--target",
+                "embedded",
+                "--server",
+                url,
+                "--baseline-server",
+                baseline,
+                "--tasks",
+                "embedded",
+                "--limit",
+                "4",
+                "--max-new-tokens",
+                "40",
+                "--concurrency",
+                "1,3",
+                "--out",
+                str(tmp_path),
+                "--json",
+            ]
+        )
     report = json.loads(capsys.readouterr().out)
     assert code == 0 and report == json.loads((tmp_path / "eval.json").read_text())
     (task,) = report["tasks"]
@@ -54,7 +73,7 @@ def test_sglang_tells_an_average(trained_folder):
     with served(f"drafter={trained_folder}", "sglang") as url:
         server = Server(url)
         server.check()
-        value = measure_server(server, None, task, [1], **OPTIONS)
+        value = measure_server(server, None, task, [1], **OPTIONS).to_json()
     assert value["tau"] > 1 and "SGLang" in value["tau_from"] and value["rounds"] is None
     assert value["speedup"] is None and value["lossless"]["of"] == 0
 
@@ -64,7 +83,7 @@ def test_no_counters_is_no_figure_and_turns_follow(target):
     with served() as url:
         server = Server(url)
         server.check()
-        value = measure_server(server, None, Task("t", [prompt]), [1], **OPTIONS)
+        value = measure_server(server, None, Task("t", [prompt]), [1], **OPTIONS).to_json()
     assert value["tau"] is None and value["tau_from"] is None
     assert value["prompts"] == 1
     # Two requests at a level of one, each with its two turns.
@@ -82,8 +101,21 @@ def test_no_counters_is_no_figure_and_turns_follow(target):
 )
 def test_a_server_that_fails_is_told(capsys, planted, message):
     with served(planted) as url:
-        code = run(["eval", "--target", "embedded", "--server", url, "--tasks", "embedded",
-                    "--limit", "2", "--max-new-tokens", "40"])  # fmt: skip
+        code = run(
+            [
+                "eval-server",
+                "--target",
+                "embedded",
+                "--server",
+                url,
+                "--tasks",
+                "embedded",
+                "--limit",
+                "2",
+                "--max-new-tokens",
+                "40",
+            ]
+        )
     error = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and message in error and url in error
 
@@ -107,7 +139,10 @@ def test_a_server_that_drafted_nothing_has_no_tau(trained_folder):
         server = Server(url)
         server.check()
         value = measure_server(
-            server, None, Task("t", read_prompts("embedded:heldout", 1)), [1],
+            server,
+            None,
+            Task("t", read_prompts("embedded:heldout", 1)),
+            [1],
             **{**OPTIONS, "max_new_tokens": 1},
-        )  # fmt: skip
+        ).to_json()
     assert value["tau"] in (None, 1.0, 2.0)  # the small server may have drafted that one token

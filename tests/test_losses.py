@@ -50,19 +50,28 @@ def slow_loss(q_logits, p_logits, accepted, valid, gamma, weights, normalization
 
 @settings(deadline=None)
 @given(
-    st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 5), st.sampled_from([0.8, 0.9, 1.0]),
+    st.integers(0, 10**6),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.sampled_from([0.8, 0.9, 1.0]),
     st.sampled_from([(1.0, 1.0), (1.0, 0.1), (0.0, 1.0), (2.0, 0.0)]),
     st.sampled_from(["streams", "tokens"]),
-)  # fmt: skip
+)
 def test_acceptance_aware_loss_is_the_papers(seed, rounds, length, gamma, weights, normalization):
     g = torch.Generator().manual_seed(seed)
     q, p = (torch.randn(rounds, length, 5, generator=g, dtype=torch.float64) * 2 for _ in range(2))
     accepted = torch.randint(0, length + 1, (rounds,), generator=g)
     valid = torch.rand(rounds, length, generator=g) < 0.8
     found = d.acceptance_aware_loss(
-        q, p, accepted, valid=valid, gamma=gamma, accepted_weight=weights[0],
-        rejected_weight=weights[1], normalization=normalization,
-    )  # fmt: skip
+        q,
+        p,
+        accepted,
+        valid=valid,
+        gamma=gamma,
+        accepted_weight=weights[0],
+        rejected_weight=weights[1],
+        normalization=normalization,
+    )
     expected = slow_loss(q, p, accepted, valid, gamma, weights, normalization)
     assert float(found.total) == pytest.approx(expected, abs=1e-10)
 
@@ -132,9 +141,12 @@ def test_expected_length_is_the_mean_over_all_outcomes(seed, length):
 
 @settings(deadline=None, max_examples=30)
 @given(
-    st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 50),
-    st.sampled_from([forward_kl, reverse_kl, overlap]), st.sampled_from([1.0, 0.3]),
-)  # fmt: skip
+    st.integers(0, 10**6),
+    st.integers(1, 40),
+    st.integers(1, 50),
+    st.sampled_from([forward_kl, reverse_kl, overlap]),
+    st.sampled_from([1.0, 0.3]),
+)
 def test_chunked_scores_equal_whole_ones(seed, tokens, chunk, score, temperature):
     g = torch.Generator().manual_seed(seed)
     make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
@@ -152,9 +164,14 @@ def test_chunked_scores_equal_whole_ones(seed, tokens, chunk, score, temperature
             values = score(h @ weight.T, teacher @ teacher_weight.T / temperature)
         else:
             values = chunked_score(
-                score, h, weight, teacher_hidden=teacher, teacher_weight=teacher_weight,
-                temperature=temperature, chunk=chunk,
-            )  # fmt: skip
+                score,
+                h,
+                weight,
+                teacher_hidden=teacher,
+                teacher_weight=teacher_weight,
+                temperature=temperature,
+                chunk=chunk,
+            )
         (values * factor).sum().backward()
         results.append((values.detach(), h.grad))
     for a, b in zip(*results, strict=True):
@@ -267,10 +284,17 @@ def test_a_trained_heads_gradients_are_those_of_autograd(score, whole):
         teacher = None if score is cross_entropy else states
         if chunked:
             scores = chunked_score(
-                score, hidden, weight, teacher_hidden=teacher, teacher_weight=head, labels=labels
-                if score is cross_entropy else None, temperature=0.7, draft_temperature=1.3,
-                vocabulary=ids, chunk=5,
-            )  # fmt: skip
+                score,
+                hidden,
+                weight,
+                teacher_hidden=teacher,
+                teacher_weight=head,
+                labels=labels if score is cross_entropy else None,
+                temperature=0.7,
+                draft_temperature=1.3,
+                vocabulary=ids,
+                chunk=5,
+            )
         else:
             logits = over_target(hidden @ weight.t() / 1.3, ids, size)
             told = labels if score is cross_entropy else states @ head.t() / 0.7

@@ -19,8 +19,15 @@ def weights(run):
 
 def test_features_on_disk_train_as_those_in_memory(target, recipe_for, trained_folder, tmp_path, monkeypatch):
     """Bit for bit; and a run after it asks the target nothing about its trajectories."""
-    pairs = ["steps=4", "evaluation.every=4", "opd.trace_every=1", "data.limit=16", "batch_size=4",
-             "data.max_length=110", "data.heldout_limit=2"]  # fmt: skip
+    pairs = [
+        "steps=4",
+        "evaluation.every=4",
+        "opd.trace_every=1",
+        "data.limit=16",
+        "batch_size=4",
+        "data.max_length=110",
+        "data.heldout_limit=2",
+    ]
     pairs += [f"drafter={trained_folder}", "opd.objective.kind=dpace"]
     kept = tmp_path / "kept"
     on_disk = ["data.cache_features=disk", f"data.features={kept}"]

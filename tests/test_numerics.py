@@ -53,9 +53,11 @@ def parts_of(r: ReplayedBlocks, bounds: list[int]) -> tuple[list[ReplayedBlocks]
 
 @settings(deadline=None, max_examples=80)
 @given(
-    st.integers(0, 10**6), st.sampled_from(objectives()), st.booleans(),
+    st.integers(0, 10**6),
+    st.sampled_from(objectives()),
+    st.booleans(),
     st.lists(st.integers(0, 7), min_size=1, max_size=3),
-)  # fmt: skip
+)
 def test_parts_of_a_batch_add_up_to_it(seed, objective, narrow, bounds):
     """Losses, figures and gradients of processes with any share of the supervised tokens, none
     among them: the sum is that of one process with the whole batch."""
@@ -87,16 +89,22 @@ def with_vocabulary(r: ReplayedBlocks, seed: int) -> ReplayedBlocks:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randperm(V, generator=generator)[: V // 2].sort().values
     return replace(
-        r, head=r.head[ids], vocabulary=ids, draftable=torch.isin(r.labels, ids),
+        r,
+        head=r.head[ids],
+        vocabulary=ids,
+        draftable=torch.isin(r.labels, ids),
         drafted=ids[r.drafted % len(ids)],
-    )  # fmt: skip
+    )
 
 
 @settings(deadline=None, max_examples=120)
 @given(
-    st.integers(0, 10**6), st.sampled_from(objectives()), st.booleans(),
-    st.sampled_from([1e2, 1e4, 1e18]), st.sampled_from([torch.float32, torch.float64]),
-)  # fmt: skip
+    st.integers(0, 10**6),
+    st.sampled_from(objectives()),
+    st.booleans(),
+    st.sampled_from([1e2, 1e4, 1e18]),
+    st.sampled_from([torch.float32, torch.float64]),
+)
 def test_extreme_logits_stay_finite(seed, objective, narrow, scale, dtype):
     """Target and drafter certain, of different tokens or of the same."""
     r = make(seed)
@@ -175,8 +183,14 @@ def padded(target):
 def test_vocabulary_padding_changes_nothing(target, padded, heldout, recipe_for, family, tmp_path):
     """The same text, losslessly; a drafter for it trains, and never drafts a row of padding."""
     assert padded.vocab_size == 896 > target.vocab_size
-    new = ("steps=8", "evaluation.every=8", "optim.learning_rate=3e-3", "data.heldout_limit=2",
-           "batch_size=2", "data.max_length=100")  # fmt: skip
+    new = (
+        "steps=8",
+        "evaluation.every=8",
+        "optim.learning_rate=3e-3",
+        "data.heldout_limit=2",
+        "batch_size=2",
+        "data.max_length=100",
+    )
     run = Run("sft", recipe_for("sft", tmp_path / "r", *new), target=padded)
     assert math.isfinite(run.train().tau)
     for t in heldout[:2]:
@@ -187,9 +201,17 @@ def test_vocabulary_padding_changes_nothing(target, padded, heldout, recipe_for,
 
 # -- steps that are not finite ---------------------------------------------------------------
 
-EXPLODES = ("steps=20", "evaluation.every=20", "batch_size=2", "accumulate=2",
-            "data.max_length=70", "data.heldout_limit=1",
-            "optim.name=adamw", "optim.warmup=0", "optim.learning_rate=1e30")  # fmt: skip
+EXPLODES = (
+    "steps=20",
+    "evaluation.every=20",
+    "batch_size=2",
+    "accumulate=2",
+    "data.max_length=70",
+    "data.heldout_limit=1",
+    "optim.name=adamw",
+    "optim.warmup=0",
+    "optim.learning_rate=1e30",
+)
 
 
 def lines(out) -> list[dict]:
@@ -236,10 +258,17 @@ def test_a_batch_that_is_not_finite_is_skipped_where_the_recipe_says_so(
     target, recipe_for, tmp_path, monkeypatch, precision
 ):
     out = tmp_path / "run"
-    pairs = ("steps=6", "evaluation.every=6", "batch_size=2", "data.limit=12",
-             "data.max_length=80", "data.heldout_limit=1",
-             f"precision={precision}",
-             "data.cache_features=none", "optim.nonfinite=skip")  # fmt: skip
+    pairs = (
+        "steps=6",
+        "evaluation.every=6",
+        "batch_size=2",
+        "data.limit=12",
+        "data.max_length=80",
+        "data.heldout_limit=1",
+        f"precision={precision}",
+        "data.cache_features=none",
+        "optim.nonfinite=skip",
+    )
     run = Run("sft", recipe_for("sft", out, *pairs), target=target)
     bad = run._rows(2)[0]
     poison(target, monkeypatch, tuple(bad.ids))

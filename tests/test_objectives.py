@@ -122,17 +122,26 @@ def slow_blocks(r: ReplayedBlocks, o: Objective) -> float:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.integers(0, 10**6), st.sampled_from(sorted(STREAMS)), st.booleans(), st.booleans(),
-    st.sampled_from(["streams", "tokens"]), st.sampled_from([(1.0, 1.0), (1.0, 0.3), (0.5, 2.0)]),
+    st.integers(0, 10**6),
+    st.sampled_from(sorted(STREAMS)),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["streams", "tokens"]),
+    st.sampled_from([(1.0, 1.0), (1.0, 0.3), (0.5, 2.0)]),
     st.sampled_from([(0.8, 1.0), (1.0, 0.7)]),
-)  # fmt: skip
+)
 def test_two_stream_objectives(seed, kind, correction, suffix, normalization, weights, gammas):
     r = make(seed)
     o = Objective(
-        kind=kind, supervise_correction=correction, suffix=suffix, normalization=normalization,
-        accepted_weight=weights[0], rejected_weight=weights[1], gamma=gammas[0],
+        kind=kind,
+        supervise_correction=correction,
+        suffix=suffix,
+        normalization=normalization,
+        accepted_weight=weights[0],
+        rejected_weight=weights[1],
+        gamma=gammas[0],
         accepted_gamma=gammas[1],
-    )  # fmt: skip
+    )
     assert objective_loss(r, o)[0].item() == pytest.approx(slow_streams(r, o), abs=1e-9)
 
 
@@ -215,7 +224,7 @@ def test_estimates_are_clamped():
     q, p = torch.tensor([[50.0, 0.0]]), torch.tensor([[0.0, 50.0]])
     for form in ("k1", "k2", "k3", "bernoulli"):
         for direction in ("forward", "reverse"):
-            value = sampled(form, direction, 10.0)(q, p, torch.tensor([0]))
+            value = sampled(form, direction)(q, p, torch.tensor([0]))
             assert value.abs() <= 10 and torch.isfinite(value)
     with pytest.raises(ValueError, match="k1, k2, k3"):
         sampled("k4", "forward")

@@ -28,8 +28,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_there_is_one_of_each_family_and_stage():
-    assert {p.name for p in FOLDERS} >= {f"{f}-{s}" for f in d.drafters.FAMILIES for s in
-                                         ("sft", "opd")}  # fmt: skip
+    assert {p.name for p in FOLDERS} >= {f"{f}-{s}" for f in d.drafters.FAMILIES for s in ("sft", "opd")}
 
 
 @pytest.mark.parametrize("name", [p.name for p in FOLDERS])
@@ -61,3 +60,14 @@ def test_its_drafter_and_its_data_serve(here, name, capsys):
     assert run(["report", "analysis", name, "--out", "report"]) == 0
     page = Path("report/report.html").read_text()
     assert "Held-out τ over steps" in page
+
+
+def test_a_removed_key_is_read_at_its_default_and_refused_otherwise(here, capsys):
+    path = here / "dflash-opd" / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    assert recipe["opd"]["stride"] == 1 and recipe["opd"]["objective"]["clamp"] == 10.0
+    path.write_text(yaml.safe_dump({**recipe, "opd": {**recipe["opd"], "stride": 2}}))
+    for words in (["--resume"], ["opd.stride=1", "--resume"], ["out=elsewhere"]):
+        assert run(["opd", "--config", str(path), *words]) == 2
+        assert "'opd.stride' was removed" in capsys.readouterr().err
+    assert not Path("elsewhere").exists()

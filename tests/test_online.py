@@ -28,16 +28,28 @@ def recipe(family, recipe_for, trained, tmp_path):
 
     def write(url, **online):
         tree = recipe_for(
-            "opd", tmp_path / "loop", "steps=10", "evaluation.every=5", "batch_size=4",
-            f"drafter={beginner}", "opd.objective.kind=cross_entropy", "optim.learning_rate=3e-3",
+            "opd",
+            tmp_path / "loop",
+            "steps=10",
+            "evaluation.every=5",
+            "batch_size=4",
+            f"drafter={beginner}",
+            "opd.objective.kind=cross_entropy",
+            "optim.learning_rate=3e-3",
             "data.heldout_limit=3",
-        ).model_dump(mode="json")  # fmt: skip
+        ).model_dump(mode="json")
         del tree["data"]["trajectories"]
         tree["online"] = {
-            "server": url, "prompts": str(tmp_path / "traffic.jsonl"), "rounds": 3,
-            "prompts_per_round": 4, "window": 2, "max_new_tokens": 40, "patience": 20,
-            "export_dtype": "float32", **online,
-        }  # fmt: skip
+            "server": url,
+            "prompts": str(tmp_path / "traffic.jsonl"),
+            "rounds": 3,
+            "prompts_per_round": 4,
+            "window": 2,
+            "max_new_tokens": 40,
+            "patience": 20,
+            "export_dtype": "float32",
+            **online,
+        }
         path = tmp_path / "online.yaml"
         path.write_text(yaml.safe_dump(tree))
         return path

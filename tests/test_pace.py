@@ -35,9 +35,11 @@ def simulate(pace, chance, cost, rounds, rng, noise=0.05):
 @settings(deadline=None, max_examples=60)
 @example(chance=0.71875, slope=0.03125, step=1.5, seed=0)  # alone, and no neighbour of that pays
 @given(
-    chance=st.floats(0, 0.99), slope=st.floats(0.001, 0.6), step=st.floats(0, 1.5),
+    chance=st.floats(0, 0.99),
+    slope=st.floats(0.001, 0.6),
+    step=st.floats(0, 1.5),
     seed=st.integers(0, 10**6),
-)  # fmt: skip
+)
 def test_it_is_nearly_as_fast_as_the_best_fixed_length(chance, slope, step, seed):
     def cost(length):
         return 1.0 + (length > 0) * step + slope * length
@@ -122,8 +124,16 @@ def test_sampled_text_keeps_its_distribution(target, trained):
     pace = Turning(trained.draft_length)
     pairs: Counter = Counter()
     for seed in range(draws // 300):
-        made = speculate(target, trained, [ids] * 300, max_new_tokens=2, sampling=sampling,
-                         seed=seed, pace=pace, stop_ids=())  # fmt: skip
+        made = speculate(
+            target,
+            trained,
+            [ids] * 300,
+            max_new_tokens=2,
+            sampling=sampling,
+            seed=seed,
+            pace=pace,
+            stop_ids=(),
+        )
         pairs.update(tuple(g.token_ids) for g in made)
     firsts = Counter(a for a, _ in pairs.elements())
     common = firsts.most_common(1)[0][0]

@@ -116,8 +116,19 @@ def test_speculators_loads_what_we_write(peers, family, trained_folder, tmp_path
 def test_speculators_converts_what_we_write(peers, family, trained, tmp_path):
     """Its converter takes our folder, and we take what it makes of it."""
     trained.save_pretrained(tmp_path / "d")
-    run(peers, "-m", "speculators", "convert", tmp_path / "d", "--algorithm", family,
-        "--verifier", resolve_path("embedded"), "--output-path", tmp_path / "out")  # fmt: skip
+    run(
+        peers,
+        "-m",
+        "speculators",
+        "convert",
+        tmp_path / "d",
+        "--algorithm",
+        family,
+        "--verifier",
+        resolve_path("embedded"),
+        "--output-path",
+        tmp_path / "out",
+    )
     again = d.Drafter.from_pretrained(str(tmp_path / "out"), device="cpu")
     assert again.layout == "speculators"
     ours, theirs = trained.state_dict(), again.state_dict()
@@ -129,12 +140,17 @@ def test_speculators_converts_what_we_write(peers, family, trained, tmp_path):
 
 # SafeAILab's cnets.py and SpecForge's llama3_eagle.py: every tensor of a one-layer EAGLE-3 file.
 PUBLISHED_NAMES = {
-    "fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d",
-    "midlayer.hidden_norm.weight", "midlayer.input_layernorm.weight",
+    "fc.weight",
+    "norm.weight",
+    "lm_head.weight",
+    "d2t",
+    "t2d",
+    "midlayer.hidden_norm.weight",
+    "midlayer.input_layernorm.weight",
     "midlayer.post_attention_layernorm.weight",
     *(f"midlayer.self_attn.{n}_proj.weight" for n in "qkvo"),
     *(f"midlayer.mlp.{n}_proj.weight" for n in ("gate", "up", "down")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("family", ["eagle3"], indirect=True)

@@ -22,8 +22,19 @@ from draft_opd.utils import machine
 from draft_opd.utils.errors import UserError
 
 CPU = torch.device("cpu")
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot", "linear", "convolution",
-            "attention", "einsum")  # fmt: skip
+PRODUCTS = (
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "addmv",
+    "mv",
+    "dot",
+    "linear",
+    "convolution",
+    "attention",
+    "einsum",
+)
 
 
 class NarrowProducts(TorchDispatchMode):
@@ -50,9 +61,15 @@ def fake_speed(monkeypatch, ratio: float) -> None:
 
 def recipe(**more) -> Recipe:
     return parse_recipe(
-        {"target": "embedded", "out": "x", "steps": 1, "optim": {"name": "muon"},
-         "data": {"trajectories": "t", "heldout": "h"}, **more}
-    )  # fmt: skip
+        {
+            "target": "embedded",
+            "out": "x",
+            "steps": 1,
+            "optim": {"name": "muon"},
+            "data": {"trajectories": "t", "heldout": "h"},
+            **more,
+        }
+    )
 
 
 @given(rows=st.integers(1, 24), columns=st.integers(1, 24), seed=st.integers(0, 99))
@@ -135,8 +152,12 @@ def test_a_cpu_that_emulates_a_type_is_named_once(monkeypatch, caplog):
 @pytest.mark.parametrize("objective", ["dpace", "acceptance_aware"])
 def test_a_float32_step_multiplies_nothing_in_16_bit(target, recipe_for, trained_folder, tmp_path, objective):
     """Target, traces, drafter, losses, Muon; features are remembered in bfloat16 all the same."""
-    pairs = ("precision=float32", f"opd.objective.kind={objective}", "batch_size=2",
-             f"drafter={trained_folder}")  # fmt: skip
+    pairs = (
+        "precision=float32",
+        f"opd.objective.kind={objective}",
+        "batch_size=2",
+        f"drafter={trained_folder}",
+    )
     for stage in ("sft", "opd"):
         run = Run(stage, recipe_for(stage, tmp_path / stage, *pairs), target=target)
         with NarrowProducts() as seen:

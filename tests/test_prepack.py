@@ -26,9 +26,12 @@ def pair(inputs, outputs, bias=False, dtype=torch.float32):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    inputs=st.integers(1, 70), outputs=st.integers(1, 70), bias=st.booleans(),
-    shape=st.lists(st.integers(1, 5), max_size=3), dtype=st.sampled_from(["float32", "bfloat16"]),
-)  # fmt: skip
+    inputs=st.integers(1, 70),
+    outputs=st.integers(1, 70),
+    bias=st.booleans(),
+    shape=st.lists(st.integers(1, 5), max_size=3),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
 def test_same_products(inputs, outputs, bias, shape, dtype):
     dtype = getattr(torch, dtype)
     plain, packed = pair(inputs, outputs, bias, dtype)

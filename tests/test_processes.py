@@ -28,10 +28,16 @@ def even(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     shipped = AutoConfig.from_pretrained(resolve_path("embedded"))
     config = Qwen3Config(
-        vocab_size=shipped.vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=5,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
+        vocab_size=shipped.vocab_size,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=1024,
         eos_token_id=shipped.eos_token_id,
-    )  # fmt: skip
+    )
     folder = tmp_path_factory.mktemp("even")
     Qwen3ForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(resolve_path("embedded")).save_pretrained(folder)
@@ -43,8 +49,14 @@ def test_two_processes_share_a_targets_matrices(together, even, tmp_path, rollou
     """Tensor parallel: the same run again, decoding included."""
     new = (f"target={even}", "steps=2", "evaluation.every=2", "batch_size=3", *ADAMW)
     together(1, "sft", tmp_path / "sft", *new)
-    pairs = (*new, f"drafter={tmp_path / 'sft' / 'last'}", "opd.objective.kind=acceptance_aware",
-             "opd.max_anchors=6", "data.max_length=90", f"opd.rollout={rollout}")  # fmt: skip
+    pairs = (
+        *new,
+        f"drafter={tmp_path / 'sft' / 'last'}",
+        "opd.objective.kind=acceptance_aware",
+        "opd.max_anchors=6",
+        "data.max_length=90",
+        f"opd.rollout={rollout}",
+    )
     one = together(1, "opd", tmp_path / "one", *pairs)
     two = together(2, "opd", tmp_path / "two", *pairs, "parallel.tensor=2")
     assert_same_run(one, two)
@@ -86,8 +98,16 @@ def test_a_run_goes_on_with_another_number_of_processes(together, tmp_path):
 
 def test_processes_that_share_a_target_stop_together(together, even, tmp_path):
     """One of them is told, and none splits batches with another."""
-    pairs = (f"target={even}", "steps=20", "evaluation.every=20", "batch_size=3",
-             "data.max_length=90", "data.heldout_limit=2", "parallel.tensor=2", *ADAMW)  # fmt: skip
+    pairs = (
+        f"target={even}",
+        "steps=20",
+        "evaluation.every=20",
+        "batch_size=3",
+        "data.max_length=90",
+        "data.heldout_limit=2",
+        "parallel.tensor=2",
+        *ADAMW,
+    )
     whole = together(2, "sft", tmp_path / "whole", *pairs)
     out = tmp_path / "parts"
     processes, logs = together.begin(2, "sft", out, *pairs)
@@ -177,13 +197,31 @@ def test_what_cannot_be_split_is_refused(together, tmp_path):
 
 def test_torchrun_starts_it(recipe_for, tmp_path):
     """As the documentation says it, through torch's own launcher."""
-    recipe = recipe_for("sft", tmp_path / "run", "steps=2", "evaluation.every=2", "batch_size=3",
-                        "data.max_length=90", "data.heldout_limit=2")  # fmt: skip
+    recipe = recipe_for(
+        "sft",
+        tmp_path / "run",
+        "steps=2",
+        "evaluation.every=2",
+        "batch_size=3",
+        "data.max_length=90",
+        "data.heldout_limit=2",
+    )
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-        str(free_port()), "-m", "draft_opd", "sft", "--config", str(tmp_path / "r.yaml"), "--json",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+        "-m",
+        "draft_opd",
+        "sft",
+        "--config",
+        str(tmp_path / "r.yaml"),
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["step"] == 2

@@ -34,8 +34,8 @@ def traces(target, trained, heldout):
     return hindsight_traces(target, trained, heldout[:4])
 
 
-def chosen(target, drafter, batch, traces, length=15, sampling=GREEDY, **options):
-    return choose_blocks(target, drafter, batch, traces, Opd(**options), length, sampling, "s")
+def chosen(target, drafter, batch, traces, num_draft_tokens=15, sampling=GREEDY, **options):
+    return choose_blocks(target, drafter, batch, traces, Opd(**options), num_draft_tokens, sampling, "s")
 
 
 def test_trace_anchors_are_rounds_of_the_trace(target, trained, batch, traces):
@@ -45,19 +45,12 @@ def test_trace_anchors_are_rounds_of_the_trace(target, trained, batch, traces):
         assert blocks.accepted[i][blocks.present[i]].tolist() == [r.accepted for r in trace]
 
 
-def test_limits_and_stride(traces):
-    def count(**options):
-        return [len(row) for row in choose_rounds(traces, Opd(**options), 15, "s")]
-
-    lengths = [len(t) for t in traces]
-    assert count(max_anchors=5) == [min(5, n) for n in lengths]
-    assert count(max_anchors=1000, max_tokens=45) == [min(3, n) for n in lengths]
-    assert count(max_anchors=1000, max_tokens=1) == [1] * 4
-    for n, kept in zip(lengths, count(max_anchors=1000, stride=3), strict=True):
-        assert kept in (n // 3, n // 3 + 1)
-    rows = choose_rounds(traces, Opd(max_anchors=5), 15, "s")
+def test_at_most_max_anchors_are_replayed_in_order(traces):
+    rows = choose_rounds(traces, 5, "s")
+    assert [len(row) for row in rows] == [min(5, len(t)) for t in traces]
     assert all([r.anchor for r in row] == sorted(r.anchor for r in row) for row in rows)
-    assert rows == choose_rounds(traces, Opd(max_anchors=5), 15, "s")
+    assert rows == choose_rounds(traces, 5, "s")
+    assert choose_rounds(traces, 1000, "s") == traces
 
 
 def test_random_anchors_have_the_same_budget(target, trained, batch, traces):
@@ -88,9 +81,14 @@ def test_occupancy_at_temperature_zero_is_the_trace(target, trained, batch, trac
 
 def test_occupancy_above_it_weights_every_position(target, trained, batch, traces):
     blocks = chosen(
-        target, trained, batch, traces, max_anchors=1000, anchors="occupancy",
+        target,
+        trained,
+        batch,
+        traces,
+        max_anchors=1000,
+        anchors="occupancy",
         sampling=Sampling(temperature=1.0),
-    )  # fmt: skip
+    )
     assert blocks.present.sum() > sum(map(len, traces))
     assert (blocks.weight <= 1 + 1e-6).all() and (blocks.weight[:, 0] == 1).all()
     assert ((blocks.weight > 0) == blocks.present).all()
@@ -122,9 +120,15 @@ def test_drawing_by_weight_keeps_every_expectation(weights, count):
 def test_every_choice_trains(target, trained, batch, traces, anchors, temperature):
     options = Opd(anchors=anchors, max_anchors=4, objective={"kind": "expected_length"})
     loss, figures = opd_loss(
-        target, trained, batch, traces, options, length=15, seed="s",
+        target,
+        trained,
+        batch,
+        traces,
+        options,
+        num_draft_tokens=15,
+        seed="s",
         sampling=Sampling(temperature=temperature),
-    )  # fmt: skip
+    )
     loss.backward()
     gradient = trained.fc.weight.grad
     assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
@@ -142,10 +146,13 @@ def test_a_run_above_temperature_zero(target, recipe_for, trained_folder, tmp_pa
         prompts = read_prompts(f"embedded:{part}", limit)
         collect(target, prompts, tmp_path / part, max_new_tokens=60, sampling=hot)
     pairs = [
-        f"drafter={trained_folder}", f"data.trajectories={tmp_path / 'train'}",
-        f"data.heldout={tmp_path / 'heldout'}", "batch_size=4", "steps=2",
+        f"drafter={trained_folder}",
+        f"data.trajectories={tmp_path / 'train'}",
+        f"data.heldout={tmp_path / 'heldout'}",
+        "batch_size=4",
+        "steps=2",
         "opd.objective.kind=expected_overlap",
-    ]  # fmt: skip
+    ]
     with pytest.raises(d.UserError, match="sampling"):
         Run("opd", recipe_for("opd", tmp_path / "a", *pairs), target=target)
     recipe = recipe_for("opd", tmp_path / "b", *pairs, "sampling.temperature=1.0")
@@ -213,8 +220,10 @@ def test_an_ablation_may_sweep_and_begin_with_finished_drafters(data, trained_fo
     assert {r["variant"] for r in report["runs"]} == {"replay@0.0001", "replay@0.001"}
     (start,) = {r["start"] for r in report["runs"]}
     assert start > 1 and not list((tmp_path / "out").glob("start-*"))
-    rates = [load_recipe(tmp_path / "out" / f"{n}-0" / "recipe.yaml").optim.learning_rate
-             for n in ("replay@0.0001", "replay@0.001")]  # fmt: skip
+    rates = [
+        load_recipe(tmp_path / "out" / f"{n}-0" / "recipe.yaml").optim.learning_rate
+        for n in ("replay@0.0001", "replay@0.001")
+    ]
     assert rates == [0.0001, 0.001]
     path.write_text(json.dumps(plan | {"start": {"drafter": str(tmp_path / "no-{seed}")}}))
     with pytest.raises(d.UserError, match=r"start\.drafter .*no-0"):
@@ -245,8 +254,13 @@ def test_paired_differences():
     ],
 )
 def test_a_wrong_plan_is_named(tmp_path, change, message):
-    plan = {"recipe": "embedded", "seeds": [0], "baseline": "sft_continued",
-            "variants": {"sft_continued": {"stage": "sft"}}, **change}  # fmt: skip
+    plan = {
+        "recipe": "embedded",
+        "seeds": [0],
+        "baseline": "sft_continued",
+        "variants": {"sft_continued": {"stage": "sft"}},
+        **change,
+    }
     path = tmp_path / "plan.yaml"
     path.write_text(json.dumps(plan))
     with pytest.raises(d.UserError, match=message):

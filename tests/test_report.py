@@ -16,8 +16,7 @@ sync_playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install 'draft-opd[test]'"
 ).sync_playwright
 FAMILY = "dflash"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
-                None)  # fmt: skip
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WINDOWS = {"wide": (1280, 900), "phone": (390, 844)}
 HOSTILE = "</span><script>document.title='taken'</script><img src=x onerror=alert(1)>\" 'é漢🙂"
 # Every box whose content is wider than itself and that neither scrolls nor wraps.
@@ -36,11 +35,47 @@ def folder(trained_folder, data, tmp_path_factory) -> Path:
     copy = out / "_other $x$ <b>name<b>$\\foo$"
     shutil.copytree(trained_folder, copy)
     pair = ("--target", "embedded", "--drafter", str(trained_folder))
-    assert run(["eval", *pair, "--drafter", str(copy), "--draft-length", "4,15", "--tasks",
-                "embedded", "--prompts", str(prompts), "--limit", "2", "--max-new-tokens", "12",
-                "--advise", "--concurrency", "1,2", "--out", str(out / "eval")]) == 0  # fmt: skip
-    assert run(["analyze", *pair, "--trajectories", str(data / "heldout"), "--limit", "4",
-                "--out", str(out / "analysis")]) == 0  # fmt: skip
+    assert (
+        run(
+            [
+                "eval",
+                *pair,
+                "--drafter",
+                str(copy),
+                "--draft-length",
+                "4,15",
+                "--tasks",
+                "embedded",
+                "--prompts",
+                str(prompts),
+                "--limit",
+                "2",
+                "--max-new-tokens",
+                "12",
+                "--advise",
+                "--concurrency",
+                "1,2",
+                "--out",
+                str(out / "eval"),
+            ]
+        )
+        == 0
+    )
+    assert (
+        run(
+            [
+                "analyze",
+                *pair,
+                "--trajectories",
+                str(data / "heldout"),
+                "--limit",
+                "4",
+                "--out",
+                str(out / "analysis"),
+            ]
+        )
+        == 0
+    )
     paths = [str(out / "eval"), str(out / "analysis"), str(trained_folder.parent)]
     assert run(["report", *paths, "--out", str(out / "all")]) == 0
     return out
@@ -81,14 +116,20 @@ def test_it_fits_and_loads_nothing(browser, folder, window, scheme, tmp_path):
     assert page.evaluate(OVERFLOWING) == []
     # Every section is there, and every plot has a size.
     titles = [h.inner_text() for h in page.query_selector_all("h2")]
-    for title in ("Tasks", "Where drafts are accepted", "Training", "Requests at a time",
-                  "Where the drafter fails", "Who wrote which token", "Configuration"):  # fmt: skip
+    for title in (
+        "Tasks",
+        "Where drafts are accepted",
+        "Training",
+        "Requests at a time",
+        "Where the drafter fails",
+        "Who wrote which token",
+        "Configuration",
+    ):
         assert title in titles
     boxes = [f.bounding_box() for f in page.query_selector_all("figure svg")]
     assert len(boxes) >= 10 and all(b["width"] > 200 and b["height"] > 100 for b in boxes)
     # Text can be read on what is behind it.
-    ink, paper = (page.evaluate(f"getComputedStyle(document.body).{p}") for p in
-                  ("color", "backgroundColor"))  # fmt: skip
+    ink, paper = (page.evaluate(f"getComputedStyle(document.body).{p}") for p in ("color", "backgroundColor"))
     assert abs(_light(ink) - _light(paper)) > 150 and (_light(paper) > 128) == (scheme == "light")
     page.screenshot(path=tmp_path / "page.png", full_page=True)
     assert (tmp_path / "page.png").stat().st_size > 50_000
@@ -120,8 +161,9 @@ def test_whole_text_of_a_sample_is_on_the_page(browser, folder, target):
     texts = [e.text_content() for e in page.query_selector_all("div.text")]
     wanted = [
         s["prompt"] + "".join(p.get("special") or p["text"] for p in side["pieces"])
-        for s in samples for side in s["sides"]
-    ]  # fmt: skip
+        for s in samples
+        for side in s["sides"]
+    ]
     assert texts == wanted and any(HOSTILE in t for t in texts)
     page.close()
 
@@ -157,7 +199,7 @@ def test_tokens_that_are_part_of_a_character_make_whole_text(target):
         (lambda p: None, "holds nothing to report"),
         (lambda p: (p / "eval.json").write_text("{"), "is not readable JSON"),
         (lambda p: (p / "eval.json").write_text("[]"), "must hold a JSON object"),
-        (lambda p: (p / "eval.json").write_text('{"target": 1}'), "lacks drafter"),
+        (lambda p: (p / "eval.json").write_text('{"target": "t"}'), "drafter: Field required"),
         (lambda p: (p / "analysis.json").write_text("{}"), "lacks anchors"),
         (lambda p: (p / "recipe.yaml").write_text("a: 1"), "is damaged"),
     ],

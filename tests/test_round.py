@@ -42,10 +42,12 @@ def test_a_round_reads_nothing_from_the_device(trained, family, batch, temperatu
         without_values(drafter)
         c = real.config
         cache = empty_cache(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, batch, capacity)
-        context = PositionCache.of(*(
-            [torch.empty(batch, x.shape[1], capacity, x.shape[3], device="meta") for x in store]
-            for store in (shapes.keys, shapes.values)
-        ))  # fmt: skip
+        context = PositionCache.of(
+            *(
+                [torch.empty(batch, x.shape[1], capacity, x.shape[3], device="meta") for x in store]
+                for store in (shapes.keys, shapes.values)
+            )
+        )
         rounds = DecodeStep(real, drafter, cache, context, Sampling(temperature=temperature), None)
         last = torch.zeros(batch, dtype=torch.long, device="meta")
         rounds.set_bound(36, filled=batch == 1)  # as a decode of one row has it

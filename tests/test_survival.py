@@ -29,11 +29,23 @@ def command(recipe_for, trained_folder, tmp_path_factory):
 
     def make(out: Path, *pairs: str) -> list:
         recipe = recipe_for(
-            "opd", out, f"drafter={trained_folder}", f"steps={STEPS}", "evaluation.every=4",
-            "save_every=1", "opd.trace_every=3", "data.cache_features=memory", "data.limit=24",
-            "data.heldout_limit=3", "batch_size=4", "data.max_length=110", "optim.name=muon",
-            "opd.max_anchors=6", "opd.objective.kind=dpace", *pairs,
-        )  # fmt: skip
+            "opd",
+            out,
+            f"drafter={trained_folder}",
+            f"steps={STEPS}",
+            "evaluation.every=4",
+            "save_every=1",
+            "opd.trace_every=3",
+            "data.cache_features=memory",
+            "data.limit=24",
+            "data.heldout_limit=3",
+            "batch_size=4",
+            "data.max_length=110",
+            "optim.name=muon",
+            "opd.max_anchors=6",
+            "opd.objective.kind=dpace",
+            *pairs,
+        )
         path = tmp_path_factory.mktemp("recipe") / "r.yaml"
         path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
         return ["opd", "--config", path, "--resume"]
@@ -54,8 +66,12 @@ def same_files(a: Path, b: Path, *names: str) -> bool:
     return all((a / n).read_bytes() == (b / n).read_bytes() for n in names)
 
 
-WEIGHTS = ("last/model.safetensors", "last/training/optimizer.safetensors",
-           "best/model.safetensors", "best/best.json")  # fmt: skip
+WEIGHTS = (
+    "last/model.safetensors",
+    "last/training/optimizer.safetensors",
+    "best/model.safetensors",
+    "best/best.json",
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +113,13 @@ def test_twenty_kills_change_nothing(forked, command, whole, family, tmp_path):
     assert metrics(out) == metrics(expected)
     left = {p.name for p in out.iterdir()}
     assert left - {".lock", ".last.tmp", ".best.tmp"} == {
-        "last", "best", "checkpoints", "metrics.jsonl", "recipe.yaml", "run.json",
-    }, left  # fmt: skip
+        "last",
+        "best",
+        "checkpoints",
+        "metrics.jsonl",
+        "recipe.yaml",
+        "run.json",
+    }, left
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -151,12 +172,10 @@ def flip(path: Path, at: int, mask: int) -> None:
     path.write_bytes(data)
 
 
-CHECKED = ("model.safetensors", "config.json", "training/optimizer.safetensors",
-           "training/progress.json")  # fmt: skip
+CHECKED = ("model.safetensors", "config.json", "training/optimizer.safetensors", "training/progress.json")
 
 
-@settings(max_examples=60, deadline=None,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(CHECKED), st.integers(0, 1 << 40), st.integers(1, 255), st.booleans())
 def test_any_altered_byte_and_any_cut_is_seen(copy, name, at, mask, cut):
     path = copy / "last" / name
@@ -204,8 +223,16 @@ def test_where_all_are_damaged_nothing_is_lost(forked, command, copy, tmp_path):
 
 
 def test_old_checkpoints_go(target, recipe_for, tmp_path):
-    recipe = recipe_for("sft", tmp_path / "run", "steps=6", "save_every=1", "keep_checkpoints=2",
-                        "evaluation.every=6", "batch_size=2", "data.max_length=90")  # fmt: skip
+    recipe = recipe_for(
+        "sft",
+        tmp_path / "run",
+        "steps=6",
+        "save_every=1",
+        "keep_checkpoints=2",
+        "evaluation.every=6",
+        "batch_size=2",
+        "data.max_length=90",
+    )
     Run("sft", recipe, target=target).train()
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-00000004", "step-00000005"]

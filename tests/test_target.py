@@ -26,10 +26,15 @@ def plain(target, ids: list[int]) -> torch.Tensor:
 def tiny(kind: str) -> d.Target:
     torch.manual_seed(1)
     shape = {
-        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
         "eos_token_id": 1,
-    }  # fmt: skip
+    }
     if kind == "llama":
         return d.Target(LlamaForCausalLM(LlamaConfig(**shape)), None, kind)
     if kind == "mistral":  # slides everywhere, and says nothing by layer
@@ -131,9 +136,15 @@ def test_a_model_that_changes_its_logits_behind_the_head_is_refused():
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
-        num_attention_heads=4, num_key_value_heads=2, final_logit_softcapping=0.5,
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        head_dim=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        final_logit_softcapping=0.5,
+    )
     torch.manual_seed(0)
     with pytest.raises(d.UserError, match="soft-capping"):
         d.Target(Gemma2ForCausalLM(config), None, "gemma")
@@ -143,9 +154,12 @@ def test_a_head_with_a_bias_is_refused():
     from transformers import PhiConfig, PhiForCausalLM
 
     config = PhiConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
         num_attention_heads=4,
-    )  # fmt: skip
+    )
     with pytest.raises(d.UserError, match="no bias"):
         d.Target(PhiForCausalLM(config), None, "phi")
 
@@ -176,9 +190,12 @@ def test_the_shipped_target_is_small_and_thinks(target):
 
 
 @given(
-    heads=st.sampled_from([(6, 2), (4, 4), (8, 1)]), count=st.integers(1, 9),
-    keys=st.integers(1, 20), batch=st.integers(1, 3), seed=st.integers(0, 999),
-)  # fmt: skip
+    heads=st.sampled_from([(6, 2), (4, 4), (8, 1)]),
+    count=st.integers(1, 9),
+    keys=st.integers(1, 20),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 999),
+)
 @settings(deadline=None, max_examples=40)
 def test_grouped_attention_is_attention_over_repeated_heads(heads, count, keys, batch, seed):
     generator = torch.Generator().manual_seed(seed)

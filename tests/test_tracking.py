@@ -65,8 +65,14 @@ def test_a_tracker_may_change_on_resume_and_leaves_no_trace_if_absent(
 
 
 def test_only_numbers_are_tracked():
-    line = {"step": 3, "loss": 0.5, "seconds": {"all": 2, "head": {"x": 1.0}}, "counts": [1, 2],
-            "flag": True, "name": "x"}  # fmt: skip
+    line = {
+        "step": 3,
+        "loss": 0.5,
+        "seconds": {"all": 2, "head": {"x": 1.0}},
+        "counts": [1, 2],
+        "flag": True,
+        "name": "x",
+    }
     assert dict(numbers(line)) == {"loss": 0.5, "seconds/all": 2, "seconds/head/x": 1.0}
 
 
@@ -81,9 +87,14 @@ def test_other_trackers_really_take_it(kind, tmp_path):
         "t = open_tracker(sys.argv[1], out, {'a': 1}, 0); t.log(1, {'tau': 2.0}); t.close(False); "
         "t = open_tracker(sys.argv[1], out, {'a': 1}, 1); t.log(2, {'tau': 3.0}); t.close(False)"
     )
-    environment = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"),
-                   "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path),
-                   "PYTHONPATH": ":".join(sys.path)}  # fmt: skip
+    environment = {
+        "WANDB_MODE": "offline",
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "PYTHONPATH": ":".join(sys.path),
+    }
     out = tmp_path / "run"
     out.mkdir()
     done = subprocess.run(

@@ -27,9 +27,15 @@ def metrics(out):
 def test_sft_raises_held_out_tau(target, recipe_for, tmp_path):
     """From nothing, in a few steps on texts of which it has seen the like."""
     recipe = recipe_for(
-        "sft", tmp_path / "run", "steps=40", "evaluation.every=40", "optim.learning_rate=3e-3",
-        "batch_size=2", "data.max_length=110", "data.heldout_limit=4",
-    )  # fmt: skip
+        "sft",
+        tmp_path / "run",
+        "steps=40",
+        "evaluation.every=40",
+        "optim.learning_rate=3e-3",
+        "batch_size=2",
+        "data.max_length=110",
+        "data.heldout_limit=4",
+    )
     Run("sft", recipe, target=target).train()
     taus = [m["tau"] for m in metrics(tmp_path / "run") if "tau" in m]
     assert taus[0] < 1.1 and taus[-1] > 1.1
@@ -38,9 +44,16 @@ def test_sft_raises_held_out_tau(target, recipe_for, tmp_path):
 def test_a_run_ends_at_its_plateau(target, recipe_for, tmp_path):
     """A drafter that learns nothing: after two measurements without a new best; and it stays so."""
     recipe = recipe_for(
-        "sft", tmp_path / "run", "steps=50", "evaluation.every=1", "evaluation.patience=2",
-        "optim.learning_rate=1e-12", "data.max_length=60", "data.heldout_limit=2", "batch_size=2",
-    )  # fmt: skip
+        "sft",
+        tmp_path / "run",
+        "steps=50",
+        "evaluation.every=1",
+        "evaluation.patience=2",
+        "optim.learning_rate=1e-12",
+        "data.max_length=60",
+        "data.heldout_limit=2",
+        "batch_size=2",
+    )
     result = Run("sft", recipe, target=target).train()
     assert (result.step, result.best_step) == (2, 0) and result.last.is_dir()
     assert Run("sft", recipe, target=target, resume=True).train().step == 2
@@ -50,11 +63,20 @@ def test_a_run_ends_at_its_plateau(target, recipe_for, tmp_path):
 def test_every_objective_lowers_its_own_loss(target, recipe_for, trained_folder, tmp_path, kind):
     """On the same few trajectories again and again, so that the loss has to fall."""
     recipe = recipe_for(
-        "opd", tmp_path / "run", f"drafter={trained_folder}", f"opd.objective.kind={kind}",
-        "data.limit=2", "batch_size=2", "steps=8", "evaluation.every=8", "optim.learning_rate=3e-4",
-        "opd.max_anchors=200", "opd.objective.trajectory_weight=0", "data.max_length=80",
+        "opd",
+        tmp_path / "run",
+        f"drafter={trained_folder}",
+        f"opd.objective.kind={kind}",
+        "data.limit=2",
+        "batch_size=2",
+        "steps=8",
+        "evaluation.every=8",
+        "optim.learning_rate=3e-4",
+        "opd.max_anchors=200",
+        "opd.objective.trajectory_weight=0",
+        "data.max_length=80",
         "data.heldout_limit=1",
-    )  # fmt: skip
+    )
     Run("opd", recipe, target=target).train()
     losses = [m["loss"] for m in metrics(tmp_path / "run") if "loss" in m]
     assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
@@ -96,8 +118,14 @@ def test_a_draft_followed_until_it_goes_wrong_makes_the_same_rounds(
 def test_a_resumed_run_ends_with_the_same_weights(
     target, family, recipe_for, trained_folder, tmp_path, stage, pairs
 ):
-    pairs = [*pairs, "steps=6", "evaluation.every=2", "batch_size=3", "data.max_length=110",
-             "data.heldout_limit=2"]  # fmt: skip
+    pairs = [
+        *pairs,
+        "steps=6",
+        "evaluation.every=2",
+        "batch_size=3",
+        "data.max_length=110",
+        "data.heldout_limit=2",
+    ]
     if stage == "opd":
         pairs.append(f"drafter={trained_folder}")
     elif family == "eagle3":
@@ -129,8 +157,10 @@ def test_a_folder_with_a_run_is_not_overwritten(target, recipe_for, tmp_path):
     # Its state is safetensors and JSON, and the checkpoint a drafter.
     last = tmp_path / "run" / "last"
     assert {p.name for p in (last / "training").iterdir()} == {
-        "optimizer.safetensors", "progress.json", "files.json",
-    }  # fmt: skip
+        "optimizer.safetensors",
+        "progress.json",
+        "files.json",
+    }
     assert not list(last.rglob("*.pt")) and not list(last.rglob("*.bin"))
     d.Drafter.from_pretrained(str(last), device="cpu")
     with pytest.raises(d.UserError, match="--resume"):
@@ -222,8 +252,7 @@ def test_unknown_families_and_options_are_named(target, recipe_for, tmp_path):
         Run("sft", recipe_for("sft", tmp_path / "a", "model.family=gpt"), target=target)
     with pytest.raises(d.UserError, match=r"model\.options"):
         Run("sft", recipe_for("sft", tmp_path / "b", "model.options.depth=3"), target=target)
-    for option in ("num_layers=two", "num_layers=0", "block_size=8.5", "head_dim=7",
-                   "num_attention_heads=7"):  # fmt: skip
+    for option in ("num_layers=two", "num_layers=0", "block_size=8.5", "head_dim=7", "num_attention_heads=7"):
         with pytest.raises(d.UserError, match=r"model\.options"):
             Run("sft", recipe_for("sft", tmp_path / "c", f"model.options.{option}"), target=target)
 

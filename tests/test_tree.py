@@ -59,9 +59,8 @@ def test_children_are_the_most_probable_of_all(seed, width):
     tokens, parents, scores = best_children(logits, score, width)
     for b in range(2):
         every = {
-            (p, v): float(score[b, p] + logits[b, p].log_softmax(-1)[v])
-            for p in range(3) for v in range(4)
-        }  # fmt: skip
+            (p, v): float(score[b, p] + logits[b, p].log_softmax(-1)[v]) for p in range(3) for v in range(4)
+        }
         best = sorted(every, key=every.get, reverse=True)[:width]
         assert list(zip(parents[b].tolist(), tokens[b].tolist(), strict=True)) == best
         assert scores[b].tolist() == pytest.approx([every[x] for x in best], abs=1e-5)

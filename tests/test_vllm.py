@@ -31,9 +31,12 @@ ENVIRONMENT = Path(__file__).parent.parent / ".vllm-env"
 VERSION = "0.32.0"
 ARGUMENTS = "--enforce-eager --max-model-len 1024 --gpu-memory-utilization 0.3"
 SETTINGS = {
-    "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}  # fmt: skip
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
 
 
 @pytest.fixture(scope="session")
@@ -55,21 +58,44 @@ def engine() -> str:
 @pytest.fixture(scope="session")
 def serveable(family, recipe_for, target, tmp_path_factory) -> Path:
     """A drafter that accepts some and rejects some, in a shape that vllm-cpu runs rightly."""
-    shape = {"dflash": "{num_layers: 1, block_size: 16}",
-             "eagle3": "{draft_length: 15, draft_vocab_size: 150}"}[family]  # fmt: skip
+    shape = {
+        "dflash": "{num_layers: 1, block_size: 16}",
+        "eagle3": "{draft_length: 15, draft_vocab_size: 150}",
+    }[family]
     out = tmp_path_factory.mktemp("serveable") / "sft"
-    pairs = ("steps=400", "evaluation.every=400", "optim.learning_rate=3e-3", "batch_size=4",
-             f"model.options={shape}")  # fmt: skip
+    pairs = (
+        "steps=400",
+        "evaluation.every=400",
+        "optim.learning_rate=3e-3",
+        "batch_size=4",
+        f"model.options={shape}",
+    )
     Run("sft", recipe_for("sft", out, *pairs), target=target).train()
     return out / "last"
 
 
 def check(capsys, engine, drafter, *more) -> tuple[int, dict]:
     status = run(
-        ["check-serving", "--target", "embedded", "--drafter", str(drafter), "--limit", "8",
-         "--max-new-tokens", "100", "--engine-command", engine, "--engine-args", ARGUMENTS,
-         "--device", "cpu", "--json", *map(str, more)]
-    )  # fmt: skip
+        [
+            "check-serving",
+            "--target",
+            "embedded",
+            "--drafter",
+            str(drafter),
+            "--limit",
+            "8",
+            "--max-new-tokens",
+            "100",
+            "--engine-command",
+            engine,
+            "--engine-args",
+            ARGUMENTS,
+            "--device",
+            "cpu",
+            "--json",
+            *map(str, more),
+        ]
+    )
     return status, json.loads(capsys.readouterr().out)
 
 
@@ -166,10 +192,26 @@ def test_another_thinking_template_is_named(capsys, engine, family, serveable):
 
 def test_an_untrained_drafter_serves(capsys, engine, family):
     status = run(
-        ["check-serving", "--target", "embedded", "--dry-run", "--config", f"embedded:{family}",
-         "--limit", "2", "--max-new-tokens", "40", "--engine-command", engine, "--engine-args",
-         ARGUMENTS, "--device", "cpu", "--json"]
-    )  # fmt: skip
+        [
+            "check-serving",
+            "--target",
+            "embedded",
+            "--dry-run",
+            "--config",
+            f"embedded:{family}",
+            "--limit",
+            "2",
+            "--max-new-tokens",
+            "40",
+            "--engine-command",
+            engine,
+            "--engine-args",
+            ARGUMENTS,
+            "--device",
+            "cpu",
+            "--json",
+        ]
+    )
     value = json.loads(capsys.readouterr().out)
     assert value["served"]["rounds"] > 20, value
     # Two layers of DFlash: see the module's docstring. Untrained, nothing is accepted either way.
@@ -181,10 +223,17 @@ def test_collecting_survives_a_killed_server(engine, family, serveable, tmp_path
     """500 trajectories, the server killed in the middle and started again."""
     port, count = free_port(), 500
     command = [
-        *engine.split(), "--model", resolve_path("embedded"), "--port", str(port), "--dtype",
-        "float32", *ARGUMENTS.split(), "--speculative-config",
+        *engine.split(),
+        "--model",
+        resolve_path("embedded"),
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        *ARGUMENTS.split(),
+        "--speculative-config",
         json.dumps({"method": "eagle3", "model": str(serveable), "num_speculative_tokens": 7}),
-    ]  # fmt: skip
+    ]
 
     def start(log):
         with open(tmp_path / log, "wb") as file:
@@ -207,11 +256,28 @@ def test_collecting_survives_a_killed_server(engine, family, serveable, tmp_path
     wait_for(answers)
     file = tmp_path / "out" / "trajectories.jsonl"
     client = subprocess.Popen(
-        [sys.executable, "-m", "draft_opd.cli.main", "collect", "--target", "embedded", "--prompts",
-         "embedded:train", "--limit", str(count), "--out", str(tmp_path / "out"), "--server",
-         f"http://127.0.0.1:{port}", "--max-new-tokens", "60", "--json"],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "draft_opd.cli.main",
+            "collect",
+            "--target",
+            "embedded",
+            "--prompts",
+            "embedded:train",
+            "--limit",
+            str(count),
+            "--out",
+            str(tmp_path / "out"),
+            "--server",
+            f"http://127.0.0.1:{port}",
+            "--max-new-tokens",
+            "60",
+            "--json",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     wait_for(lambda: file.exists() and file.read_bytes().count(b"\n") > 150)
     os.killpg(server.pid, signal.SIGKILL)
     server.wait()

@@ -66,13 +66,15 @@ def to_sampling(temperature: float, top_k: int, top_p: float, draft: str = "samp
     from pydantic import ValidationError
 
     from draft_opd.decoding.sampling import Sampling
+    from draft_opd.utils.config import first_problem
 
     try:
         return Sampling(temperature=temperature, top_k=top_k, top_p=top_p, draft=draft)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]).replace("_", "-")
-        raise UserError(f"--{name} {first['input']}: {first['msg'].lower()}") from None
+        problem = first_problem(error)
+        raise UserError(
+            f"--{problem.key.replace('_', '-')} {problem.given}: {problem.message.lower()}"
+        ) from None
 
 
 def to_numbers(text: str | None, option: str) -> list[int] | None:

@@ -97,19 +97,29 @@ def check_serving(
     with ExitStack() as stack:
         if url is None:
             start = Engine(
-                resolve_path(target), served or place / "export", helper.vllm_method, length,
-                place / "vllm.log", command=engine_command, extra=engine_args, timeout=timeout,
+                resolve_path(target),
+                served or place / "export",
+                helper.vllm_method,
+                length,
+                place / "vllm.log",
+                command=engine_command,
+                extra=engine_args,
+                timeout=timeout,
                 dtype=kind,
-            )  # fmt: skip
+            )
             if served is None:
-                export(target, drafter, "vllm", place / "export", dtype=kind,
-                       trust_remote_code=trust_remote_code)  # fmt: skip
+                export(
+                    target, drafter, "vllm", place / "export", dtype=kind, trust_remote_code=trust_remote_code
+                )
             screen.say(f"starting vLLM; its log: {start.log}")
             try:
                 url = stack.enter_context(start).url
             except EngineFailed as error:
-                value = {"equal": False, "causes": [f"vLLM did not start: {error.why}"],
-                         "log": str(error.log)}  # fmt: skip
+                value = {
+                    "equal": False,
+                    "causes": [f"vLLM did not start: {error.why}"],
+                    "log": str(error.log),
+                }
                 screen.result(value, f"NOT SERVED. {value['causes'][0]}", f"Log: {error.log}")
                 return 1
         server = Server(url, server_model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from draft_opd.drafters.base import Drafter
 from draft_opd.models.target import Target
 from draft_opd.models.target_info import TargetInfo, check_prompt
 from draft_opd.utils.errors import UserError
-from draft_opd.utils.files import lock_folder, make_folder, write_json
+from draft_opd.utils.files import lock_folder, make_folder, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -185,11 +184,11 @@ def _check_made(path: Path, about: dict) -> None:
     """Refuses to go on in another way than the file says."""
     if path.exists():
         try:
-            before = json.loads(path.read_text())
-            if not isinstance(before, dict):
-                raise ValueError
-        except ValueError:
-            raise UserError(f"'{path}' is damaged: remove it, or use another --out") from None
+            before = read_json(path)
+        except UserError:
+            before = None
+        if not isinstance(before, dict):
+            raise UserError(f"'{path}' is damaged: remove it, or use another --out")
         changed = [k for k in about if k in before and before[k] != about[k]]
         if changed:
             told = "; ".join(f"{k} {before.get(k)} before, {about[k]} now" for k in changed)

@@ -10,7 +10,7 @@ from typing import Literal
 import httpx2 as httpx
 
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.utils.errors import UserError
+from draft_opd.utils.errors import UserError, one_line
 
 
 @dataclass
@@ -41,9 +41,12 @@ class Server:
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         here = (httpx.URL(self.url).host or "").strip("[]") in ("localhost", "127.0.0.1", "::1")
         return kind(
-            base_url=self.url, headers=headers, timeout=self.timeout, trust_env=not here,
+            base_url=self.url,
+            headers=headers,
+            timeout=self.timeout,
+            trust_env=not here,
             limits=httpx.Limits(max_connections=self.in_flight),
-        )  # fmt: skip
+        )
 
     def wait(self) -> str:
         """`check`, for a server that may be starting: it has `patience` seconds."""
@@ -67,7 +70,7 @@ class Server:
         except httpx.HTTPStatusError as error:
             raise UserError(f"server {self.url}/v1/models: {error_message(error.response)}") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            line = " ".join(str(error).split())[:120] or type(error).__name__
+            line = one_line(error, 120) or type(error).__name__
             hint = "is it running there?"
             if "SSL" in line or "certificate" in line:
                 hint = "does it speak TLS, with a certificate that this machine trusts?"
@@ -103,4 +106,4 @@ def error_message(answer: httpx.Response) -> str:
         message = body.get("message") or (body.get("error") or {}).get("message") or ""
     except (ValueError, AttributeError):
         message = answer.text
-    return f"HTTP {answer.status_code} {' '.join(str(message).split())[:160]}".strip()
+    return f"HTTP {answer.status_code} {one_line(message, 160)}".strip()

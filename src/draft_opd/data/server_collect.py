@@ -83,9 +83,15 @@ def gather_from(
     about = how_made(sampling, seed, max_new_tokens, samples)
     asked = _Asking(servers, text, sampling, max_new_tokens, seed, thinking)
     path = gather(
-        text, prompts, out, asked.answer, about, samples=samples, thinking=thinking,
+        text,
+        prompts,
+        out,
+        asked.answer,
+        about,
+        samples=samples,
+        thinking=thinking,
         progress=progress,
-    )  # fmt: skip
+    )
     if asked.dropped and not path.stat().st_size:
         reason, count = asked.dropped.most_common(1)[0][0], asked.dropped.total()
         raise UserError(f"no answer of {asked.names} is usable: {count} dropped, most because {reason}")

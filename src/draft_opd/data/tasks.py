@@ -15,7 +15,7 @@ from pathlib import Path
 from draft_opd.data.prompts import Prompt, read_prompt, read_prompts
 from draft_opd.data.trajectory import read_jsonl
 from draft_opd.models.hub import EMBEDDED
-from draft_opd.utils.errors import UserError
+from draft_opd.utils.errors import UserError, one_line
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 FUNCTION = "Write a solution to the following problem and make sure that it passes the tests:\n"
@@ -46,28 +46,28 @@ def _listed(turns: object) -> list[str]:
 
 SOURCES = {
     "gsm8k": Source(("openai/gsm8k", "main"), "test", lambda r: [r["question"] + BOXED], 128),
-    "math500": Source(
-        ("HuggingFaceH4/MATH-500",), "test", lambda r: [r["problem"] + BOXED], 128
-    ),
+    "math500": Source(("HuggingFaceH4/MATH-500",), "test", lambda r: [r["problem"] + BOXED], 128),
     "aime2025": Source(("MathArena/aime_2025",), "train", lambda r: [r["problem"] + BOXED], 30),
-    "mbpp": Source(
-        ("google-research-datasets/mbpp", "sanitized"), "test", lambda r: [r["prompt"]], 128
-    ),
+    "mbpp": Source(("google-research-datasets/mbpp", "sanitized"), "test", lambda r: [r["prompt"]], 128),
     "humaneval": Source(
-        ("openai/openai_humaneval",), "test",
-        lambda r: [f"{FUNCTION}```python\n{r['prompt']}\n```"], 164,
+        ("openai/openai_humaneval",),
+        "test",
+        lambda r: [f"{FUNCTION}```python\n{r['prompt']}\n```"],
+        164,
     ),
     "swe-bench-lite": Source(
-        ("princeton-nlp/SWE-bench_Lite",), "test",
-        lambda r: [
-            f"Problem Statement:\n{r['problem_statement']}\nPlease fix the issue described above."
-        ], 128,
+        ("princeton-nlp/SWE-bench_Lite",),
+        "test",
+        lambda r: [f"Problem Statement:\n{r['problem_statement']}\nPlease fix the issue described above."],
+        128,
     ),
     "mt-bench": Source(
-        ("HuggingFaceH4/mt_bench_prompts",), "train",
-        lambda r: _listed(r["turns"] if "turns" in r else r["prompt"]), 80,
+        ("HuggingFaceH4/mt_bench_prompts",),
+        "train",
+        lambda r: _listed(r["turns"] if "turns" in r else r["prompt"]),
+        80,
     ),
-}  # fmt: skip
+}
 PAPER_SEED, PAPER_LENGTH = 0, 8192
 ALL = "all"  # in comparisons: the prompts of all tasks together
 
@@ -150,7 +150,7 @@ def _rows(label: str, path: str | None, count: int | None = None) -> list[Prompt
             f"'draft-opd[tasks]'`; or give its rows: {label}=FILE.jsonl"
         ) from None
     except Exception as error:
-        line = " ".join(str(error).split())[:160]
+        line = one_line(error, 160)
         raise UserError(
             f"task '{label}' cannot be loaded from the hub ({source.hub[0]}: {line}); download it, "
             f"and give its rows: {label}=FILE.jsonl"

@@ -69,9 +69,12 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
 
 NUMBER = ((int, float), "a number")
 SAMPLED = {
-    "finish_reason": (str, "a text"), "temperature": NUMBER, "top_p": NUMBER,
-    "top_k": (int, "a whole number"), "seed": (int, "a whole number"),
-}  # fmt: skip
+    "finish_reason": (str, "a text"),
+    "temperature": NUMBER,
+    "top_p": NUMBER,
+    "top_k": (int, "a whole number"),
+    "seed": (int, "a whole number"),
+}
 
 
 def _ids(row: dict, key: str, where: str, vocab_size: int | None) -> list[int]:

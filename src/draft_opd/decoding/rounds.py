@@ -39,9 +39,9 @@ def tau_of(counts: Sequence[int]) -> float:
     return sum((n + 1) * c for n, c in enumerate(counts)) / rounds if rounds else 0.0
 
 
-def by_accepted(rounds: Iterable[Round], length: int) -> list[int]:
-    """How many rounds accepted 0, 1, .. `length` tokens."""
-    counts = [0] * (length + 1)
+def by_accepted(rounds: Iterable[Round], num_draft_tokens: int) -> list[int]:
+    """How many rounds accepted 0, 1, .. `num_draft_tokens` tokens."""
+    counts = [0] * (num_draft_tokens + 1)
     for r in rounds:
         counts[r.accepted] += 1
     return counts

@@ -73,9 +73,15 @@ class DecodeStep:
         drafted_now()
         if self.drafter and tree:
             block, positions, features, accepted, bonus = verify_tree(
-                self.target, self.cache, self.layers, *nodes, count, anchors, self.sampling,
+                self.target,
+                self.cache,
+                self.layers,
+                *nodes,
+                count,
+                anchors,
+                self.sampling,
                 self.generator,
-            )  # fmt: skip
+            )
             behind = torch.arange(1, count + 1, device=device) > accepted[:, None]
             drafted = block[:, 1:].masked_fill(behind, -1)
         else:

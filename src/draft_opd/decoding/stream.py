@@ -86,10 +86,18 @@ def stream(
     length, pace = length_and_controller(draft_length, drafter.draft_length)
     clock, began = Timing(), time.perf_counter()
     result = speculate(
-        target, drafter, [ids], max_new_tokens=max_new_tokens,
-        draft_length=length, tree=tree, sampling=sampling, seed=seed, pace=pace, timing=clock,
+        target,
+        drafter,
+        [ids],
+        max_new_tokens=max_new_tokens,
+        draft_length=length,
+        tree=tree,
+        sampling=sampling,
+        seed=seed,
+        pace=pace,
+        timing=clock,
         on_round=on_round,
-    )[0]  # fmt: skip
+    )[0]
     seconds = time.perf_counter() - began
     count, rounds = len(result.token_ids), len(result.rounds)
     value = {

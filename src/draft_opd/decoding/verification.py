@@ -104,10 +104,10 @@ def verify_sampled(
     Raises:
         ValueError: the shapes do not belong together.
     """
-    length = drafted.shape[1]
-    _check(drafted, target_probs, length + 1)
-    _check(drafted, draft_probs, length)
-    ratio = acceptance_probability(drafted, draft_probs, target_probs[:, :length])
+    num_draft_tokens = drafted.shape[1]
+    _check(drafted, target_probs, num_draft_tokens + 1)
+    _check(drafted, draft_probs, num_draft_tokens)
+    ratio = acceptance_probability(drafted, draft_probs, target_probs[:, :num_draft_tokens])
     coin = torch.rand(ratio.shape, generator=generator, device=ratio.device, dtype=ratio.dtype)
     accepted = accepted_prefix(coin < ratio)
     bonus_probs = bonus_distribution(accepted, draft_probs, target_probs)
@@ -125,13 +125,13 @@ def acceptance_probability(drafted: Tensor, draft_probs: Tensor, target_probs: T
 
 def bonus_distribution(accepted: Tensor, draft_probs: Tensor, target_probs: Tensor) -> Tensor:
     """Distribution [N, V] of the bonus token after `accepted` [N] drafted tokens."""
-    rounds, length, _ = draft_probs.shape
+    rounds, num_draft_tokens, _ = draft_probs.shape
     rows = torch.arange(rounds, device=accepted.device)
     p = target_probs[rows, accepted]
-    if length == 0:
+    if num_draft_tokens == 0:
         return p
-    q = draft_probs[rows, accepted.clamp_max(length - 1)]
-    q = torch.where((accepted < length)[:, None], q, torch.zeros_like(q))
+    q = draft_probs[rows, accepted.clamp_max(num_draft_tokens - 1)]
+    q = torch.where((accepted < num_draft_tokens)[:, None], q, torch.zeros_like(q))
     residual = (p - q).clamp_min(0.0)
     mass = residual.sum(-1, keepdim=True)
     # p == q up to rounding: such a draft is rejected with probability ~0, p is as good.

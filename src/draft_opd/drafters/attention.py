@@ -131,9 +131,13 @@ class BlockMask:
         if ("sparse", kind) not in self._made:
             batch, count = self.anchors.shape
             self._made["sparse", kind] = create_block_mask(
-                self.rule(kind), batch, None, count * self.size, self.keys,
+                self.rule(kind),
+                batch,
+                None,
+                count * self.size,
+                self.keys,
                 device=self.anchors.device,
-            )  # fmt: skip
+            )
         return self._made["sparse", kind]
 
 

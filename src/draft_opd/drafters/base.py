@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from draft_opd.drafters.registry import FAMILIES, family_of
 from draft_opd.models.hub import find_drafter_files
-from draft_opd.utils.errors import UserError
+from draft_opd.utils.errors import UserError, one_line
 from draft_opd.utils.files import replace_folder
 
 if TYPE_CHECKING:
@@ -173,12 +173,12 @@ class Drafter(nn.Module):
         """LM head [Vd, H] that turns `replay`'s hidden states into logits over `vocabulary`."""
         raise NotImplementedError
 
-    def forward_token_counts(self, length: int) -> list[int]:
-        """Forwards that drafting `length` tokens takes, each by the tokens it runs."""
+    def forward_token_counts(self, num_draft_tokens: int) -> list[int]:
+        """Forwards that drafting `num_draft_tokens` tokens takes, each by the tokens it runs."""
         raise NotImplementedError
 
-    def position_decay(self, length: int) -> float:
-        """γ_sft for blocks of `length` offsets: SFT weighs offset k with exp(-(k-1)/γ_sft)."""
+    def position_decay(self, num_draft_tokens: int) -> float:
+        """γ_sft for blocks of `num_draft_tokens` offsets: SFT weighs offset k with exp(-(k-1)/γ_sft)."""
         raise NotImplementedError
 
     def sglang_flags(self) -> dict[str, int | str]:
@@ -257,13 +257,13 @@ class Drafter(nn.Module):
 
     def checked_length(self, asked: int | None) -> int:
         """A draft length in range; None is as trained. Raises `UserError`."""
-        length = self.draft_length if asked is None else asked
-        if not 1 <= length <= self.draft_length:
+        num_draft_tokens = self.draft_length if asked is None else asked
+        if not 1 <= num_draft_tokens <= self.draft_length:
             raise UserError(
-                f"draft length {length} is out of range: this drafter proposes "
+                f"draft length {num_draft_tokens} is out of range: this drafter proposes "
                 f"1 to {self.draft_length} tokens"
             )
-        return length
+        return num_draft_tokens
 
     @property
     def device(self) -> torch.device:
@@ -298,7 +298,7 @@ class Drafter(nn.Module):
         except UserError:
             raise
         except Exception as error:
-            line = " ".join(str(error).split())[:200]
+            line = one_line(error)
             raise UserError(f"the config.json of '{folder}' describes no drafter ({line})") from error
         expected = drafter.state_dict()
         for name in sorted(set(expected) | set(tensors)):

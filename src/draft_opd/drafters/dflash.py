@@ -263,10 +263,10 @@ class DFlashDrafter(Drafter):
     def head(self, target: Target) -> nn.Linear:
         return target.head
 
-    def _blocks(self, target: Target, context, anchors: Tensor, ids: Tensor, length: int) -> Tensor:
-        """anchors, ids [batch, A] -> hidden states [batch, A, length, H] of the mask slots."""
+    def _blocks(self, target: Target, context, anchors: Tensor, ids: Tensor, num_draft_tokens: int) -> Tensor:
+        """anchors, ids [batch, A] -> hidden states [batch, A, num_draft_tokens, H] of the mask slots."""
         batch, count = anchors.shape
-        size = length + 1
+        size = num_draft_tokens + 1
         tokens = ids.new_full((batch, count, size), self.mask_token_id)
         tokens[:, :, 0] = ids
         offsets = torch.arange(size, device=ids.device)
@@ -325,11 +325,11 @@ class DFlashDrafter(Drafter):
                 break
         return drafted.view(shape)
 
-    def position_decay(self, length: int) -> float:
-        return default_decay(length + 1)
+    def position_decay(self, num_draft_tokens: int) -> float:
+        return default_decay(num_draft_tokens + 1)
 
-    def forward_token_counts(self, length: int) -> list[int]:
-        return [length + 1]
+    def forward_token_counts(self, num_draft_tokens: int) -> list[int]:
+        return [num_draft_tokens + 1]
 
     def sglang_flags(self) -> dict[str, int | str]:
         return {"algorithm": "DFLASH", "num-draft-tokens": self.block_size}
@@ -337,7 +337,7 @@ class DFlashDrafter(Drafter):
 
 def _from_speculators(config: dict) -> dict:
     """speculators' config.json in z-lab's keys. Raises `UserError` for what has no counterpart."""
-    flat, length = flatten(config, ("block_size",))
+    flat, num_draft_tokens = flatten(config, ("block_size",))
     taps = config.get("aux_hidden_state_layer_ids")
     if not isinstance(taps, list) or not taps:
         raise UserError("the DFlash config.json names no aux_hidden_state_layer_ids")
@@ -348,7 +348,7 @@ def _from_speculators(config: dict) -> dict:
         raise UserError("DFlash drafters that sample from the anchor are not supported")
     sliding = "sliding_attention" in (flat.get("layer_types") or [])
     causal = None if sliding and not config.get("sliding_window_non_causal") else False
-    flat.setdefault("block_size", (length or 15) + 1)
+    flat.setdefault("block_size", (num_draft_tokens or 15) + 1)
     options = {
         "mask_token_id": config.get("mask_token_id"),
         "target_layer_ids": [i - 1 for i in taps],

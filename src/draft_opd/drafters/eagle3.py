@@ -36,9 +36,7 @@ from draft_opd.utils.errors import UserError
 # Variants that published files name in their config, at the top or in `eagle_config`.
 FLAGS = ("norm_before_residual", "norm_output", "norm_before_fc", "fc_norm")
 LLAMA, QWEN3 = "LlamaForCausalLMEagle3", "Eagle3Qwen3ForCausalLM"  # SGLang's and vLLM's names
-SPECULATORS_KEYS = (
-    "draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids", *FLAGS
-)  # fmt: skip
+SPECULATORS_KEYS = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids", *FLAGS)
 
 
 @register("eagle3")
@@ -114,9 +112,9 @@ class Eagle3Drafter(Drafter):
     def from_files(cls, config: dict, tensors: dict[str, Tensor]):
         layout = "sglang"
         if is_speculators(config):
-            layout, (config, length) = "speculators", flatten(config, SPECULATORS_KEYS)
+            layout, (config, num_draft_tokens) = "speculators", flatten(config, SPECULATORS_KEYS)
             config["architectures"] = [QWEN3 if config["model_type"] == "qwen3" else LLAMA]
-            config["eagle_config"] = {"draft_length": length} if length else {}
+            config["eagle_config"] = {"draft_length": num_draft_tokens} if num_draft_tokens else {}
         if config.get("num_hidden_layers", 1) != 1:
             raise UserError("EAGLE-3 drafters of more than one layer are not supported")
         if not isinstance(config.get("vocab_size"), int):
@@ -259,7 +257,7 @@ class Eagle3Drafter(Drafter):
             return None
         return target_ids(self.d2t)
 
-    def position_decay(self, length: int) -> float:
+    def position_decay(self, num_draft_tokens: int) -> float:
         return STEP_DECAY
 
     @property
@@ -272,14 +270,16 @@ class Eagle3Drafter(Drafter):
     def head(self, target: Target) -> nn.Linear:
         return self.lm_head or target.head
 
-    def forward_token_counts(self, length: int) -> list[int]:
-        return [1] * length
+    def forward_token_counts(self, num_draft_tokens: int) -> list[int]:
+        return [1] * num_draft_tokens
 
     def sglang_flags(self) -> dict[str, int | str]:
         return {
-            "algorithm": "EAGLE3", "num-steps": self.draft_length, "eagle-topk": 1,
+            "algorithm": "EAGLE3",
+            "num-steps": self.draft_length,
+            "eagle-topk": 1,
             "num-draft-tokens": self.draft_length + 1,
-        }  # fmt: skip
+        }
 
     # -- drafting ---------------------------------------------------------------------------
 

@@ -44,27 +44,30 @@ def analyse(
     the response; `rounds_by_accepted` by accepted length 0..K.
     """
     drafter.bind(target)
-    length = drafter.checked_length(draft_length)
+    num_draft_tokens = drafter.checked_length(draft_length)
     source = BatchSource(target, drafter.target_layers)
     tokens = dict.fromkeys(GROUPS, 0)
     sums = {name: dict.fromkeys(GROUPS, 0.0) for name in SCORES}
     anchors, rounds = [0] * BINS, []
     for start in range(0, len(trajectories), batch_size):
         batch = source.batch(trajectories[start : start + batch_size], with_cache=True)
-        traces = hindsight_rollout(target, drafter, batch, length)
+        traces = hindsight_rollout(target, drafter, batch, num_draft_tokens)
         for t, trace in zip(batch.trajectories, traces, strict=True):
             rounds += trace
             for r in trace:
                 part = (r.anchor + 1 - len(t.prompt_ids)) / len(t.response_ids)
                 anchors[min(BINS - 1, int(part * BINS))] += 1
         at = [[r.anchor for r in trace] for trace in traces]
-        blocks = attach_drafts(pack_anchors(batch, at, length), traces)
+        blocks = attach_drafts(pack_anchors(batch, at, num_draft_tokens), traces)
         drafted = replay(target, drafter, batch, blocks, teacher_states(target, batch, blocks))
         on_text = replay(
-            target, drafter, batch, replace(blocks, drafted=blocks.labels),
+            target,
+            drafter,
+            batch,
+            replace(blocks, drafted=blocks.labels),
             text_states(batch, blocks),
-        )  # fmt: skip
-        offset = torch.arange(length, device=batch.device)
+        )
+        offset = torch.arange(num_draft_tokens, device=batch.device)
         n = drafted.accepted[:, None]
         views = {
             "trajectory": (on_text, offset >= 0),
@@ -85,11 +88,11 @@ def analyse(
         "trajectories": len(trajectories),
         "rounds": len(rounds),
         "tau": tau(rounds),
-        "draft_length": length,
+        "draft_length": num_draft_tokens,
         "acceptance_by_position": acceptance_by_position(rounds),
         "tokens": tokens,
         "share": {g: tokens[g] / total for g in REPLAYED},
-        "rounds_by_accepted": by_accepted(rounds, length),
+        "rounds_by_accepted": by_accepted(rounds, num_draft_tokens),
         **{name: {g: sums[name][g] / tokens[g] if tokens[g] else None for g in GROUPS} for name in SCORES},
         "anchors": {
             "by_tenth": anchors,

@@ -13,6 +13,7 @@ from draft_opd.decoding.generate import speculate
 from draft_opd.decoding.rounds import tau
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.evaluation.measure import BASELINE, DecodeConfig, rotated
+from draft_opd.evaluation.result import BatchRate, Spread
 from draft_opd.evaluation.statistics import quantile
 from draft_opd.models.target import Target
 
@@ -27,7 +28,7 @@ def throughput(
     sampling: Sampling | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> list[dict]:
+) -> list[BatchRate]:
     """One row a batch size and side, the target alone among them; prefill is part of the time.
 
     Batches are full: where the prompts do not fill the last one, the first are taken again.
@@ -50,9 +51,15 @@ def throughput(
 
                 began = time.perf_counter()
                 made = speculate(
-                    target, side.drafter, batch, max_new_tokens=max_new_tokens if i else 8,
-                    sampling=sampling, seed=seed + i, on_round=note, **side.how(size),
-                )  # fmt: skip
+                    target,
+                    side.drafter,
+                    batch,
+                    max_new_tokens=max_new_tokens if i else 8,
+                    sampling=sampling,
+                    seed=seed + i,
+                    on_round=note,
+                    **side.how(size),
+                )
                 if not i:
                     continue
                 sums = found[side.name]
@@ -64,18 +71,18 @@ def throughput(
         for side, sums in found.items():
             rate = sums["tokens"] / sums["seconds"]
             rows.append(
-                {
-                    "batch": size,
-                    "requests": count,
-                    "side": side,
-                    "tokens_per_second": rate,
-                    "speedup": rate / base,
-                    "seconds_per_request": {
-                        "mean": sum(sums["ends"]) / len(sums["ends"]),
-                        "p95": quantile(sums["ends"], 0.95),
-                    },
-                    "tau": tau(sums["rounds"]),
-                }
+                BatchRate(
+                    batch=size,
+                    requests=count,
+                    side=side,
+                    tokens_per_second=rate,
+                    speedup=rate / base,
+                    seconds_per_request=Spread(
+                        mean=sum(sums["ends"]) / len(sums["ends"]),
+                        p95=quantile(sums["ends"], 0.95),
+                    ),
+                    tau=tau(sums["rounds"]),
+                )
             )
         if progress:
             progress(done, len(batch_sizes))

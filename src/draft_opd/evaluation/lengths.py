@@ -22,6 +22,7 @@ from draft_opd.decoding.rounds import tau
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.drafters.base import Drafter
 from draft_opd.evaluation.measure import rotated
+from draft_opd.evaluation.result import Advice, LengthCost, OtherHardware, RoundParts
 from draft_opd.hindsight.trace import traces_by_length
 from draft_opd.models.target import Target
 from draft_opd.utils.errors import UserError
@@ -85,7 +86,7 @@ def advise(
     hardware: Sequence[Hardware] = HARDWARE,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> dict:
+) -> Advice:
     """τ, cost of a round and predicted speed-up for each draft length, and the best one (0: the
     target alone is faster than any).
 
@@ -101,22 +102,27 @@ def advise(
         for i, g in enumerate(made[:TEXTS])
     ]
     traces = traces_by_length(
-        target, drafter, texts, lengths, sampling=sampling, seed=seed,
+        target,
+        drafter,
+        texts,
+        lengths,
+        sampling=sampling,
+        seed=seed,
         batch_size=max(1, min(TEXTS, TOKENS // max(len(t.ids) for t in texts))),
         progress=lambda done: progress and progress(done, len(texts) + 1),
-    )  # fmt: skip
+    )
     taus = {n: tau(r for trace in found for r in trace) for n, found in traces.items()}
     alone, costs = round_costs(target, drafter, made, lengths, sampling)
     if progress:
         progress(len(texts) + 1, len(texts) + 1)
     context = round(statistics.mean(len(t.ids) for t in texts))
     rows = [
-        {
-            "draft_length": length,
-            "tau": taus[length],
-            "milliseconds": {part: 1000 * cost for part, cost in costs[length].items()},
-            "speedup": taus[length] * alone / sum(costs[length].values()),
-        }
+        LengthCost(
+            draft_length=length,
+            tau=taus[length],
+            milliseconds=RoundParts(**{part: 1000 * cost for part, cost in costs[length].items()}),
+            speedup=taus[length] * alone / sum(costs[length].values()),
+        )
         for length in lengths
     ]
     elsewhere = []
@@ -124,25 +130,25 @@ def advise(
         for batch in BATCHES:
             speeds = [roofline(place, target, drafter, n, taus[n], context, batch) for n in lengths]
             elsewhere.append(
-                {
-                    "hardware": place.name,
-                    "gigabytes_per_second": place.bandwidth,
-                    "teraflops": place.compute,
-                    "batch": batch,
-                    "best": lengths[speeds.index(max(speeds))] if max(speeds) > 1 else 0,
-                    "speedup": max(speeds),
-                    "by_length": speeds,
-                }
+                OtherHardware(
+                    hardware=place.name,
+                    gigabytes_per_second=place.bandwidth,
+                    teraflops=place.compute,
+                    batch=batch,
+                    best=lengths[speeds.index(max(speeds))] if max(speeds) > 1 else 0,
+                    speedup=max(speeds),
+                    by_length=speeds,
+                )
             )
-    best = max(rows, key=lambda r: r["speedup"])
-    return {
-        "best": best["draft_length"] if best["speedup"] > 1 else 0,
-        "target_milliseconds": 1000 * alone,
-        "context": context,
-        "responses": len(texts),
-        "lengths": rows,
-        "elsewhere": elsewhere,
-    }
+    best = max(rows, key=lambda r: r.speedup)
+    return Advice(
+        best=best.draft_length if best.speedup > 1 else 0,
+        target_milliseconds=1000 * alone,
+        context=context,
+        responses=len(texts),
+        lengths=rows,
+        elsewhere=elsewhere,
+    )
 
 
 def round_costs(
@@ -163,9 +169,15 @@ def round_costs(
         for which, length in rotated(plans, repeat):
             clock = Timing()
             result = speculate(
-                target, which, [ids], max_new_tokens=STEPS,
-                draft_length=length, sampling=sampling, stop_ids=(), timing=clock,
-            )[0]  # fmt: skip
+                target,
+                which,
+                [ids],
+                max_new_tokens=STEPS,
+                draft_length=length,
+                sampling=sampling,
+                stop_ids=(),
+                timing=clock,
+            )[0]
             if repeat >= 0:
                 rounds = len(result.rounds)
                 found[length].append([getattr(clock, part) / rounds for part in PARTS])

@@ -86,10 +86,14 @@ def sides_of(
             against = label(first, length if name != first else lengths[0])
             made.append(
                 DecodeConfig(
-                    label(name, length), drafter, length, tree, source,
+                    label(name, length),
+                    drafter,
+                    length,
+                    tree,
+                    source,
                     against if name != first or i else None,
                 )
-            )  # fmt: skip
+            )
     return made
 
 
@@ -128,9 +132,7 @@ def measure(
         _decode(target, side, task.prompts[0].ids(target, thinking), **warm)
     done: Answers = {side.name: [] for side in sides}
     for i, prompt in enumerate(task.prompts):
-        _converse(
-            target, prompt, rotated(sides, i), done, thinking, seed=seed + i, **options
-        )  # fmt: skip
+        _converse(target, prompt, rotated(sides, i), done, thinking, seed=seed + i, **options)
         if progress:
             progress(task.name, i + 1, len(task.prompts))
     return done
@@ -139,8 +141,13 @@ def measure(
 def _decode(target: Target, side: DecodeConfig, ids: list[int], **options) -> tuple[Generation, Timing]:
     clock = Timing()
     made = speculate(
-        target, side.drafter, [ids], timing=clock, **side.how(), **options,
-    )[0]  # fmt: skip
+        target,
+        side.drafter,
+        [ids],
+        timing=clock,
+        **side.how(),
+        **options,
+    )[0]
     return made, clock
 
 
@@ -158,9 +165,7 @@ def _converse(
         if more is not None:
             said = done[BASELINE][-1].made.token_ids
             told = target.tokenizer.decode(said, skip_special_tokens=True)
-            messages += [
-                {"role": "assistant", "content": told}, {"role": "user", "content": more}
-            ]  # fmt: skip
+            messages += [{"role": "assistant", "content": told}, {"role": "user", "content": more}]
         ids = Prompt(prompt.id, messages).ids(target, thinking)
         if turn and len(ids) >= target.max_positions:
             break

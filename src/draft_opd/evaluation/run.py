@@ -13,12 +13,20 @@ import torch
 
 from draft_opd.data.tasks import Task
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.evaluation.compare import comparison
 from draft_opd.evaluation.concurrency import throughput
 from draft_opd.evaluation.lengths import HARDWARE, Hardware, advise
 from draft_opd.evaluation.measure import BASELINE, Answers, DecodeConfig, check_lengths, measure
 from draft_opd.evaluation.regret import regret
-from draft_opd.evaluation.summary import decode_rate, evaluation_report, means, summarise
+from draft_opd.evaluation.result import (
+    Advice,
+    BatchRate,
+    EvaluationResult,
+    SideResult,
+    Speed,
+    TaskResult,
+    mean_of,
+)
+from draft_opd.evaluation.summary import comparison, decode_rate, summarise
 from draft_opd.evaluation.tokens import sample
 from draft_opd.models.target import Target
 from draft_opd.utils.files import make_folder, write_json, write_lines
@@ -54,9 +62,10 @@ class Evaluation:
         self.options = {"sampling": self.sampling, "max_new_tokens": max_new_tokens}
         self.thinking = thinking
         self.answers: dict[str, Answers] = {}
-        self.more: dict = {}
+        self.batch_rates: list[BatchRate] = []
+        self.advices: list[Advice] = []
         self._peaks: dict[str, int | None] = {}
-        self._told: dict[str, list[dict]] = {}
+        self._results: dict[str, list[TaskResult]] = {}
         self._regrets: dict = {}
 
     def run(self) -> None:
@@ -67,35 +76,51 @@ class Evaluation:
             if cuda:
                 torch.cuda.reset_peak_memory_stats(self.target.device)
             self.answers[task.name] = measure(
-                self.target, self.sides, task, thinking=self.thinking, seed=self.seed,
-                progress=self.say, **self.options,
-            )  # fmt: skip
+                self.target,
+                self.sides,
+                task,
+                thinking=self.thinking,
+                seed=self.seed,
+                progress=self.say,
+                **self.options,
+            )
             peak = torch.cuda.max_memory_allocated(self.target.device) if cuda else None
             self._peaks[task.name] = peak
 
     def concurrency(self, batch_sizes: Sequence[int]) -> None:
         """Throughput at these batch sizes, on all prompts."""
         prompts = _in_turn(t.prompts for t in self.tasks)
-        self.more["concurrency"] = throughput(
-            self.target, self.sides, [p.ids(self.target, self.thinking) for p in prompts],
-            batch_sizes, seed=self.seed, progress=partial(self.say, "concurrency"), **self.options,
-        )  # fmt: skip
+        self.batch_rates = throughput(
+            self.target,
+            self.sides,
+            [p.ids(self.target, self.thinking) for p in prompts],
+            batch_sizes,
+            seed=self.seed,
+            progress=partial(self.say, "concurrency"),
+            **self.options,
+        )
 
     def lengths(self, hardware: Sequence[Hardware] = HARDWARE, lengths: Sequence[int] | None = None) -> None:
         """The best draft length of each drafter, with what was measured beside it."""
         made = [a.made for a in _in_turn(answers[BASELINE] for answers in self.answers.values())]
-        advices = []
+        self.advices = []
         for side in {s.source: s for s in self.sides}.values():
             advice = advise(
-                self.target, side.drafter, made, sampling=self.sampling, lengths=lengths,
-                hardware=hardware, seed=self.seed, progress=partial(self.say, "draft lengths"),
-            )  # fmt: skip
-            for row in advice["lengths"]:
-                row["measured"] = self._measured(side.source, row["draft_length"])
-            advices.append({"drafter": side.source, **advice})
-        self.more["draft_lengths"] = advices
+                self.target,
+                side.drafter,
+                made,
+                sampling=self.sampling,
+                lengths=lengths,
+                hardware=hardware,
+                seed=self.seed,
+                progress=partial(self.say, "draft lengths"),
+            )
+            for row in advice.lengths:
+                row.measured = self._measured(side.source, row.draft_length)
+            advice.drafter = side.source
+            self.advices.append(advice)
 
-    def _measured(self, source: str, length: int) -> dict | None:
+    def _measured(self, source: str, length: int) -> Speed | None:
         """What this run measured of a drafter at that draft length, all tasks together."""
         for side in self.sides:
             if side.source == source and side.length == length and not side.tree:
@@ -103,20 +128,27 @@ class Evaluation:
                     decode_rate([a for answers in self.answers.values() for a in answers[name]])
                     for name in (side.name, BASELINE)
                 )
-                return {"speedup": ours / base}
+                return Speed(speedup=ours / base)
         return None
 
-    def _summaries(self, name: str) -> list[dict]:
-        if name not in self._told:
+    def _summaries(self, name: str) -> list[TaskResult]:
+        if name not in self._results:
             side = next(s for s in self.sides if s.name == name)
-            self._told[name] = [
+            self._results[name] = [
                 summarise(
-                    task, self.target, side.drafter, answers[BASELINE], answers[name],
-                    self.sampling.greedy, self.seed, self._peaks[task], self._judge,
+                    task,
+                    self.target,
+                    side.drafter,
+                    answers[BASELINE],
+                    answers[name],
+                    self.sampling.greedy,
+                    self.seed,
+                    self._peaks[task],
+                    self._judge,
                 )
                 for task, answers in self.answers.items()
-            ]  # fmt: skip
-        return self._told[name]
+            ]
+        return self._results[name]
 
     def _judge(self, target: Target, prompt_ids: list[int], token_ids: list[int]):
         """`regret`, once for a text that several sides wrote."""
@@ -125,36 +157,51 @@ class Evaluation:
             self._regrets[key] = regret(target, prompt_ids, token_ids)
         return self._regrets[key]
 
-    def report(self) -> dict:
+    def report(self) -> EvaluationResult:
         """What eval.json holds.
 
         The first side is at the top, as if it had been alone; where there are more, all of them
         are in `sides`, and `comparison` has their paired differences.
         """
-        sides = [
-            {
-                "side": side.name,
-                "drafter": side.source,
-                "draft_length": side.length,
-                "tree": side.tree,
-                "tasks": self._summaries(side.name),
-            }
-            for side in self.sides
-        ]
-        first = sides[0]
-        value = evaluation_report(
-            self.target.name, first["drafter"], self.sampling.temperature, first["tasks"],
-            draft_length=first["draft_length"], tree=first["tree"],
-            dtype=str(self.target.dtype).removeprefix("torch."),
-            max_new_tokens=self.options["max_new_tokens"], seed=self.seed,
-            top_k=self.sampling.top_k, top_p=self.sampling.top_p, draft=self.sampling.draft,
-            thinking=self.thinking,
-        )  # fmt: skip
+        sides = []
+        for side in self.sides:
+            tasks = self._summaries(side.name)
+            sides.append(
+                SideResult(
+                    side=side.name,
+                    drafter=side.source,
+                    draft_length=side.length,
+                    tree=list(side.tree) if side.tree else None,
+                    tasks=tasks,
+                    mean=mean_of(tasks),
+                )
+            )
+        first, more = sides[0], {}
         if len(sides) > 1:
-            value["sides"] = [{**s, "mean": means(s["tasks"])} for s in sides]
             pairs = [(s.name, s.against) for s in self.sides if s.against]
-            value["comparison"] = comparison(pairs, self.answers, self.seed)
-        return {**value, **self.more, "machine": machine(self.target.device)}
+            more = {"sides": sides, "comparison": comparison(pairs, self.answers, self.seed)}
+        if self.batch_rates:
+            more["concurrency"] = self.batch_rates
+        if self.advices:
+            more["draft_lengths"] = self.advices
+        return EvaluationResult(
+            target=self.target.name,
+            drafter=first.drafter,
+            temperature=self.sampling.temperature,
+            draft_length=first.draft_length,
+            tree=first.tree,
+            dtype=str(self.target.dtype).removeprefix("torch."),
+            max_new_tokens=self.options["max_new_tokens"],
+            seed=self.seed,
+            top_k=self.sampling.top_k,
+            top_p=self.sampling.top_p,
+            draft=self.sampling.draft,
+            thinking=self.thinking,
+            tasks=first.tasks,
+            mean=first.mean,
+            **more,
+            machine=machine(self.target.device),
+        )
 
     @cached_property
     def samples(self) -> list[dict]:
@@ -170,7 +217,7 @@ class Evaluation:
                     found.append(sample(name, prompt, self.target.tokenizer, made))
         return found
 
-    def save(self, out: Path, report: dict) -> None:
+    def save(self, out: Path, result: EvaluationResult) -> None:
         """eval.json, samples.json, and rounds.jsonl: every round of every response, to recount."""
         folder = make_folder(out)
         lines = (
@@ -190,4 +237,4 @@ class Evaluation:
         )
         write_lines(folder / "rounds.jsonl", map(json.dumps, lines))
         write_json(folder / "samples.json", self.samples)
-        write_json(folder / "eval.json", report)
+        write_json(folder / "eval.json", result.to_json())

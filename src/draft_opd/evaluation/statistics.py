@@ -1,17 +1,17 @@
-"""Intervals for τ and speeds: rounds of one prompt are alike, so prompts are drawn again.
+"""Bootstrap intervals for τ and speeds. The unit that is drawn again is the prompt, since rounds of
+one prompt are alike.
 
-Percentiles of few draws are too narrow: they are widened about the estimate as Student's t is
-wider than the normal distribution, and for the bootstrap's variance (n - 1) / n.
+A percentile bootstrap over few prompts is too narrow. Its interval is widened about the estimate by
+Student's t over the normal distribution, and by sqrt(n / (n - 1)) for the bootstrap's variance.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
+from scipy import stats
 
 from draft_opd.decoding.rounds import Round
 
@@ -56,14 +56,14 @@ def _longest(rounds: Sequence[Sequence[Round]]) -> float:
 def ratio(
     one: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]], seed: int = 0
 ) -> Interval | None:
-    """Interval of ratio(one) / ratio(other), both positive: widened on the scale of logarithms, so
-    that its ends are positive too."""
-    found = resampled(lambda a, b: (a / b).log(), one, other, seed=seed)
+    """Interval of ratio(one) / ratio(other), both positive. It is widened on the scale of logarithms,
+    so that its ends are positive too."""
+    found = resampled(lambda a, b: np.log(a / b), one, other, seed=seed)
     return found and (math.exp(found[0]), math.exp(found[1]))
 
 
 def resampled(
-    value: Callable[..., Tensor],
+    value: Callable[..., np.ndarray],
     *sides: Sequence[tuple[float, float]],
     level: float = 0.95,
     seed: int = 0,
@@ -72,45 +72,39 @@ def resampled(
     """Bootstrap interval of `value(ratio of side 1, ratio of side 2, ..)`.
 
     A side is [prompts, 2]; its ratio is Σ first / Σ second, over the same drawn prompts on every
-    side. None where there are fewer than two prompts.
+    side. None where there are fewer than two prompts. Raises ValueError for sides of other prompts.
     """
     count = len(sides[0])
     if any(len(side) != count for side in sides):
         raise ValueError("a paired interval needs the same prompts on every side")
     if count < 2:
         return None
-    generator = torch.Generator().manual_seed(seed)
-    picked = torch.randint(count, (draws, count), generator=generator)
-    rows = [torch.tensor(side, dtype=torch.float64) for side in sides]
+    rows = [np.asarray(side, dtype=np.float64) for side in sides]
 
-    def of(chosen: Callable[[Tensor], Tensor]) -> Tensor:
-        return value(*(above / below for above, below in (chosen(x).unbind(-1) for x in rows)))
+    def statistic(chosen: np.ndarray, axis: int = -1) -> np.ndarray:
+        # chosen [.., prompts]: the drawn prompts by index.
+        sums = (row[chosen.astype(int)].sum(axis=axis - 1 if axis < 0 else axis) for row in rows)
+        return value(*(s[..., 0] / s[..., 1] for s in sums))
 
-    estimate = of(lambda x: x.sum(0))
-    tail = (1 - level) / 2
-    ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    drawn = of(lambda x: x[picked].sum(1)).quantile(ends)
-    low, high = estimate + _widening(count, level) * (drawn - estimate)
-    return (low.item(), high.item())
+    estimate = float(statistic(np.arange(count)))
+    drawn = stats.bootstrap(
+        (np.arange(count),),
+        statistic,
+        n_resamples=draws,
+        confidence_level=level,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    wide = _widening(count, level)
+    return (estimate + wide * float(drawn.low - estimate), estimate + wide * float(drawn.high - estimate))
 
 
 def _widening(count: int, level: float) -> float:
-    normal = statistics.NormalDist().inv_cdf((1 + level) / 2)
-    return student(level, count - 1) / normal * math.sqrt(count / (count - 1))
-
-
-def student(level: float, freedom: int) -> float:
-    """Student's t that `level` of the distribution lies within, by its integral over an angle.
-
-    >>> round(student(0.95, 1), 2), round(student(0.95, 10), 3)
-    (12.71, 2.228)
-    """
-    angle = torch.linspace(0, math.pi / 2, 20_001, dtype=torch.float64)
-    mass = torch.cumulative_trapezoid(angle.cos() ** (freedom - 1), angle)
-    at = int(torch.searchsorted(mass, level * mass[-1])) + 1
-    return math.sqrt(freedom) * math.tan(angle[at].item())
+    tail = (1 + level) / 2
+    return float(stats.t.ppf(tail, count - 1) / stats.norm.ppf(tail)) * math.sqrt(count / (count - 1))
 
 
 def quantile(values: Sequence[float], part: float) -> float:
     """Linear between neighbours."""
-    return torch.tensor(values, dtype=torch.float64).quantile(part).item()
+    return float(np.quantile(values, part))

@@ -1,4 +1,5 @@
-"""What answers add up to: τ, acceptance by position, speed, and that nothing changed."""
+"""What answers add up to: τ, acceptance by position, speed, equality of text, and one side of a run
+against another on the same prompts."""
 
 from __future__ import annotations
 
@@ -9,11 +10,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from draft_opd.data.tasks import ALL
 from draft_opd.decoding.generate import Generation, Timing
 from draft_opd.decoding.rounds import Round, by_accepted, tau
 from draft_opd.drafters.base import Drafter
 from draft_opd.evaluation.regret import regret
-from draft_opd.evaluation.statistics import interval, ratio
+from draft_opd.evaluation.result import (
+    Difference,
+    Group,
+    Lossless,
+    Memory,
+    Regret,
+    RoundParts,
+    Sides,
+    TaskResult,
+)
+from draft_opd.evaluation.statistics import difference, interval, ratio
 from draft_opd.models.target import Target
 
 
@@ -30,8 +42,7 @@ class Answer:
 def acceptance_by_position(rounds: Sequence[Round]) -> list[float]:
     """Share of the rounds that drafted offset k where it was accepted, k = 1..K."""
     length = max((len(r.drafted) for r in rounds), default=0)
-    return [_share(r.accepted >= k for r in rounds if len(r.drafted) >= k)
-            for k in range(1, length + 1)]  # fmt: skip
+    return [_share(r.accepted >= k for r in rounds if len(r.drafted) >= k) for k in range(1, length + 1)]
 
 
 def acceptance_conditional(rounds: Sequence[Round]) -> list[float]:
@@ -61,11 +72,11 @@ def summarise(
     seed: int = 0,
     peak: int | None = None,
     judge: Callable[[Target, list[int], list[int]], tuple[Tensor, Tensor]] = regret,
-) -> dict:
-    """One side on one task against the target alone: what `eval.json` says of a task.
+) -> TaskResult:
+    """One side on one task against the target alone.
 
     Speeds are decoding only (no prefill). Losslessness is equality of tokens and only defined for
-    greedy decoding; at a temperature above 0 `lossless` is {"matched": None, "of": 0}. peak: bytes
+    greedy decoding; at a temperature above 0 `lossless` has matched None and of 0. peak: bytes
     that were held at most while these answers were made; judge: `regret`, or one that remembers.
     """
     made = [a.made for a in answers]
@@ -75,53 +86,39 @@ def summarise(
     speeds = {side: decode_speed(rows) for side, rows in sides.items()}
     rate = {side: decode_rate(rows) for side, rows in sides.items()}
     clock = sum((a.clock for a in answers), Timing())
-    value = {
-        "task": name,
-        "prompts": sum(a.turn == 0 for a in answers),
-        "responses": len(answers),
-        "tokens": sum(len(g.token_ids) for g in made),
-        "rounds": len(rounds),
-        "tau": tau(rounds),
-        "tau_interval": interval(rounds_by_prompt(answers), seed=seed),
-        "tau_per_response": sum(g.tau for g in made) / len(made),
-        "acceptance_by_position": acceptance_by_position(rounds),
-        "acceptance_conditional": acceptance_conditional(rounds),
-        "accepted_histogram": by_accepted(rounds, length),
-        "by_context": _grouped(rounds, lambda r: bisect_right(CONTEXTS, r.anchor), _context_name),
-        "tokens_per_second": rate,
-        "speedup": rate["speculative"] / rate["target"],
-        "speedup_interval": ratio(speeds["speculative"], speeds["target"], seed=seed),
-        "seconds": {
-            "draft": clock.draft,
-            "verify": clock.verify,
-            "rest": clock.rest,
-            "target_alone": sum(a.clock.decode for a in alone),
-        },
-        "milliseconds_per_round": {
-            part: 1000 * getattr(clock, part) / max(len(rounds), 1) for part in ("draft", "verify", "rest")
-        },
-        "milliseconds_to_first_token": {
-            side: 1000 * sum(a.clock.first_token for a in rows) / len(rows) for side, rows in sides.items()
-        },
-        "memory_bytes": {
-            "target": weights_bytes(target.model),
-            "drafter": weights_bytes(drafter),
-            "peak": peak,
-        },
-        "lossless": {
-            "matched": sum(a.made.token_ids == b.made.token_ids for a, b in zip(alone, answers, strict=True))
-            if greedy
-            else None,
-            "of": len(answers) if greedy else 0,
-        },
-    }
+    parts = {part: getattr(clock, part) for part in ("draft", "verify", "rest")}
+    same = sum(a.made.token_ids == b.made.token_ids for a, b in zip(alone, answers, strict=True))
+    value = TaskResult(
+        task=name,
+        prompts=sum(a.turn == 0 for a in answers),
+        responses=len(answers),
+        tokens=sum(len(g.token_ids) for g in made),
+        rounds=len(rounds),
+        tau=tau(rounds),
+        tau_interval=interval(rounds_by_prompt(answers), seed=seed),
+        tau_per_response=sum(g.tau for g in made) / len(made),
+        acceptance_by_position=acceptance_by_position(rounds),
+        acceptance_conditional=acceptance_conditional(rounds),
+        accepted_histogram=by_accepted(rounds, length),
+        by_context=_grouped(rounds, lambda r: bisect_right(CONTEXTS, r.anchor), _context_name),
+        tokens_per_second=Sides(**rate),
+        speedup=rate["speculative"] / rate["target"],
+        speedup_interval=ratio(speeds["speculative"], speeds["target"], seed=seed),
+        seconds=RoundParts(**parts, target_alone=sum(a.clock.decode for a in alone)),
+        milliseconds_per_round=RoundParts(**{k: 1000 * s / max(len(rounds), 1) for k, s in parts.items()}),
+        milliseconds_to_first_token=Sides(
+            **{k: 1000 * sum(a.clock.first_token for a in rows) / len(rows) for k, rows in sides.items()}
+        ),
+        memory_bytes=Memory(target=weights_bytes(target.model), drafter=weights_bytes(drafter), peak=peak),
+        lossless=Lossless(matched=same if greedy else None, of=len(answers) if greedy else 0),
+    )
     if any(a.turn for a in answers):
         pairs = [(a.turn, r) for a in answers for r in a.made.rounds]
-        value["by_turn"] = _grouped(pairs, lambda p: p[0], lambda k: f"{k + 1}", lambda p: p[1])
-    if parts := _parts(target, made):
-        value["by_part"] = parts
+        value.by_turn = _grouped(pairs, lambda p: p[0], lambda k: f"{k + 1}", lambda p: p[1])
+    if found := _parts(target, made):
+        value.by_part = found
     if greedy and target.dtype != torch.float32:
-        value["regret"] = _regret(target, made, judge)
+        value.regret = _regret(target, made, judge)
     return value
 
 
@@ -162,15 +159,15 @@ def _context_name(k: int) -> str:
     return f"{low}–{CONTEXTS[k] - 1}" if k < len(CONTEXTS) else f"{low} and more"
 
 
-def _grouped(items, key, name, round_of=lambda x: x) -> list[dict]:
+def _grouped(items, key, name, round_of=lambda x: x) -> list[Group]:
     """τ by group, groups in ascending order of `key`."""
     found: dict[int, list[Round]] = {}
     for item in items:
         found.setdefault(key(item), []).append(round_of(item))
-    return [{"group": name(k), "rounds": len(rows), "tau": tau(rows)} for k, rows in sorted(found.items())]
+    return [Group(group=name(k), rounds=len(rows), tau=tau(rows)) for k, rows in sorted(found.items())]
 
 
-def _parts(target: Target, made: list[Generation]) -> list[dict]:
+def _parts(target: Target, made: list[Generation]) -> list[Group]:
     """τ of thinking and answer, where the target's tokenizer has a token that ends thinking."""
     end = target.tokenizer.get_vocab().get("</think>") if target.tokenizer is not None else None
     if end is None:
@@ -184,39 +181,46 @@ def _parts(target: Target, made: list[Generation]) -> list[dict]:
     return _grouped(pairs, lambda p: p[0], ("thinking", "answer").__getitem__, lambda p: p[1])
 
 
-def _regret(target: Target, made: list[Generation], judge) -> dict:
+def _regret(target: Target, made: list[Generation], judge) -> Regret:
     gaps = [judge(target, g.prompt_ids, g.token_ids) for g in made]
     gap, bound = (torch.cat(x) for x in zip(*gaps, strict=True))
-    return {
-        "largest": gap.max().item(),
-        "not_argmax": int((gap > 0).sum()),
-        "beyond_bound": int((gap > bound).sum()),
-        "of": len(gap),
-    }
+    return Regret(
+        largest=gap.max().item(),
+        not_argmax=int((gap > 0).sum()),
+        beyond_bound=int((gap > bound).sum()),
+        of=len(gap),
+    )
 
 
-def evaluation_report(
-    target_name: str,
-    drafter_name: str | None,
-    temperature: float,
-    tasks: list[dict],
-    **options: object,
-) -> dict:
-    """The object that `eval.json` holds, `options` included; means are over tasks."""
-    return {
-        "target": target_name,
-        "drafter": drafter_name,
-        "temperature": temperature,
-        **options,
-        "tasks": tasks,
-        "mean": means(tasks),
-    }
+def compare(one: Sequence[Answer], other: Sequence[Answer], seed: int = 0, **names: str) -> Difference:
+    """`one` against `other`, on the same prompts in the same order.
+
+    names: `task`, `side` and `against` of the result.
+    """
+    rounds = [rounds_by_prompt(side) for side in (one, other)]
+    speeds = [decode_speed(side) for side in (one, other)]
+    mine, theirs = (tau([r for rows in side for r in rows]) for side in rounds)
+    return Difference(
+        **names,
+        tau_difference=mine - theirs,
+        tau_interval=difference(*rounds, seed=seed),
+        speed_ratio=decode_rate(one) / decode_rate(other),
+        speed_interval=ratio(*speeds, seed=seed),
+    )
 
 
-def means(tasks: Sequence[dict]) -> dict[str, float | None]:
-    """τ and speed-up over tasks, each counting once; None where one has none."""
-    found = {}
-    for key in ("tau", "speedup"):
-        values = [t[key] for t in tasks]
-        found[key] = None if None in values else sum(values) / len(values)
-    return found
+def comparison(
+    pairs: Sequence[tuple[str, str]], tasks: dict[str, dict[str, list[Answer]]], seed: int = 0
+) -> list[Difference]:
+    """(side, against) task by task and, as task "all", over the prompts of all tasks together.
+
+    tasks: name -> side -> answers.
+    """
+    names = {name for pair in pairs for name in pair}
+    everything = {s: [a for answers in tasks.values() for a in answers[s]] for s in names}
+    groups = {**tasks, **({ALL: everything} if len(tasks) > 1 else {})}
+    return [
+        compare(answers[side], answers[base], seed, task=name, side=side, against=base)
+        for name, answers in groups.items()
+        for side, base in pairs
+    ]

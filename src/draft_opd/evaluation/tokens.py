@@ -43,8 +43,13 @@ def sample(task: str, prompt_text: str, tokenizer, made: dict[str, Generation]) 
         "task": task,
         "prompt": prompt_text,
         "sides": [
-            {"side": name, "tau": g.tau, "rounds": len(g.rounds), "tokens": len(g.token_ids),
-             "pieces": pieces(tokenizer, g)}
+            {
+                "side": name,
+                "tau": g.tau,
+                "rounds": len(g.rounds),
+                "tokens": len(g.token_ids),
+                "pieces": pieces(tokenizer, g),
+            }
             for name, g in made.items()
         ],
-    }  # fmt: skip
+    }

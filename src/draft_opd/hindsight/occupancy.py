@@ -33,7 +33,7 @@ def text_acceptance(
     ids: Tensor,
     hidden: Tensor,
     anchors: Tensor,
-    length: int,
+    num_draft_tokens: int,
     sampling: Sampling,
 ) -> Tensor:
     """α [batch, A, K] of blocks at `anchors` [batch, A] along `ids` [batch, L].
@@ -42,12 +42,12 @@ def text_acceptance(
     values mean nothing.
     """
     batch, count = anchors.shape
-    offset = torch.arange(1, length + 1, device=ids.device)
+    offset = torch.arange(1, num_draft_tokens + 1, device=ids.device)
     where = (anchors[:, :, None] + offset).clamp_max(ids.shape[1] - 1)  # [batch, A, K]
     rows = torch.arange(batch, device=ids.device)[:, None, None]
     text = ids[rows, where]
-    alpha = torch.empty(batch, count, length, device=ids.device)
-    step = max(1, LOGITS // (batch * length * target.vocab_size))
+    alpha = torch.empty(batch, count, num_draft_tokens, device=ids.device)
+    step = max(1, LOGITS // (batch * num_draft_tokens * target.vocab_size))
     for start in range(0, count, step):
         part = slice(start, start + step)
         at = anchors[:, part]
@@ -70,14 +70,14 @@ def occupancy(alpha: Tensor, valid: Tensor) -> Tensor:
     alpha, valid [..., A, K]; the first anchor begins a round. Offsets past the end of the text are
     not valid. v(a + n + 1) += v(a) P(n | a).
     """
-    count, length = alpha.shape[-2:]
+    count, num_draft_tokens = alpha.shape[-2:]
     alpha = torch.where(valid, alpha.double(), 0.0)
     survival = torch.cat([torch.ones_like(alpha[..., :1]), alpha.cumprod(-1)], -1)
     stops = survival - torch.cat([survival[..., 1:], torch.zeros_like(survival[..., :1])], -1)
-    begins = alpha.new_zeros(*alpha.shape[:-2], count + length + 1)
+    begins = alpha.new_zeros(*alpha.shape[:-2], count + num_draft_tokens + 1)
     begins[..., 0] = 1.0
     for a in range(count):
-        begins[..., a + 1 : a + length + 2] += begins[..., a, None] * stops[..., a, :]
+        begins[..., a + 1 : a + num_draft_tokens + 2] += begins[..., a, None] * stops[..., a, :]
     return begins[..., :count] * valid.any(-1)
 
 
@@ -104,15 +104,17 @@ def expected_rounds(
 
     sampling = sampling or Sampling()
     drafter.bind(target)
-    length = drafter.checked_length(draft_length)
+    num_draft_tokens = drafter.checked_length(draft_length)
     rounds, tokens = [], []
     for t in trajectories:
         ids = pad_rows([t.ids], target.device)
         out = target.trajectories(ids, drafter.target_layers)
         context = drafter.build_cache(target, ids, out.features)
         anchors = torch.arange(len(t.prompt_ids) - 1, len(t.ids) - 1, device=ids.device)[None]
-        alpha = text_acceptance(target, drafter, context, ids, out.hidden, anchors, length, sampling)
-        valid = anchors[..., None] + torch.arange(1, length + 1, device=ids.device) < len(t.ids)
+        alpha = text_acceptance(
+            target, drafter, context, ids, out.hidden, anchors, num_draft_tokens, sampling
+        )
+        valid = anchors[..., None] + torch.arange(1, num_draft_tokens + 1, device=ids.device) < len(t.ids)
         begins = occupancy(alpha, valid)
         rounds.append(begins.sum())
         tokens.append((begins * (expected_accepted(alpha, valid) + 1)).sum())

@@ -234,9 +234,9 @@ def hindsight_traces(
     seed: int = 0,
 ) -> list[list[Round]]:
     """Traces of many trajectories, in their order, without decoding. See `hindsight_trace`."""
-    length = drafter.checked_length(draft_length)
+    num_draft_tokens = drafter.checked_length(draft_length)
     options = {"batch_size": batch_size, "sampling": sampling, "seed": seed}
-    return traces_by_length(target, drafter, trajectories, [length], **options)[length]
+    return traces_by_length(target, drafter, trajectories, [num_draft_tokens], **options)[num_draft_tokens]
 
 
 @torch.inference_mode()
@@ -251,7 +251,7 @@ def traces_by_length(
     seed: int = 0,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[int, list[list[Round]]]:
-    """The same at several draft lengths, {length: traces}, with one forward of the target."""
+    """The same at several draft lengths, {draft length: traces}, with one forward of the target."""
     drafter.bind(target)
     order = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].ids))
     traces: dict[int, list[list[Round]]] = {n: [[] for _ in trajectories] for n in lengths}
@@ -260,13 +260,13 @@ def traces_by_length(
         batch = [trajectories[i] for i in chosen]
         ids = pad_rows([t.ids for t in batch], target.device)
         out = target.trajectories(ids, drafter.target_layers)
-        for length in lengths:
+        for num_draft_tokens in lengths:
             context = drafter.build_cache(target, ids, out.features)
             found = trace_sequential(
-                target, drafter, batch, ids, context, length, out.hidden, sampling, seed + start
+                target, drafter, batch, ids, context, num_draft_tokens, out.hidden, sampling, seed + start
             )
             for i, trace in zip(chosen, found, strict=True):
-                traces[length][i] = trace
+                traces[num_draft_tokens][i] = trace
         progress(min(start + batch_size, len(order)))
     return traces
 

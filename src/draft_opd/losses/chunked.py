@@ -144,7 +144,14 @@ def chunked_score(
     chunk = chunk or max(16, LOGITS.get(hidden.device.type, LOGITS["cuda"]) // size)
     states = None if teacher_hidden is None else teacher_hidden.detach()
     scoring = _Scoring(
-        score, 1.0 / draft_temperature, 1.0 / temperature, vocabulary, size, chunk, states,
-        teacher_weight.detach(), labels,
-    )  # fmt: skip
+        score,
+        1.0 / draft_temperature,
+        1.0 / temperature,
+        vocabulary,
+        size,
+        chunk,
+        states,
+        teacher_weight.detach(),
+        labels,
+    )
     return _ChunkedScore.apply(hidden, weight, scoring)

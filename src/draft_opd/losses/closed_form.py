@@ -15,9 +15,7 @@ from draft_opd.losses.divergences import Score, cross_entropy, forward_kl, rever
 
 # (draft logits [n, Vd], target logits [n, V], labels [n], vocabulary [Vd]) -> scores [n] and their
 # gradients [n, Vd]. Logits are overwritten; what a score does not look at is None.
-Closed = Callable[
-    [Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]
-]  # fmt: skip
+Closed = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def _cross_entropy(draft, _target, labels, vocabulary) -> tuple[Tensor, Tensor]:

@@ -26,9 +26,18 @@ class Objective(Section):
     """
 
     kind: Literal[
-        "acceptance_aware", "forward_kl", "reverse_kl", "total_variation", "log_overlap",
-        "cross_entropy", "auf", "dpace", "expected_length", "expected_overlap", "chain_tv",
-    ] = Field("acceptance_aware", description="the loss, see Objectives")  # fmt: skip
+        "acceptance_aware",
+        "forward_kl",
+        "reverse_kl",
+        "total_variation",
+        "log_overlap",
+        "cross_entropy",
+        "auf",
+        "dpace",
+        "expected_length",
+        "expected_overlap",
+        "chain_tv",
+    ] = Field("acceptance_aware", description="the loss, see Objectives")
     gamma: float = Field(0.8, gt=0, le=1, description="position decay of the rejected stream")
     accepted_gamma: float = Field(1.0, gt=0, le=1, description="and of the accepted one")
     accepted_weight: float = Field(1.0, ge=0, description="λ of the accepted stream")
@@ -44,7 +53,6 @@ class Objective(Section):
         "exact", description="of the streams' KL: whole vocabulary, top_k, or the drafted token"
     )
     top_k: int = Field(64, ge=1, description="tokens that the estimator top_k looks at")
-    clamp: float = Field(10.0, gt=0, description="of single-token estimates")
     dpace_alpha: float = Field(0.5, ge=0, le=1, description="smoothing of D-PACE's weights")
     supervision_temperature: float = Field(1.0, gt=0, description="temperature of p in the loss")
     draft_temperature: float = Field(1.0, gt=0, description="temperature of q in the loss")

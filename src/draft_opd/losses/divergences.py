@@ -83,20 +83,23 @@ def _with_rest(log_probs: Tensor) -> Tensor:
     return torch.cat([log_probs, rest], -1)
 
 
-def sampled(form: str, direction: str, clamp: float = 10.0) -> Score:
+LARGEST = 10.0  # nats; of a single-token estimate
+
+
+def sampled(form: str, direction: str, largest: float = LARGEST) -> Score:
     """Estimates a divergence from one token, as the paper's public code does.
 
     With r = log q(x) - log p(x): k1, k2, k3 of KL(p || q) are -r, r²/2 and e^r - 1 - r (unbiased
     for x ~ p: k1, k3); of KL(q || p) the same with r negated, for x ~ q. `bernoulli` is the exact
-    divergence of the two outcomes "x" and "not x". Log-probabilities are cut at -`clamp`, the
-    estimate to ±`clamp`.
+    divergence of the two outcomes "x" and "not x". Log-probabilities are cut at
+    -`largest`, the estimate to ±`largest`: one unlikely token would outweigh a batch.
     """
     if form not in ("k1", "k2", "k3", "bernoulli"):
         raise ValueError(f"form must be k1, k2, k3 or bernoulli, not {form!r}")
 
     def estimate(draft_logits: Tensor, target_logits: Tensor, tokens: Tensor) -> Tensor:
         log_q, log_p = (
-            x.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].clamp_min(-clamp)
+            x.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].clamp_min(-largest)
             for x in (draft_logits, target_logits)
         )
         under, over = (log_p, log_q) if direction == "forward" else (log_q, log_p)
@@ -107,7 +110,7 @@ def sampled(form: str, direction: str, clamp: float = 10.0) -> Score:
             value = a * (under - over) + (1 - a) * ((1 - a).log() - (1 - b).log())
         else:
             value = {"k1": -r, "k2": r.square() / 2, "k3": r.expm1() - r}[form]
-        return value.clamp(-clamp, clamp)
+        return value.clamp(-largest, largest)
 
     return estimate
 
@@ -115,9 +118,9 @@ def sampled(form: str, direction: str, clamp: float = 10.0) -> Score:
 # ---- weights -----------------------------------------------------------------------------------
 
 
-def position_decay(length: int, gamma: float, like: Tensor) -> Tensor:
-    """γ^(k-1) for k = 1..length."""
-    return gamma ** torch.arange(length, device=like.device, dtype=torch.float64)
+def position_decay(num_draft_tokens: int, gamma: float, like: Tensor) -> Tensor:
+    """γ^(k-1) for k = 1..num_draft_tokens."""
+    return gamma ** torch.arange(num_draft_tokens, device=like.device, dtype=torch.float64)
 
 
 @dataclass
@@ -131,7 +134,7 @@ class LossParts:
 
 def stream_weights(
     accepted: Tensor,
-    length: int,
+    num_draft_tokens: int,
     valid: Tensor | None,
     gamma: float,
     accepted_gamma: float = 1.0,
@@ -143,14 +146,14 @@ def stream_weights(
     `correction` puts offset n+1 into the accepted stream too (the public code trains the target's
     own token there); without `suffix` the rejected stream is offset n+1 alone.
     """
-    offsets = torch.arange(length, device=accepted.device)
+    offsets = torch.arange(num_draft_tokens, device=accepted.device)
     n = accepted[:, None]
     valid = torch.ones_like(offsets < n) if valid is None else valid.bool()
     in_accepted = (offsets < n + 1) if correction else (offsets < n)
     in_rejected = (offsets >= n) if suffix else (offsets == n)
     return (
-        (in_accepted & valid) * position_decay(length, accepted_gamma, accepted),
-        (in_rejected & valid) * position_decay(length, gamma, accepted),
+        (in_accepted & valid) * position_decay(num_draft_tokens, accepted_gamma, accepted),
+        (in_rejected & valid) * position_decay(num_draft_tokens, gamma, accepted),
     )
 
 

@@ -89,9 +89,14 @@ class ReplayedBlocks:
     def _surprise(self, temperature: float) -> Tensor:
         hidden, labels = self.hidden[self.reachable], self.labels[self.reachable]
         values = chunked_score(
-            cross_entropy, hidden, self.head, labels=labels, teacher_weight=self.target_head,
-            draft_temperature=temperature, vocabulary=self.vocabulary,
-        )  # fmt: skip
+            cross_entropy,
+            hidden,
+            self.head,
+            labels=labels,
+            teacher_weight=self.target_head,
+            draft_temperature=temperature,
+            vocabulary=self.vocabulary,
+        )
         return self._dense(self.reachable, values)
 
     @cached_property
@@ -121,6 +126,34 @@ class ReplayedBlocks:
         return (values * weights).sum() / self.total(weights.sum()).clamp_min(1e-9)
 
 
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """An objective and what it reads.
+
+    loss: replay and options -> loss (0-d) and figures. conditioned_on: whether offset k follows the
+    text or the drafted tokens. needs_target_states: whether the target's distribution enters.
+    needs_branches: whether it enters behind the first rejection, in states off the trajectory.
+    """
+
+    loss: Callable[[ReplayedBlocks, Objective], tuple[Tensor, dict]]
+    conditioned_on: Literal["text", "draft"] = "text"
+    needs_target_states: bool = False
+    needs_branches: bool = False
+
+
+OBJECTIVES: dict[str, ObjectiveSpec] = {}
+
+
+def objective(*kinds: str, **reads):
+    """Decorator: the function is the loss of these kinds, which are also named in `losses/config.py`."""
+
+    def add(loss):
+        OBJECTIVES.update(dict.fromkeys(kinds, ObjectiveSpec(loss, **reads)))
+        return loss
+
+    return add
+
+
 def decayed_cross_entropy(r: ReplayedBlocks, decay: float | None = None) -> Tensor:
     """Σ w_k (-log q(y_k)) / Σ w_k with w_k = exp(-(k-1)/γ), over reachable offsets (method §3)."""
     return _decayed(r, r.plain_surprise, decay)
@@ -142,7 +175,7 @@ def _divergence(objective: Objective, score: Score, direction: str) -> tuple[Sco
         return score, False
     if objective.estimator == "top_k":
         return top_k(score, objective.top_k), False
-    return sampled(objective.estimator, direction, objective.clamp), True
+    return sampled(objective.estimator, direction), True
 
 
 STREAMS = {
@@ -154,12 +187,18 @@ STREAMS = {
 }
 
 
+@objective(*STREAMS, conditioned_on="draft", needs_target_states=True, needs_branches=True)
 def _streams(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     """(λ_a L_acc + λ_r L_rej) / (λ_a + λ_r), method §4."""
     weights = stream_weights(
-        r.accepted, r.valid.shape[1], r.valid, o.gamma, o.accepted_gamma, o.supervise_correction,
+        r.accepted,
+        r.valid.shape[1],
+        r.valid,
+        o.gamma,
+        o.accepted_gamma,
+        o.supervise_correction,
         o.suffix,
-    )  # fmt: skip
+    )
     lambdas = (o.accepted_weight, o.rejected_weight)
     # A stream that counts nothing is not scored either.
     weights = [w * r.weight[:, None] * (x > 0) for w, x in zip(weights, lambdas, strict=True)]
@@ -178,16 +217,19 @@ def _streams(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     }
 
 
+@objective("cross_entropy")
 def _cross_entropy(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     return decayed_cross_entropy(r), {}
 
 
+@objective("auf")
 def _auf(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     """Mean of -log q(y_k) over k <= n + 1."""
     used = up_to_first_rejection(r.accepted, r.reachable)
     return r.mean(r.label_nll, used.to(r.label_nll)), {"supervised": int(used.sum())}
 
 
+@objective("dpace")
 def _dpace(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     """Σ w_k (-log q(y_k)) / blocks, w by D-PACE (its authors' normalisation)."""
     weights = dpace_weights((-r.label_nll).exp(), r.reachable, o.dpace_alpha)
@@ -201,48 +243,25 @@ def _length(r: ReplayedBlocks, log_accept: Tensor, valid: Tensor) -> Tensor:
     return (offsets - accepted) / r.total(offsets).clamp_min(1e-9)
 
 
+@objective("expected_length")
 def _expected_length(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     return _length(r, -r.label_nll, r.reachable), {}
 
 
+@objective("expected_overlap", needs_target_states=True)
 def _expected_overlap(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     """With p along the trajectory: the expectation over texts of what sampling accepts."""
     log_overlap = -r.score(negative_log_overlap, r.valid)
     return _length(r, log_overlap, r.valid), {"supervised": int(r.valid.sum())}
 
 
+@objective("chain_tv", needs_target_states=True)
 def _chain_tv(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     """Mean over blocks of 1 - Σ_k Π_{j<=k} A_j / (n + 1), A = Σ_v min(p, q), k <= n + 1."""
     valid = up_to_first_rejection(r.accepted, r.valid)
     accepted = expected_length(-r.score(negative_log_overlap, valid), valid)
     loss = r.block_mean(1 - accepted / valid.sum(1).clamp_min(1), valid)
     return loss, {"supervised": int(valid.sum())}
-
-
-@dataclass(frozen=True)
-class ObjectiveSpec:
-    """An objective and what it reads.
-
-    loss: replay and options -> loss (0-d) and figures. conditioned_on: whether offset k follows the
-    text or the drafted tokens. needs_target_states: whether the target's distribution enters.
-    needs_branches: whether it enters behind the first rejection, in states off the trajectory.
-    """
-
-    loss: Callable[[ReplayedBlocks, Objective], tuple[Tensor, dict]]
-    conditioned_on: Literal["text", "draft"] = "text"
-    needs_target_states: bool = False
-    needs_branches: bool = False
-
-
-OBJECTIVES: dict[str, ObjectiveSpec] = {
-    **dict.fromkeys(STREAMS, ObjectiveSpec(_streams, "draft", True, True)),
-    "cross_entropy": ObjectiveSpec(_cross_entropy),
-    "auf": ObjectiveSpec(_auf),
-    "dpace": ObjectiveSpec(_dpace),
-    "expected_length": ObjectiveSpec(_expected_length),
-    "expected_overlap": ObjectiveSpec(_expected_overlap, needs_target_states=True),
-    "chain_tv": ObjectiveSpec(_chain_tv, needs_target_states=True),
-}
 
 
 def spec_of(o: Objective) -> ObjectiveSpec:

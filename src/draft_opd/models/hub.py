@@ -15,7 +15,7 @@ from draft_opd.utils.errors import UserError
 EMBEDDED = "embedded"
 # What no target's config.json has: keys, and words in the names of architectures.
 DRAFTER_KEYS = ("dflash_config", "draft_vocab_size", "speculators_model_type")
-DRAFTER_WORDS = ("DFlash", "Eagle")
+DRAFTER_WORDS = ("Draft", "DFlash", "Eagle")
 
 
 def resolve_path(path_or_id: str) -> str:

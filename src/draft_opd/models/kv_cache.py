@@ -120,8 +120,7 @@ class PositionCache(Cache):
         self.prepare(positions)
         for layer, pair in branched.items():
             where = index[:, None, :, None]
-            self.update(*(x.gather(2, where.expand(-1, x.shape[1], -1, x.shape[3])) for x in pair),
-                        layer)  # fmt: skip
+            self.update(*(x.gather(2, where.expand(-1, x.shape[1], -1, x.shape[3])) for x in pair), layer)
 
     def select(self, rows: Tensor) -> None:
         """Keeps only the given batch rows (index tensor)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from draft_opd.models.hub import EMBEDDED
 from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.target_info import TargetInfo, check_tokenizer, find_target
 from draft_opd.utils.errors import UserError
+from draft_opd.utils.files import read_json
 
 
 @dataclass
@@ -82,9 +82,7 @@ class Target(TargetInfo):
             dtype = getattr(torch, dtype)
         try:
             AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-            options = {
-                "dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True
-            }  # fmt: skip
+            options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
             try:
                 with _no_progress_bar():
                     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", **options)
@@ -317,7 +315,7 @@ def _told(error: Exception) -> str:
 def is_target_folder(path: Path) -> bool:
     """Whether a folder's config names a causal LM."""
     try:
-        config = json.loads((path / "config.json").read_text())
+        config = read_json(path / "config.json")
         return any("CausalLM" in a for a in config.get("architectures") or [])
-    except (OSError, ValueError, AttributeError):
+    except (UserError, AttributeError):
         return False

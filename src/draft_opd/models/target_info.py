@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from draft_opd.models.hub import find_target_files, is_drafter
-from draft_opd.utils.errors import UserError
+from draft_opd.utils.errors import UserError, one_line
 
 
 def find_target(path_or_id: str, weights: bool = True) -> str:
@@ -59,7 +59,7 @@ class TargetInfo:
             tokenizer = AutoTokenizer.from_pretrained(path, **trust)
             check_tokenizer(tokenizer)
         except Exception as error:
-            line = " ".join(str(error).split())[:200]
+            line = one_line(error)
             raise UserError(
                 f"target '{path_or_id}' has no readable configuration and tokenizer ({line})"
             ) from error

@@ -31,9 +31,10 @@ from draft_opd.report.plots import COLOURS, GREY, new_axes, svg
 from draft_opd.training.config import Recipe, load_recipe
 from draft_opd.training.inputs import read_data
 from draft_opd.training.trainer import Run, RunResult
+from draft_opd.utils.config import first_problem
 from draft_opd.utils.console import table
-from draft_opd.utils.errors import UserError
-from draft_opd.utils.files import make_folder, write_json, write_text
+from draft_opd.utils.errors import UserError, one_line
+from draft_opd.utils.files import make_folder, read_json, write_json, write_text
 from draft_opd.utils.machine import machine
 
 COSTS = ("steps", "supervised", "seconds")
@@ -111,13 +112,12 @@ def load_plan(path: Path) -> Plan:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         return Plan.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "plan"
-        raise UserError(f"{path}: '{where}': {first['msg'].removeprefix('Value error, ')}") from None
+        problem = first_problem(error)
+        raise UserError(f"{path}: '{problem.key or 'plan'}': {problem.message}") from None
     except FileNotFoundError:
         raise UserError(f"ablation '{path}' does not exist") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        line = " ".join(str(error).split())[:200]
+        line = one_line(error)
         raise UserError(f"ablation '{path}' is not readable YAML ({line})") from None
 
 
@@ -130,7 +130,7 @@ class Ablation:
         self.rows: list[dict] = []
         self.known = plan.model_dump(by_alias=True)["variants"]
         if self.file.exists():
-            self._take_up(json.loads(self.file.read_text()))
+            self._take_up(read_json(self.file))
         # Before the first hour of training: every recipe must be valid.
         given = "drafter" in plan.start
         if given and len(plan.start) > 1:

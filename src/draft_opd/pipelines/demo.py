@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -26,12 +25,13 @@ from draft_opd.models.hub import EMBEDDED
 from draft_opd.models.target import Target
 from draft_opd.report.format import spread, times
 from draft_opd.report.page import Report
+from draft_opd.report.tables import Table
 from draft_opd.training.config import load_recipe
 from draft_opd.training.run_folder import lineage
 from draft_opd.training.trainer import Run
 from draft_opd.utils.console import Screen, table
 from draft_opd.utils.errors import UserError
-from draft_opd.utils.files import make_folder, write_json
+from draft_opd.utils.files import make_folder, read_json, write_json
 from draft_opd.utils.threads import tune_num_threads
 
 MAX_NEW_TOKENS = 320
@@ -143,22 +143,32 @@ def run_demo(
                     update(done, f"{tokens} tokens  {left}")
 
                 collect(
-                    target, prompts, out / "data" / part, max_new_tokens=max_new_tokens,
-                    batch_size=64, progress=show,
-                )  # fmt: skip
+                    target,
+                    prompts,
+                    out / "data" / part,
+                    max_new_tokens=max_new_tokens,
+                    batch_size=64,
+                    progress=show,
+                )
             before += len(prompts)
 
     steps, supervised, run = {}, {}, None
     for name, stage, plan in (
-        ("sft", "sft", sft), ("sft_continued", "sft", control), ("draft_opd", "opd", opd),
-    ):  # fmt: skip
+        ("sft", "sft", sft),
+        ("sft_continued", "sft", control),
+        ("draft_opd", "opd", opd),
+    ):
         with clock.stage(name), screen.progress(LABELS[name], plan.steps) as update:
             resume = Path(plan.out).exists()
             left = partial(clock.left, name)
             run = Run(
-                stage, plan, target=target, after=run, resume=resume,
+                stage,
+                plan,
+                target=target,
+                after=run,
+                resume=resume,
                 on_metrics=_show(update, left, plan.steps),
-            )  # fmt: skip
+            )
             if name == "sft" and run.progress.step == 0:
                 run.drafter.save_pretrained(out / "untrained")
             result = run.train()
@@ -192,7 +202,7 @@ def _take_up(out: Path, asked: dict) -> None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"'{out}' exists and is not empty: choose a new folder or remove it")
         write_json(make_folder(out) / about.name, asked)
-    elif json.loads(about.read_text()) != asked:
+    elif read_json(about) != asked:
         raise UserError(
             f"'{out}' holds an unfinished demo of another family or seed: choose a new folder or remove it"
         )
@@ -250,7 +260,7 @@ def _measure(
         timed.say = lambda _, done, __: update(done)
         timed.run()
     evaluation = timed.report()
-    speed = {n: side["mean"]["speedup"] for n, side in zip(folders, evaluation["sides"], strict=True)}
+    speed = {n: side.mean.speedup for n, side in zip(folders, evaluation.sides, strict=True)}
     analyses = {
         LABELS[name]: analyse(target, drafters[name], list(alone.values())[:ANALYSED])
         for name in ("sft", "draft_opd")
@@ -279,10 +289,15 @@ def _report(summary: dict, supervised: dict, parts: dict, prompts: int) -> Repor
     same, gain = summary["lossless"], summary["gain"]
     between = spread(summary["tau_difference"]["interval"], "+.2f")
     rows = [
-        [LABELS[name], f"{t:.3f}", summary["steps"].get(name, 0),
-         f"{supervised.get(name, 0):,}", times(summary["speedup"].get(name))]
+        [
+            LABELS[name],
+            f"{t:.3f}",
+            summary["steps"].get(name, 0),
+            f"{supervised.get(name, 0):,}",
+            times(summary["speedup"].get(name)),
+        ]
         for name, t in summary["tau"].items()
-    ]  # fmt: skip
+    ]
     columns = ["drafter", "τ", "steps", "supervised tokens", "speed-up"]
     title = f"{prompts} held-out prompts, greedy; speed on {min(prompts, SPEED_PROMPTS)} of them"
     return Report(
@@ -291,26 +306,42 @@ def _report(summary: dict, supervised: dict, parts: dict, prompts: int) -> Repor
         "from there, once by more SFT and once by Draft-OPD, with equal steps, batches, schedule "
         f"and draft blocks. Seed {summary['seed']}.",
         tiles=[
-            {"value": f"{100 * gain:+.1f} %", "label": "τ, Draft-OPD against continued SFT",
-             "note": f"Δτ {between}, paired over {prompts} prompts"},
-            {"value": f"{summary['tau']['draft_opd']:.2f}", "label": "τ, tokens a round",
-             "note": f"{summary['tau']['sft_continued']:.2f} with continued SFT"},
-            {"value": times(summary["speedup"]["draft_opd"]), "label": "speed-up",
-             "note": "against the target alone, on this machine"},
-            {"value": f"{same['matched']}/{same['of']}", "label": "decodings with the same text",
-             "note": "every held-out prompt, with every drafter"},
+            {
+                "value": f"{100 * gain:+.1f} %",
+                "label": "τ, Draft-OPD against continued SFT",
+                "note": f"Δτ {between}, paired over {prompts} prompts",
+            },
+            {
+                "value": f"{summary['tau']['draft_opd']:.2f}",
+                "label": "τ, tokens a round",
+                "note": f"{summary['tau']['sft_continued']:.2f} with continued SFT",
+            },
+            {
+                "value": times(summary["speedup"]["draft_opd"]),
+                "label": "speed-up",
+                "note": "against the target alone, on this machine",
+            },
+            {
+                "value": f"{same['matched']}/{same['of']}",
+                "label": "decodings with the same text",
+                "note": "every held-out prompt, with every drafter",
+            },
         ],
-        tables=[{"title": title, "columns": columns, "rows": rows}],
+        tables=[Table(title, columns, rows)],
         **parts,
-    )  # fmt: skip
+    )
 
 
 def _present(summary: dict, report: Path, screen: Screen) -> None:
     rows = [
-        [LABELS[n], t, summary["steps"].get(n, 0),
-         f"{summary['speedup'][n]:.2f}×" if n in summary["speedup"] else ""]
+        [
+            LABELS[n],
+            t,
+            summary["steps"].get(n, 0),
+            f"{summary['speedup'][n]:.2f}×" if n in summary["speedup"] else "",
+        ]
         for n, t in summary["tau"].items()
-    ]  # fmt: skip
+    ]
     same = summary["lossless"]
     screen.result(
         summary,

@@ -36,7 +36,7 @@ from draft_opd.training.config import Recipe
 from draft_opd.training.inputs import check_online
 from draft_opd.training.trainer import Run
 from draft_opd.utils.errors import UserError
-from draft_opd.utils.files import make_folder, write_json, write_text
+from draft_opd.utils.files import make_folder, read_json, write_json, write_text
 
 
 class OnlineLoop:
@@ -67,7 +67,7 @@ class OnlineLoop:
                 if value is None:
                     break
                 write_json(about, value)
-            done.append(json.loads(about.read_text()))
+            done.append(read_json(about))
             write_json(self.out / "online.json", {"kind": "online", "rounds": done})
         if not done:
             raise UserError(f"'{self.options.prompts}' has no usable prompts (held-out ones do not count)")
@@ -112,9 +112,15 @@ class OnlineLoop:
         self._serve(start)
         self.server.wait()
         collected = gather_from(
-            self.server, self.target, prompts, place, max_new_tokens=o.max_new_tokens,
-            sampling=self.recipe.sampling, seed=self.recipe.seed + index, thinking=o.thinking,
-        )  # fmt: skip
+            self.server,
+            self.target,
+            prompts,
+            place,
+            max_new_tokens=o.max_new_tokens,
+            sampling=self.recipe.sampling,
+            seed=self.recipe.seed + index,
+            thinking=o.thinking,
+        )
         parts = [self.out / f"round-{i}" for i in range(max(0, index - o.window + 1), index + 1)]
         rows = [
             {**json.loads(row), "id": f"{part.name}/{json.loads(row)['id']}"}
@@ -152,7 +158,7 @@ class OnlineLoop:
     def _serve(self, drafter: str) -> None:
         """Exports, runs the user's command and waits until the server answers, unless done."""
         o, marker = self.options, self.out / "served.json"
-        if marker.exists() and json.loads(marker.read_text())["drafter"] == drafter:
+        if marker.exists() and read_json(marker)["drafter"] == drafter:
             return
         made = Drafter.from_pretrained(drafter, device="cpu")
         made.bind(self.target)
@@ -170,9 +176,13 @@ class OnlineLoop:
         with log.open("ab") as file:  # not a pipe: a server started in the background would keep it
             try:
                 status = subprocess.run(
-                    command, shell=True, stdin=subprocess.DEVNULL, stdout=file,
-                    stderr=subprocess.STDOUT, timeout=self.options.patience,
-                ).returncode  # fmt: skip
+                    command,
+                    shell=True,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    timeout=self.options.patience,
+                ).returncode
             except subprocess.TimeoutExpired:
                 status = f"nothing in {self.options.patience:.0f} s (start servers with &)"
         if status:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 
 from matplotlib.figure import Figure
 
 from draft_opd.evaluation.analysis import GROUPS
+from draft_opd.evaluation.result import Advice
 from draft_opd.report.plots import COLOURS, GREY, INK, as_text, label, legend, new_axes, plain
 from draft_opd.training.run_folder import History
 
@@ -16,7 +18,7 @@ Series = dict[str, Sequence[float]]
 def training(branches: dict[str, list[History]]) -> Figure:
     """Held-out τ over steps: each branch goes on where the run it began from ended."""
     figure, axes = new_axes("training step", "held-out τ")
-    drawn, colours = set(), iter(COLOURS * 9)
+    drawn, colours = set(), cycle(COLOURS)
     for name, runs in branches.items():
         start = 0
         for run in runs:
@@ -34,7 +36,7 @@ def training(branches: dict[str, list[History]]) -> Figure:
 def by_position(series: Series) -> Figure:
     """Acceptance at offsets 1..K."""
     figure, axes = new_axes("offset k in the block", "accepted")
-    for colour, (name, values) in zip(COLOURS * 9, series.items(), strict=False):
+    for colour, (name, values) in zip(cycle(COLOURS), series.items(), strict=False):
         axes.plot(range(1, len(values) + 1), values, color=colour, label=label(name), marker=".")
     axes.set_ylim(0, 1)
     legend(axes)
@@ -54,47 +56,52 @@ def histogram(series: Series) -> Figure:
     return figure
 
 
-def draft_lengths(advice: dict) -> Figure:
+def draft_lengths(advice: Advice) -> Figure:
     """Speed-up on this machine over the draft length, predicted and measured."""
-    rows = advice["lengths"]
+    rows = advice.lengths
     figure, axes = new_axes("draft length K", "speed-up")
-    axes.plot([r["draft_length"] for r in rows], [r["speedup"] for r in rows], color=COLOURS[0],
-              marker=".", label="predicted")  # fmt: skip
-    seen = [(r["draft_length"], r["measured"]["speedup"]) for r in rows if r["measured"]]
+    axes.plot(
+        [r.draft_length for r in rows],
+        [r.speedup for r in rows],
+        color=COLOURS[0],
+        marker=".",
+        label="predicted",
+    )
+    seen = [(r.draft_length, r.measured.speedup) for r in rows if r.measured]
     if seen:
-        axes.plot(*zip(*seen, strict=True), "o", color=COLOURS[1], ms=9, mfc="none", mew=1.6,
-                  label="measured")  # fmt: skip
+        axes.plot(
+            *zip(*seen, strict=True), "o", color=COLOURS[1], ms=9, mfc="none", mew=1.6, label="measured"
+        )
     axes.axhline(1, color=GREY, lw=0.8)
     axes.set_ylim(0)
     legend(axes)
     return figure
 
 
-def elsewhere(advice: dict, hardware: str) -> Figure:
+def elsewhere(advice: Advice, hardware: str) -> Figure:
     """Speed-up over the draft length that other hardware allows, by requests at a time."""
-    at = [r["draft_length"] for r in advice["lengths"]]
+    at = [r.draft_length for r in advice.lengths]
     figure, axes = new_axes("draft length K", "speed-up, at best")
-    mine = [e for e in advice["elsewhere"] if e["hardware"] == hardware]
-    for colour, e in zip(COLOURS * 9, mine, strict=False):
-        axes.plot(at, e["by_length"], color=colour, marker=".", label=f"{e['batch']} at a time")
+    mine = [e for e in advice.elsewhere if e.hardware == hardware]
+    for colour, e in zip(cycle(COLOURS), mine, strict=False):
+        axes.plot(at, e.by_length, color=colour, marker=".", label=f"{e.batch} at a time")
     axes.axhline(1, color=GREY, lw=0.8)
     axes.set_ylim(0)
     legend(axes)
     return figure
 
 
-def concurrency(rows: list[dict], alone: str) -> Figure:
-    """Tokens a second against requests at a time."""
+def concurrency(points: Sequence[tuple[str, int, float]], alone: str) -> Figure:
+    """Tokens a second against requests at a time; points: (side, at a time, tokens/s)."""
     figure, axes = new_axes("requests at a time", "tokens/s")
-    names = dict.fromkeys(r["side"] for r in rows)
-    colours = iter(COLOURS * 9)
+    names = dict.fromkeys(side for side, _, _ in points)
+    colours = cycle(COLOURS)
     for name in names:
-        mine = [r for r in rows if r["side"] == name]
+        mine = [(batch, rate) for side, batch, rate in points if side == name]
         colour = GREY if name == alone else next(colours)
-        axes.plot([r["batch"] for r in mine], [r["tokens_per_second"] for r in mine],
-                  color=colour, label=label(name), marker=".")  # fmt: skip
+        axes.plot(*zip(*mine, strict=True), color=colour, label=label(name), marker=".")
     axes.set_xscale("log", base=2)
-    ticks = sorted({r["batch"] for r in rows})
+    ticks = sorted({batch for _, batch, _ in points})
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.set_ylim(0)
     legend(axes)
@@ -116,8 +123,17 @@ def mismatch(analyses: dict[str, dict]) -> Figure:
         labels = [g.replace("_", "\n") for g in GROUPS]
         axes.set_xticks(range(len(GROUPS)), labels, fontsize=7.5, rotation=40, color=INK)
     handles = figure.axes[0].get_legend_handles_labels()
-    as_text(figure.legend(*handles, frameon=False, fontsize=9, labelcolor=INK, ncols=3,
-                          loc="upper center", bbox_to_anchor=(0.5, -0.08)))  # fmt: skip
+    as_text(
+        figure.legend(
+            *handles,
+            frameon=False,
+            fontsize=9,
+            labelcolor=INK,
+            ncols=3,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.08),
+        )
+    )
     figure.subplots_adjust(wspace=0.3)
     return figure
 
@@ -125,7 +141,7 @@ def mismatch(analyses: dict[str, dict]) -> Figure:
 def anchors(analyses: dict[str, dict]) -> Figure:
     """Where rounds begin, by tenth of the response."""
     figure, axes = new_axes("part of the response", "rounds")
-    for colour, (name, found) in zip(COLOURS * 9, analyses.items(), strict=False):
+    for colour, (name, found) in zip(cycle(COLOURS), analyses.items(), strict=False):
         counts = found["anchors"]["by_tenth"]
         at = [(i + 0.5) / len(counts) for i in range(len(counts))]
         axes.plot(at, counts, color=colour, label=label(name), marker=".")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rich.text import Text
@@ -16,6 +15,7 @@ from draft_opd.models.target import Target, is_target_folder
 from draft_opd.training.run_folder import is_run, read_history
 from draft_opd.utils.console import facts
 from draft_opd.utils.errors import UserError
+from draft_opd.utils.files import read_json
 
 
 def describe(path: str, target: str | None = None, sample: int = 0) -> tuple[dict, list]:
@@ -59,7 +59,7 @@ def _demo(place: Path) -> tuple[dict, list]:
     path = place / "summary.json"
     if not path.exists():
         raise UserError(f"'{place}' is a demo that has not ended: it has no summary.json")
-    value = {"kind": "demo", "path": str(place), **json.loads(path.read_text())}
+    value = {"kind": "demo", "path": str(place), **read_json(path)}
     return value, [facts(f"demo: {place}", value)]
 
 
@@ -116,8 +116,8 @@ def _trajectories(path: Path, target: str | None, sample: int) -> tuple[dict, li
 def _collected(path: Path) -> dict:
     """What `collect` wrote beside trajectories; nothing where it did not, or that is damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(path)
+    except UserError:
         return {}
     return found if isinstance(found, dict) else {}
 

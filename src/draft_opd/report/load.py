@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from draft_opd.evaluation.names import by_name
-from draft_opd.report.page import Report, sides_in
-from draft_opd.training.run_folder import is_run, lineage, read_history
-from draft_opd.utils.errors import UserError
+from pydantic import ValidationError
 
-EVALUATION = {"target", "drafter", "temperature", "tasks", "mean", "machine"}
+from draft_opd.evaluation.names import by_name
+from draft_opd.evaluation.result import EvaluationResult
+from draft_opd.report.page import Report
+from draft_opd.training.run_folder import is_run, lineage, read_history
+from draft_opd.utils.config import first_problem
+from draft_opd.utils.errors import UserError
+from draft_opd.utils.files import read_json
+
 ANALYSIS = {"tau", "share", "forward_kl", "reverse_kl", "anchors"}
 
 
@@ -29,14 +32,14 @@ def gather(paths: Sequence[str], title: str) -> Report:
                     f"'{folder}' is a second evaluation: `eval` compares drafters when it is given "
                     "several (--drafter A --drafter B)"
                 )
-            made.evaluation, known = _read(folder / "eval.json", EVALUATION), True
+            made.evaluation, known = read_evaluation(folder / "eval.json"), True
             if (folder / "samples.json").exists():
-                made.samples = _read(folder / "samples.json")
-            for side in sides_in(made.evaluation):
-                if runs := lineage(side["drafter"] or ""):
+                made.samples = _read(folder / "samples.json", list)
+            for side in made.evaluation.every_side():
+                if runs := lineage(side.drafter or ""):
                     made.training.setdefault(runs[-1].name, runs)
         if (folder / "analysis.json").exists():
-            made.analyses[name], known = _read(folder / "analysis.json", ANALYSIS), True
+            made.analyses[name], known = _read(folder / "analysis.json", dict, ANALYSIS), True
         if is_run(folder):
             run = read_history(folder)
             runs = [*lineage(run.recipe.get("drafter") or ""), run]
@@ -52,16 +55,21 @@ def gather(paths: Sequence[str], title: str) -> Report:
     return made
 
 
-def _read(path: Path, keys: set[str] | None = None):
-    """JSON: an object with `keys`, or a list where there are none."""
+def read_evaluation(path: Path) -> EvaluationResult:
+    """Raises `UserError` for a file that is no eval.json, with the first field that is missing or
+    wrong."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' is not readable JSON ({error})") from None
-    if not isinstance(value, dict if keys else list):
-        raise UserError(f"'{path}' must hold a JSON {'object' if keys else 'list'}")
-    if keys and (missing := sorted(keys - value.keys())):
+        return EvaluationResult.model_validate(_read(path, dict))
+    except ValidationError as error:
+        problem = first_problem(error)
+        raise UserError(f"'{path}': {problem.key}: {problem.message}; write it again") from None
+
+
+def _read(path: Path, kind: type, keys: Collection[str] = ()):
+    """JSON: a list, or an object with `keys`."""
+    value = read_json(path)
+    if not isinstance(value, kind):
+        raise UserError(f"'{path}' must hold a JSON {'object' if kind is dict else 'list'}")
+    if missing := sorted(key for key in keys if key not in value):
         raise UserError(f"'{path}' lacks {', '.join(missing)}: write it again")
-    if keys and not value.get("tasks", True):
-        raise UserError(f"'{path}' has no tasks: write it again")
     return value

@@ -23,7 +23,7 @@ from draft_opd.evaluation.regret import regret
 from draft_opd.hindsight.trace import hindsight_traces, pad_rows
 from draft_opd.models.target import Target
 from draft_opd.serving.vllm_process import Acceptance, read_metrics
-from draft_opd.utils.errors import UserError
+from draft_opd.utils.errors import UserError, one_line
 
 BATCH = 16
 ENOUGH = 20  # rounds below which nothing is shown
@@ -53,9 +53,13 @@ def ask(
     with server.client() as client:
         for i, prompt in enumerate(prompts):
             body = {
-                "model": server.model, "messages": prompt.messages, "max_tokens": max_new_tokens,
-                "temperature": 0.0, "repetition_penalty": 1.0, "return_token_ids": True,
-            }  # fmt: skip
+                "model": server.model,
+                "messages": prompt.messages,
+                "max_tokens": max_new_tokens,
+                "temperature": 0.0,
+                "repetition_penalty": 1.0,
+                "return_token_ids": True,
+            }
             try:
                 answer = client.post("/v1/chat/completions", json=body)
                 answer.raise_for_status()
@@ -66,7 +70,7 @@ def ask(
             except (httpx.HTTPError, KeyError, TypeError, ValueError) as error:
                 raise UserError(
                     f"server {server.url} did not answer prompt {prompt.id} with token ids "
-                    f"({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+                    f"({type(error).__name__}: {one_line(error, 160)})"
                 ) from error
             progress(i + 1)
     counted = read_metrics(server) - before
@@ -78,7 +82,9 @@ def ask(
     return Served(rows, counted, list(prompts))
 
 
-def expected(target: Target, drafter: Drafter, rows: Sequence[Trajectory], length: int) -> Acceptance:
+def expected(
+    target: Target, drafter: Drafter, rows: Sequence[Trajectory], num_draft_tokens: int
+) -> Acceptance:
     """What our drafter's rounds on these texts come to, counted as an engine counts.
 
     Engines take the first token from the prompt's own forward, so rounds begin behind it, and they
@@ -92,27 +98,27 @@ def expected(target: Target, drafter: Drafter, rows: Sequence[Trajectory], lengt
     accepted: list[int] = []
     for start in range(0, len(begun), BATCH):
         part = begun[start : start + BATCH]
-        traces = hindsight_traces(target, drafter, part, draft_length=length)
+        traces = hindsight_traces(target, drafter, part, draft_length=num_draft_tokens)
         accepted += [r.accepted for trace in traces for r in trace[:-1]]
         last = [t.ids[: trace[-1].anchor + 1] for t, trace in zip(part, traces, strict=True)]
-        accepted += next_round(target, drafter, last, length)
-    return Acceptance(len(accepted), [sum(a > k for a in accepted) for k in range(length)])
+        accepted += next_round(target, drafter, last, num_draft_tokens)
+    return Acceptance(len(accepted), [sum(a > k for a in accepted) for k in range(num_draft_tokens)])
 
 
 @torch.no_grad()
-def next_round(target: Target, drafter: Drafter, texts: list[list[int]], length: int) -> list[int]:
+def next_round(target: Target, drafter: Drafter, texts: list[list[int]], num_draft_tokens: int) -> list[int]:
     """How many tokens the target accepts of a greedy draft behind each text."""
     ids = pad_rows(texts, target.device)
     anchors = torch.tensor([[len(t) - 1] for t in texts], device=target.device)
     features = target.trajectories(ids, drafter.target_layers).features
     context = drafter.build_cache(target, ids, features)
     drafted, _ = drafter.propose(
-        target, context, anchors, ids.gather(1, anchors), length, lambda x: (x.argmax(-1), None)
+        target, context, anchors, ids.gather(1, anchors), num_draft_tokens, lambda x: (x.argmax(-1), None)
     )
     drafted = drafted[:, 0]
     whole = [t + d for t, d in zip(texts, drafted.tolist(), strict=True)]
     hidden = target.trajectories(pad_rows(whole, target.device)).hidden
-    where = anchors + torch.arange(length + 1, device=target.device)
+    where = anchors + torch.arange(num_draft_tokens + 1, device=target.device)
     logits = target.logits(hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1])))
     return verify_greedy(drafted, logits).tolist()
 
@@ -162,14 +168,14 @@ def templates(target: Target, served: Served, thinking: bool | None) -> tuple[in
 
 
 def likely_causes(
-    target: Target, drafter: Drafter, served: Served, length: int, ours: Acceptance
+    target: Target, drafter: Drafter, served: Served, num_draft_tokens: int, ours: Acceptance
 ) -> list[str]:
     """Faults whose counts are the engine's, where ours are not; the nearest first."""
     base, found = distance(ours, served.counted), []
     for name, change in drafter.known_faults(target.num_layers).items():
         other = drafter.with_fault(change)  # one at a time: a drafter may be a good part of memory
         if other is not None:
-            counted = expected(target, other, served.rows, length)
+            counted = expected(target, other, served.rows, num_draft_tokens)
             found.append((distance(counted, served.counted), name))
     found.sort()
     nearest = found[0][0]
@@ -186,9 +192,11 @@ def likely_causes(
     return ["none of the known faults gives the engine's counts"]
 
 
-def compare(target: Target, drafter: Drafter, served: Served, length: int, thinking: bool | None) -> dict:
+def compare(
+    target: Target, drafter: Drafter, served: Served, num_draft_tokens: int, thinking: bool | None
+) -> dict:
     """The whole finding, as `check-serving --json` prints it."""
-    ours, count = expected(target, drafter, served.rows, length), len(served.rows)
+    ours, count = expected(target, drafter, served.rows, num_draft_tokens), len(served.rows)
     same_text = text_is_the_targets(target, served.rows)
     same_prompt, template = templates(target, served, thinking)
     causes = [template] if template else []
@@ -198,7 +206,7 @@ def compare(target: Target, drafter: Drafter, served: Served, length: int, think
             "--max-new-tokens"
         )
     elif not agrees(served.counted, ours, target.dtype):
-        causes += likely_causes(target, drafter, served, length, ours)
+        causes += likely_causes(target, drafter, served, num_draft_tokens, ours)
     if not all(same_text):
         causes.append(
             "the engine's text is not the target's own greedy text: another target, other weights, "

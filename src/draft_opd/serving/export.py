@@ -14,11 +14,9 @@ import torch
 from draft_opd.drafters import Drafter
 from draft_opd.models.hub import resolve_path
 from draft_opd.models.target_info import TargetInfo
-from draft_opd.serving.engines import serve_command
+from draft_opd.serving.engines import ENGINES, serve_command
 from draft_opd.serving.model_card import model_card
 from draft_opd.utils.errors import UserError
-
-FORMATS = ("z-lab", "sglang", "vllm", "speculators")
 
 
 def export(
@@ -31,8 +29,9 @@ def export(
     trust_remote_code: bool = False,
 ) -> dict:
     """Writes the folder `out`, once it is certain that the drafter fits the target."""
-    if format not in FORMATS:
-        raise UserError(f"--format {format}: choose one of {', '.join(FORMATS)}")
+    formats = (*ENGINES, "speculators")
+    if format not in formats:
+        raise UserError(f"--format {format}: choose one of {', '.join(formats)}")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: choose float32, bfloat16 or float16")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

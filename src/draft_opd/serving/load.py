@@ -19,9 +19,10 @@ from draft_opd.data.openai_client import Server, error_message, sampling_params
 from draft_opd.data.prompts import Prompt
 from draft_opd.data.tasks import Task
 from draft_opd.decoding.sampling import Sampling
+from draft_opd.evaluation.result import Lossless, ServedLevel, ServedRate, Sides, Spread, TaskResult
 from draft_opd.evaluation.statistics import quantile
 from draft_opd.serving.vllm_process import Acceptance, read_metrics
-from draft_opd.utils.errors import UserError
+from draft_opd.utils.errors import UserError, one_line
 
 
 @dataclass
@@ -52,7 +53,7 @@ async def _ask(client: httpx.AsyncClient, body: dict, url: str) -> Reply:
                     continue
                 part = json.loads(data)
                 if part.get("error"):
-                    told = " ".join(str(part["error"]).split())[:160]
+                    told = one_line(part["error"], 160)
                     raise UserError(f"server {url}: {told}")
                 for choice in part.get("choices") or ():
                     delta = choice.get("delta") or {}
@@ -89,9 +90,13 @@ def ask_all(
     """All prompts (and the turns behind them), `in_flight` at a time: replies in the prompts'
     order, and seconds in all."""
     common = {
-        "model": server.model, "max_tokens": max_new_tokens, "seed": seed, "stream": True,
-        "stream_options": {"include_usage": True}, **sampling_params(sampling),
-    }  # fmt: skip
+        "model": server.model,
+        "max_tokens": max_new_tokens,
+        "seed": seed,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **sampling_params(sampling),
+    }
     if thinking is not None:
         common["chat_template_kwargs"] = {"enable_thinking": thinking}
 
@@ -153,8 +158,8 @@ def measure_server(
     *,
     progress: Callable[[str, int, int], None] | None = None,
     **options,
-) -> dict:
-    """What `eval.json` says of a task on a server; options as in `ask_all`.
+) -> TaskResult:
+    """A task on a server; options as in `ask_all`.
 
     baseline: a server of the target alone. The two are asked one after the other at each level of
     concurrency, so each has the machine to itself if the other is idle. Prompts are asked again
@@ -162,70 +167,70 @@ def measure_server(
     The figures beside `concurrency` are those of the first level; texts are compared there (in 16
     bit they may differ by near-ties).
     """
-    levels, texts, counts = [], {}, None
+    levels: list[ServedLevel] = []
+    texts, counts = {}, None
     sides = {"speculative": server, **({"target": baseline} if baseline else {})}
     for which in sides.values():
         ask_all(which, task.prompts[:1], 1, **{**options, "max_new_tokens": 8})
     for i, in_flight in enumerate(concurrency):
-        row: dict = {"in_flight": in_flight}
+        rates, counted = {}, {}
         times = -(-2 * in_flight // len(task.prompts)) if 2 * in_flight > len(task.prompts) else 1
         for side, which in sides.items():
             before = counters(which) if side == "speculative" else None
             replies, seconds = ask_all(which, task.prompts * times, in_flight, **options)
             tokens = sum(r.tokens for r in replies)
-            row[side] = {
-                "requests": len(replies),
-                "tokens": tokens,
-                "tokens_per_second": tokens / seconds,
-                "mean_in_flight": sum(r.seconds for r in replies) / seconds,
-                "seconds_per_request": _spread([r.seconds for r in replies]),
-                "milliseconds_to_first_token": _spread([1000 * r.first for r in replies]),
-            }
+            rates[side] = ServedRate(
+                requests=len(replies),
+                tokens=tokens,
+                tokens_per_second=tokens / seconds,
+                mean_in_flight=sum(r.seconds for r in replies) / seconds,
+                seconds_per_request=_spread([r.seconds for r in replies]),
+                milliseconds_to_first_token=_spread([1000 * r.first for r in replies]),
+            )
             if i == 0:
                 texts[side] = [r.text for r in replies]
             if before is not None:
-                counted = read_metrics(which) - before
-                if counted.requests > len(replies):
+                since = read_metrics(which) - before
+                if since.requests > len(replies):
                     raise UserError(
-                        f"server {server.url} answered {counted.requests} requests where "
+                        f"server {server.url} answered {since.requests} requests where "
                         f"{len(replies)} were ours: measure it while nobody else uses it"
                     )
-                row["rounds"], row["tau"] = counted.drafts, counted.tau or None
-                counts = counts or counted
+                counted = {"rounds": since.drafts, "tau": since.tau or None}
+                counts = counts or since
         if baseline:
-            row["speedup"] = row["speculative"]["tokens_per_second"] / row["target"]["tokens_per_second"]
-        levels.append(row)
+            speeds = [rates[side].tokens_per_second for side in ("speculative", "target")]
+            counted["speedup"] = speeds[0] / speeds[1]
+        levels.append(ServedLevel(in_flight=in_flight, **rates, **counted))
         if progress:
             progress(task.name, i + 1, len(concurrency))
     first = levels[0]
     both = baseline is not None and options["sampling"].greedy
     drafts = counts.drafts if counts else 0
     since_start = None if drafts else average(server)
-    return {
-        "task": task.name,
-        "prompts": len(task.prompts),
-        "responses": len(texts["speculative"]),
-        "tokens": first["speculative"]["tokens"],
-        "rounds": drafts or None,
-        "tau": counts.tau if drafts else since_start,
-        "tau_from": "vLLM's counters over the first level"
-        if drafts
-        else since_start and "SGLang's average since its start",
-        "tau_per_response": None,
-        "acceptance_by_position": [n / drafts for n in counts.by_position] if drafts else [],
-        "tokens_per_second": {
-            side: first[side]["tokens_per_second"] if side in first else None
-            for side in ("target", "speculative")
-        },
-        "speedup": first.get("speedup"),
-        "lossless": {
-            "matched": sum(map(str.__eq__, *texts.values())) if both else None,
-            "of": len(texts["speculative"]) if both else 0,
-        },
-        "concurrency": levels,
-    }
+    source = since_start and "SGLang's average since its start"
+    return TaskResult(
+        task=task.name,
+        prompts=len(task.prompts),
+        responses=len(texts["speculative"]),
+        tokens=first.speculative.tokens,
+        rounds=drafts or None,
+        tau=counts.tau if drafts else since_start,
+        tau_from="vLLM's counters over the first level" if drafts else source,
+        tau_per_response=None,
+        acceptance_by_position=[n / drafts for n in counts.by_position] if drafts else [],
+        tokens_per_second=Sides(
+            target=first.target and first.target.tokens_per_second,
+            speculative=first.speculative.tokens_per_second,
+        ),
+        speedup=first.speedup,
+        lossless=Lossless(
+            matched=sum(a == b for a, b in zip(*texts.values(), strict=True)) if both else None,
+            of=len(texts["speculative"]) if both else 0,
+        ),
+        concurrency=levels,
+    )
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"mean": sum(values) / len(values), "p50": quantile(values, 0.5),
-            "p95": quantile(values, 0.95)}  # fmt: skip
+def _spread(values: list[float]) -> Spread:
+    return Spread(mean=sum(values) / len(values), p50=quantile(values, 0.5), p95=quantile(values, 0.95))

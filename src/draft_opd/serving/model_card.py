@@ -7,6 +7,8 @@ from pathlib import Path
 
 from draft_opd import __version__
 from draft_opd.drafters import Drafter
+from draft_opd.utils.errors import UserError
+from draft_opd.utils.files import read_json
 
 
 def model_card(drafter: Drafter, source: str, target: str, serve: str) -> str:
@@ -43,8 +45,8 @@ def _training(source: Path) -> list[str]:
     try:
         recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
         rows = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
-        stage = json.loads((run / "run.json").read_text())["stage"]
-    except (OSError, ValueError, KeyError):
+        stage = read_json(run / "run.json")["stage"]
+    except (UserError, OSError, ValueError, KeyError):
         return ["## Training", "", "Not known: the drafter was not in a run folder.", ""]
     taus = [(r["step"], r["tau"]) for r in rows if "tau" in r]
     if source.name == "best" and taus:

@@ -110,7 +110,7 @@ class Engine:
         target: str,
         folder: Path,
         method: str,
-        length: int,
+        num_draft_tokens: int,
         log: Path,
         *,
         command: str = "vllm serve",
@@ -131,13 +131,23 @@ class Engine:
                 "'/path/to/env/bin/vllm serve'"
             )
         speculative = {
-            "method": method, "model": str(folder.resolve()), "num_speculative_tokens": length
-        }  # fmt: skip
+            "method": method,
+            "model": str(folder.resolve()),
+            "num_speculative_tokens": num_draft_tokens,
+        }
         self.command: Sequence[str] = [
-            *words, "--model", target, "--port", str(self.port), "--host", "127.0.0.1",
-            "--speculative-config", json.dumps(speculative),
-            *(["--dtype", dtype] if dtype else []), *more,
-        ]  # fmt: skip
+            *words,
+            "--model",
+            target,
+            "--port",
+            str(self.port),
+            "--host",
+            "127.0.0.1",
+            "--speculative-config",
+            json.dumps(speculative),
+            *(["--dtype", dtype] if dtype else []),
+            *more,
+        ]
         self._process: subprocess.Popen | None = None
         self._handlers: dict = {}
 

@@ -26,27 +26,21 @@ def random_anchors(batch: Batch, count: int | list[int], seed: str) -> list[list
     """Distinct response anchors a row, uniform over positions that have a next token."""
     rows = []
     for i, t in enumerate(batch.trajectories):
-        rng = random.Random(f"{seed}/{batch.numbers[i]}")
+        rng = random.Random(f"{seed}/{batch.row_ids[i]}")
         first, last = len(t.prompt_ids) - 1, len(t.ids) - 2
         wanted = count if isinstance(count, int) else count[i]
         rows.append(sorted(rng.sample(range(first, last + 1), min(wanted, last + 1 - first))))
     return rows
 
 
-def choose_rounds(
-    traces: Traces, options: Opd, length: int, seed: str, numbers: Sequence[int] = ()
-) -> Traces:
-    """The rounds to replay: every `stride`-th, at most `max_anchors` (and `max_tokens` worth of
-    blocks) a trajectory, drawn without replacement, in order. `numbers`: the rows', see `Batch`."""
-    limit = options.max_anchors
-    if options.max_tokens is not None:
-        limit = max(1, min(limit, options.max_tokens // length))
+def choose_rounds(traces: Traces, max_anchors: int, seed: str, row_ids: Sequence[int] = ()) -> Traces:
+    """The rounds to replay: at most `max_anchors` a trajectory, drawn without replacement, in order.
+    `row_ids`: see `Batch`."""
     chosen = []
-    for number, trace in zip(numbers or range(len(traces)), traces, strict=True):
-        rng = random.Random(f"{seed}/{number}")
-        kept = trace[rng.randrange(options.stride) :: options.stride] or trace[:1]
-        drawn = rng.sample(range(len(kept)), min(limit, len(kept)))
-        chosen.append([kept[i] for i in sorted(drawn)])
+    for row_id, trace in zip(row_ids or range(len(traces)), traces, strict=True):
+        rng = random.Random(f"{seed}/{row_id}")
+        drawn = rng.sample(range(len(trace)), min(max_anchors, len(trace)))
+        chosen.append([trace[i] for i in sorted(drawn)])
     return chosen
 
 
@@ -56,12 +50,12 @@ def choose_blocks(
     batch: Batch,
     traces: Traces,
     options: Opd,
-    length: int,
+    num_draft_tokens: int,
     sampling: Sampling,
     seed: str,
 ) -> Blocks:
     """What is replayed: rounds of the trace, or other anchors with the same number of blocks."""
-    rounds = choose_rounds(traces, options, length, seed, batch.numbers)
+    rounds = choose_rounds(traces, options.max_anchors, seed, batch.row_ids)
     every = [range(len(t.prompt_ids) - 1, len(t.ids) - 1) for t in batch.trajectories]
     weight = None
     if options.anchors == "trace":
@@ -71,8 +65,10 @@ def choose_blocks(
     elif options.anchors == "all":
         anchors = random_anchors(batch, options.max_anchors, seed)
     else:
-        anchors, weight = _by_occupancy(target, drafter, batch, every, length, sampling, options, seed)
-    blocks = pack_anchors(batch, anchors, length)
+        anchors, weight = _by_occupancy(
+            target, drafter, batch, every, num_draft_tokens, sampling, options, seed
+        )
+    blocks = pack_anchors(batch, anchors, num_draft_tokens)
     if weight is not None:
         blocks = replace(blocks, weight=weight)
     # What was drafted behind the first mistake may not be known: the trace had no use for it.
@@ -87,23 +83,23 @@ def _by_occupancy(
     drafter: Drafter,
     batch: Batch,
     every: list[range],
-    length: int,
+    num_draft_tokens: int,
     sampling: Sampling,
     options: Opd,
     seed: str,
 ) -> tuple[list[list[int]], Tensor]:
     """About `max_anchors` anchors a row, drawn in proportion to the probability that a round begins
     there; their weights make every mean that of all positions."""
-    blocks = pack_anchors(batch, every, length)
+    blocks = pack_anchors(batch, every, num_draft_tokens)
     with torch.no_grad():
         context = drafter.build_cache(target, batch.ids, batch.features)
         alpha = text_acceptance(
-            target, drafter, context, batch.ids, batch.hidden, blocks.anchors, length, sampling
+            target, drafter, context, batch.ids, batch.hidden, blocks.anchors, num_draft_tokens, sampling
         )
         begins = occupancy(alpha, blocks.valid)
     found = [
-        draw_by_weight(row, options.max_anchors, random.Random(f"{seed}/{number}").random())
-        for number, row in zip(batch.numbers, begins.tolist(), strict=True)
+        draw_by_weight(row, options.max_anchors, random.Random(f"{seed}/{row_id}").random())
+        for row_id, row in zip(batch.row_ids, begins.tolist(), strict=True)
     ]
     anchors = [[every[i][j] for j, _ in row] for i, row in enumerate(found)]
     weights = torch.zeros(len(found), max(map(len, found)), device=batch.device)
@@ -141,22 +137,26 @@ def draft_at(
     target: Target, drafter: Drafter, batch: Batch, blocks: Blocks, sampling: Sampling, seed: str
 ) -> Blocks:
     """The blocks with what the drafter proposes there, and how much of it the text confirms."""
-    length = blocks.labels.shape[2]
+    num_draft_tokens = blocks.labels.shape[2]
     states = text_states(batch, blocks)
     context = drafter.build_cache(target, batch.ids, batch.features)
     ids = batch.ids.gather(1, blocks.anchors)
-    rng = random.Random(f"{seed}/{batch.numbers[0]}")  # other draws in other processes
+    rng = random.Random(f"{seed}/{batch.row_ids[0]}")  # other draws in other processes
     generator = torch.Generator(batch.device).manual_seed(rng.getrandbits(32))
-    step = max(1, LOGITS // (len(ids) * length * target.vocab_size))
+    step = max(1, LOGITS // (len(ids) * num_draft_tokens * target.vocab_size))
     found = []
     for start in range(0, ids.shape[1], step):
         part = slice(start, start + step)
         choose = text_chooser(
-            target, sampling, blocks.labels[:, part].flatten(0, 1),
-            blocks.valid[:, part].flatten(0, 1), states[:, part].flatten(0, 1), generator,
-        )  # fmt: skip
+            target,
+            sampling,
+            blocks.labels[:, part].flatten(0, 1),
+            blocks.valid[:, part].flatten(0, 1),
+            states[:, part].flatten(0, 1),
+            generator,
+        )
         at = blocks.anchors[:, part]
-        found.append(drafter.propose(target, context, at, ids[:, part], length, choose)[0])
+        found.append(drafter.propose(target, context, at, ids[:, part], num_draft_tokens, choose)[0])
     drafted = torch.cat(found, 1)
     accepted = accepted_prefix((drafted == blocks.labels) & blocks.valid)
     return replace(blocks, drafted=drafted, accepted=accepted)

@@ -34,8 +34,8 @@ class Blocks:
     weight: Tensor
 
 
-def pack_anchors(batch: Batch, anchors: Sequence[Sequence[int]], length: int) -> Blocks:
-    """Blocks of K = `length` offsets at anchors [row][anchor], with nothing drafted in them yet."""
+def pack_anchors(batch: Batch, anchors: Sequence[Sequence[int]], num_draft_tokens: int) -> Blocks:
+    """Blocks of K = `num_draft_tokens` offsets at anchors [row][anchor], with nothing drafted in them yet."""
     rows, width = len(anchors), max(1, max(map(len, anchors)))
     at = torch.zeros(rows, width, dtype=torch.long)
     present = torch.zeros(rows, width, dtype=torch.bool)
@@ -44,7 +44,7 @@ def pack_anchors(batch: Batch, anchors: Sequence[Sequence[int]], length: int) ->
         at[i, : len(row)] = torch.tensor(row, dtype=torch.long)
         present[i, : len(row)] = True
     at, present = at.to(batch.device), present.to(batch.device)
-    where = at[:, :, None] + torch.arange(1, length + 1, device=batch.device)
+    where = at[:, :, None] + torch.arange(1, num_draft_tokens + 1, device=batch.device)
     valid = (where <= batch.ends[:, None, None]) & present[:, :, None]
     rowwise = torch.arange(rows, device=batch.device)[:, None, None]
     labels = batch.ids[rowwise, where.clamp_max(batch.ids.shape[1] - 1)]
@@ -55,8 +55,8 @@ def pack_anchors(batch: Batch, anchors: Sequence[Sequence[int]], length: int) ->
 def attach_drafts(blocks: Blocks, rounds: Sequence[Sequence[Round]]) -> Blocks:
     """The same blocks with what was drafted at each anchor; `rounds` [row][anchor]."""
     drafted, accepted = torch.zeros_like(blocks.drafted.cpu()), blocks.accepted.cpu().clone()
-    length = drafted.shape[2]
-    proposed = torch.full(accepted.shape, length)
+    num_draft_tokens = drafted.shape[2]
+    proposed = torch.full(accepted.shape, num_draft_tokens)
     for i, row in enumerate(rounds):
         for j, r in enumerate(row):
             ids = torch.tensor(r.drafted, dtype=torch.long)
@@ -65,7 +65,7 @@ def attach_drafts(blocks: Blocks, rounds: Sequence[Sequence[Round]]) -> Blocks:
             accepted[i, j] = r.accepted
     device = blocks.anchors.device
     drafted, accepted, proposed = (x.to(device) for x in (drafted, accepted, proposed))
-    within = torch.arange(1, length + 1, device=device) <= proposed[:, :, None]
+    within = torch.arange(1, num_draft_tokens + 1, device=device) <= proposed[:, :, None]
     return replace(blocks, drafted=drafted, accepted=accepted, valid=blocks.valid & within)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from draft_opd.drafters.base import write_model
 from draft_opd.training.optimizer import Optimizer
 from draft_opd.utils.errors import UserError
-from draft_opd.utils.files import replace_folder, write_json
+from draft_opd.utils.files import read_json, replace_folder, write_json
 
 STATE = "training"
 HASHES = f"{STATE}/files.json"
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class Progress:
     """Where a run stands. Data order, anchors and random states follow from the step alone.
 
-    evaluated: the last step whose held-out τ is known. made_of: what the run trains on, by hash.
+    evaluated: the last step whose held-out τ is known. fingerprints: hashes of target and data.
     traces: those that later steps will replay, by forward; see `rollouts.Rollouts`.
     """
 
@@ -47,7 +47,7 @@ class Progress:
     supervised: int = 0
     seconds: float = 0.0
     skipped: int = 0  # steps in a row that were not finite
-    made_of: dict[str, str] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
     traces: list = field(default_factory=list)
 
 
@@ -93,9 +93,9 @@ def _write_hashes(folder: Path) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None when its files are what was written."""
     try:
-        recorded = json.loads((folder / HASHES).read_text(encoding="utf-8"))
+        recorded = read_json(folder / HASHES)
         found = _files(folder)
-    except (OSError, ValueError) as error:
+    except (UserError, OSError) as error:
         return f"{HASHES} cannot be read ({type(error).__name__})"
     if not isinstance(recorded, dict) or not recorded.keys() >= NEEDED:
         return f"{HASHES} does not list its files"
@@ -165,8 +165,11 @@ class Checkpoints:
 def read_progress(folder: Path) -> Progress:
     """Raises `UserError` when there is none."""
     try:
-        return Progress(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        saved = read_json(folder / PROGRESS)
+        if "made_of" in saved:  # the name that version 0.1 wrote
+            saved["fingerprints"] = saved.pop("made_of")
+        return Progress(**saved)
+    except (UserError, TypeError) as error:
         raise UserError(f"'{folder}' is not a checkpoint to resume from ({error})") from error
 
 
@@ -192,8 +195,8 @@ def repair_best(checkpoint: Path | None, best: Path, progress: Progress) -> None
     if not checkpoint or progress.evaluated < 0:
         return
     try:
-        step = json.loads((best / "best.json").read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError, TypeError):
+        step = read_json(best / "best.json")["step"]
+    except (UserError, KeyError, TypeError):
         step = None
     if step == progress.best_step:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -11,10 +12,13 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.losses.config import Objective
-from draft_opd.utils.config import Section
-from draft_opd.utils.errors import UserError
+from draft_opd.utils.config import Section, first_problem
+from draft_opd.utils.errors import UserError, one_line
 
 EMBEDDED_RECIPES = Path(__file__).parent.parent / "embedded" / "recipes"
+VERSION = 2  # of the keys below; a recipe without one is as draft-opd 0.1 wrote it
+# Keys of earlier versions and the only value that a recipe may still give them: it changes nothing.
+REMOVED_KEYS = {"opd.stride": 1, "opd.max_tokens": None, "opd.objective.clamp": 10.0}
 
 
 class Data(Section):
@@ -96,8 +100,6 @@ class Opd(Section):
         "positions, or positions drawn by the probability that a round begins there",
     )
     max_anchors: int = Field(16, ge=1, description="anchors a trajectory and step, drawn evenly")
-    stride: int = Field(1, ge=1, description="replay every n-th round of a trace")
-    max_tokens: int | None = Field(None, ge=1, description="supervised draft tokens a trajectory and step")
     trace: Literal["auto", "walk", "everywhere"] = Field(
         "auto",
         description="hindsight round by round, or by drafting at every position first: faster "
@@ -161,6 +163,7 @@ class Parallel(Section):
 class Recipe(Section):
     """A run of one stage."""
 
+    version: Literal[2] = Field(VERSION, description="of the recipe's keys; older recipes are read too")
     target: str = Field(description="folder, hub id, or embedded")
     drafter: str | None = Field(None, description="start from this folder or hub id")
     out: str = Field(description="run folder")
@@ -244,7 +247,7 @@ def load_recipe(path: str | Path, overrides: list[str] = (), stage: str | None =
     except FileNotFoundError:
         raise UserError(f"recipe '{path}' does not exist") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"recipe '{path}' is not readable YAML ({_one_line(error)})") from None
+        raise UserError(f"recipe '{path}' is not readable YAML ({one_line(error)})") from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe '{path}' must hold KEY: VALUE pairs")
     tree = _for_stage(tree, stage, path)
@@ -289,37 +292,55 @@ def _laid_over(below: dict, above: dict) -> dict:
 def parse_recipe(tree: dict, where: str = "recipe", given: tuple[str, ...] = ()) -> Recipe:
     """Validates a tree; `UserError` names the first wrong key and the nearest right one. `given`:
     the keys that the command line set."""
+    tree = without_removed_keys(tree, where)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
+        key, kind, message, value = first_problem(error)
         if any(f"{key}.".startswith(f"{name}.") for name in given):
             where = "command line"
         if not key and given:
             where = f"{where} with what the command line sets"
-        if first["type"] == "extra_forbidden":
-            known = _keys_at(first["loc"][:-1])
-            near = difflib.get_close_matches(str(first["loc"][-1]), known, 1, 0.4)
+        if kind == "extra_forbidden":
+            *parents, last = key.split(".")
+            known = _keys_at(parents)
+            near = difflib.get_close_matches(last, known, 1, 0.4)
             hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
             raise UserError(f"{where}: unknown key '{key}'; {hint}") from None
-        if first["type"] == "missing":
+        if kind == "missing":
             raise UserError(f"{where}: the key '{key}' is missing") from None
-        message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        if first["type"] == "model_type":
+        if kind == "model_type":
             message = "must hold KEY: VALUE pairs"
-        shown = "" if isinstance(first["input"], dict) else f" (got {first['input']!r:.60})"
+        shown = "" if isinstance(value, dict) else f" (got {value!r:.60})"
         name = f"'{key}' " if key else ""
         raise UserError(f"{where}: {name}{message}{shown}") from None
 
 
-def _keys_at(path: tuple) -> list[str]:
+def without_removed_keys(tree: dict, where: str) -> dict:
+    """A copy of a recipe's tree without the keys that an earlier version had.
+
+    Raises `UserError` for one that does not stand at its default: leaving it out would train
+    something else.
+    """
+    kept = copy.deepcopy(tree)
+    for key, default in REMOVED_KEYS.items():
+        *parents, last = key.split(".")
+        node: object = kept
+        for name in parents:
+            node = node.get(name) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node:
+            continue
+        if (value := node.pop(last)) != default:
+            raise UserError(
+                f"{where}: '{key}' was removed, only its default {default} can be read (got {value!r:.60}): "
+                "leave it out"
+            )
+    return kept
+
+
+def _keys_at(path: list[str]) -> list[str]:
     model: type[BaseModel] = Recipe
     for name in path:
         kind = model.model_fields[name].annotation
         model = next((k for k in get_args(kind) if k is not type(None)), kind)
     return list(model.model_fields)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -20,7 +20,7 @@ from draft_opd.training.feature_store import CachedFeatures, FeatureFolder, Key
 class Batch:
     """ids [batch, L] right-padded; features [batch, L, F]; hidden [batch, L, H] before the LM head.
 
-    `cache` holds the target's keys and values of the trajectories, when asked for. `numbers`: the
+    `cache` holds the target's keys and values of the trajectories, when asked for. `row_ids`: the
     rows' places in the batch that processes share, by which anchors are drawn.
     """
 
@@ -29,10 +29,10 @@ class Batch:
     features: Tensor
     hidden: Tensor
     cache: PositionCache | None = None
-    numbers: Sequence[int] = ()
+    row_ids: Sequence[int] = ()
 
     def __post_init__(self):
-        self.numbers = self.numbers or range(len(self.trajectories))
+        self.row_ids = self.row_ids or range(len(self.trajectories))
 
     @property
     def starts(self) -> Tensor:
@@ -56,32 +56,32 @@ class BatchSource:
         self,
         target: Target,
         layers: Sequence[int],
-        known: dict[Key, CachedFeatures] | FeatureFolder | None = None,
+        feature_cache: dict[Key, CachedFeatures] | FeatureFolder | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ):
-        """known: where what the target said is kept, as `dtype`."""
-        self.target, self.layers, self.known, self.dtype = target, tuple(layers), known, dtype
+        """feature_cache: where what the target said is kept, as `dtype`."""
+        self.target, self.layers, self.feature_cache, self.dtype = target, tuple(layers), feature_cache, dtype
 
     def adopt(self, other: BatchSource) -> None:
         """Shares what `other` keeps in memory, when it is of the same target, layers and type."""
-        mine, theirs = ((s.target, s.layers, type(s.known), s.dtype) for s in (self, other))
-        if mine == theirs and isinstance(self.known, dict):
-            self.known = other.known
+        mine, theirs = ((s.target, s.layers, type(s.feature_cache), s.dtype) for s in (self, other))
+        if mine == theirs and isinstance(self.feature_cache, dict):
+            self.feature_cache = other.feature_cache
 
     def batch(
         self,
         trajectories: list[Trajectory],
         with_cache: bool = False,
         remember: bool = True,
-        numbers: Sequence[int] = (),
+        row_ids: Sequence[int] = (),
     ) -> Batch:
         """`with_cache`: the target's keys and values too. Texts that will not come again should
-        not be remembered. `numbers`: see `Batch`."""
+        not be remembered. `row_ids`: see `Batch`."""
         ids = pad_rows([t.ids for t in trajectories], self.target.device)
         cache = self.target.cache(ids.shape[1]) if with_cache else None
-        if self.known is None or not remember:
+        if self.feature_cache is None or not remember:
             out = self.target.trajectories(ids, self.layers, cache)
-            return Batch(trajectories, ids, out.features, out.hidden, cache, numbers)
+            return Batch(trajectories, ids, out.features, out.hidden, cache, row_ids)
         if cache is not None:
             self.target.trajectories(ids, (), cache)
         features, hidden = (
@@ -90,17 +90,17 @@ class BatchSource:
             .to(self.target.dtype)
             for said in zip(*map(self._said, trajectories), strict=True)
         )
-        return Batch(trajectories, ids, features, hidden, cache, numbers)
+        return Batch(trajectories, ids, features, hidden, cache, row_ids)
 
     def _said(self, trajectory: Trajectory) -> CachedFeatures:
         """What the target says of it; asked the first time, by itself: in a batch it would depend,
         in its last bits, on the others there, which are others when a run is resumed."""
         key = tuple(trajectory.ids)
-        if key not in self.known:
+        if key not in self.feature_cache:
             ids = torch.tensor([key], device=self.target.device)
             out = self.target.trajectories(ids, self.layers)
-            self.known[key] = tuple(x[0].to(self.dtype).cpu() for x in (out.features, out.hidden))
-        return self.known[key]
+            self.feature_cache[key] = tuple(x[0].to(self.dtype).cpu() for x in (out.features, out.hidden))
+        return self.feature_cache[key]
 
 
 def batch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from draft_opd.models.target import Target
 from draft_opd.utils.errors import UserError
-from draft_opd.utils.files import make_folder, write_bytes, write_json
+from draft_opd.utils.files import make_folder, read_json, write_bytes, write_json
 
 SHARD = 64 << 20  # bytes that are collected before a file is written
 Key = tuple[int, ...]  # a trajectory's tokens
@@ -36,8 +36,8 @@ class FeatureFolder:
         described = folder / "features.json"
         if described.exists():
             try:
-                found = json.loads(described.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+                found = read_json(described)
+            except UserError:
                 found = None
             if found != about:
                 raise UserError(

@@ -9,7 +9,7 @@ import yaml
 
 from draft_opd.data.trajectory import Trajectory, read_trajectories
 from draft_opd.models.hub import check_models
-from draft_opd.training.config import Recipe
+from draft_opd.training.config import VERSION, Recipe, without_removed_keys
 from draft_opd.training.tracking import check_tracker
 from draft_opd.utils.errors import UserError
 
@@ -74,7 +74,7 @@ def check_online(recipe: Recipe) -> None:
 
 def _read(path: str, limit: int | None, max_length: int | None) -> Rows:
     found = read_trajectories(path, limit=limit)
-    kept = [t for t in (cut(t, max_length) for t in found) if t]
+    kept = [t for t in (truncate(t, max_length) for t in found) if t]
     if not kept:
         raise UserError(
             f"'{path}': max_length {max_length} leaves no response token, so the loss mask would be all zeros"
@@ -82,7 +82,7 @@ def _read(path: str, limit: int | None, max_length: int | None) -> Rows:
     return kept
 
 
-def cut(trajectory: Trajectory, max_length: int | None) -> Trajectory | None:
+def truncate(trajectory: Trajectory, max_length: int | None) -> Trajectory | None:
     """At most `max_length` tokens; None when nothing of the response is left."""
     room = len(trajectory.response_ids)
     if max_length is not None:
@@ -132,6 +132,7 @@ def check_folder(recipe: Recipe, resume: bool) -> Recipe:
                 f"'{saved}' is damaged, so nothing says what run this is: put the recipe back to "
                 "resume it, or set another `out`"
             )
+        before = without_removed_keys(before, f"'{saved}'")
         recipe = as_resolved(recipe, before)
         now = recipe.model_dump(mode="json")
         changed = [x for x in _differences(before, now) if not x.startswith(MAY_CHANGE)]
@@ -149,6 +150,7 @@ def as_resolved(recipe: Recipe, before: dict) -> Recipe:
     What version 0.1 did not write is added to `before`: its Muon multiplied in bfloat16, and it
     knew no patience.
     """
+    before["version"] = VERSION
     optim, evaluation = before.get("optim"), before.get("evaluation")
     if not isinstance(optim, dict) or not isinstance(evaluation, dict):
         return recipe

@@ -6,12 +6,13 @@ both from there, so that it trains the same on another machine.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
 from draft_opd.training.config import Recipe
+from draft_opd.utils.errors import UserError
+from draft_opd.utils.files import read_json
 from draft_opd.utils.machine import speed_over_float32, warn_if_slow
 
 ENOUGH = 1.5  # times the rate of float32: less would be lost again by converting
@@ -49,8 +50,8 @@ def warn_of(recipe: Recipe, device: torch.device) -> None:
 def measured_before(out: Path) -> float | None:
     """The ratio that a run was resolved by, from its run.json."""
     try:
-        return json.loads((out / "run.json").read_text(encoding="utf-8"))["bfloat16_speed"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(out / "run.json")["bfloat16_speed"]
+    except (UserError, KeyError, TypeError):
         return None
 
 

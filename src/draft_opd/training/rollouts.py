@@ -31,7 +31,7 @@ def hindsight_rollout(
     target: Target,
     drafter: Drafter,
     batch: Batch,
-    length: int,
+    num_draft_tokens: int,
     sampling: Sampling | None = None,
     seed: int = 0,
     whole: bool = True,
@@ -43,18 +43,28 @@ def hindsight_rollout(
     with torch.inference_mode():
         context = drafter.build_cache(target, batch.ids, batch.features)
         if at_once and not whole and sampling.takes_argmax:
-            return trace_all_positions(target, drafter, batch.trajectories, batch.ids, context, length)
+            return trace_all_positions(
+                target, drafter, batch.trajectories, batch.ids, context, num_draft_tokens
+            )
         return trace_sequential(
-            target, drafter, batch.trajectories, batch.ids, context, length, batch.hidden,
-            sampling, seed, whole,
-        )  # fmt: skip
+            target,
+            drafter,
+            batch.trajectories,
+            batch.ids,
+            context,
+            num_draft_tokens,
+            batch.hidden,
+            sampling,
+            seed,
+            whole,
+        )
 
 
 def live_rollout(
     target: Target,
     drafter: Drafter,
     trajectories: list[Trajectory],
-    length: int,
+    num_draft_tokens: int,
     sampling: Sampling | None = None,
     seed: int = 0,
 ) -> tuple[list[Trajectory], Traces]:
@@ -65,7 +75,7 @@ def live_rollout(
         drafter,
         [t.prompt_ids for t in trajectories],
         max_new_tokens=[len(t.response_ids) for t in trajectories],
-        draft_length=length,
+        draft_length=num_draft_tokens,
         sampling=sampling,
         seed=seed,
     )
@@ -90,13 +100,13 @@ class Rollouts:
         drafter: Drafter,
         source: BatchSource,
         rows: Rows,
-        length: int,
+        num_draft_tokens: int,
         group: ParallelContext,
         call: Callable,
         clock: Stopwatch,
     ):
         self.recipe, self.target, self.drafter, self.source = recipe, target, drafter, source
-        self.rows, self.length, self.group, self.call = rows, length, group, call
+        self.rows, self.num_draft_tokens, self.group, self.call = rows, num_draft_tokens, group, call
         self.clock, self.tau = clock, 1.0
         self._made: dict[int, Traces] = {}
 
@@ -104,25 +114,30 @@ class Rollouts:
         """This process's part of the forward's batch. The drafter is in `eval` mode."""
         r = self.recipe
         with_cache = spec_of(r.opd.objective).needs_branches
-        rows, numbers = self._own(index)
+        rows, row_ids = self._own(index)
         seed = r.seed * 1_000_003 + index + (self.group.rank << 40)
         if r.opd.rollout == "live":
             with self.clock("trace"):
                 rows, traces = self.call(
-                    live_rollout, self.target, self.drafter, rows, self.length, r.sampling,
+                    live_rollout,
+                    self.target,
+                    self.drafter,
+                    rows,
+                    self.num_draft_tokens,
+                    r.sampling,
                     seed,
-                )  # fmt: skip
+                )
             with self.clock("target"):
-                return self.source.batch(rows, with_cache, False, numbers), traces
+                return self.source.batch(rows, with_cache, False, row_ids), traces
         if r.opd.trace_every == 1:
             with self.clock("target"):
-                batch = self.source.batch(rows, with_cache, numbers=numbers)
+                batch = self.source.batch(rows, with_cache, row_ids=row_ids)
             with self.clock("trace"):
                 return batch, self._now(batch, seed)
         if index not in self._made:
             self._make(index, seed, whole=with_cache)
         with self.clock("target"):
-            return self.source.batch(rows, with_cache, numbers=numbers), self._made[index]
+            return self.source.batch(rows, with_cache, row_ids=row_ids), self._made[index]
 
     def _own(self, index: int) -> tuple[list[Trajectory], list[int]]:
         rows = self.rows(index)
@@ -159,9 +174,16 @@ class Rollouts:
         if kind == "auto":
             kind = "everywhere" if len(batch.trajectories) * self.tau < FEW else "walk"
         return self.call(
-            hindsight_rollout, self.target, self.drafter, batch, self.length,
-            self.recipe.sampling, seed, whole, kind == "everywhere",
-        )  # fmt: skip
+            hindsight_rollout,
+            self.target,
+            self.drafter,
+            batch,
+            self.num_draft_tokens,
+            self.recipe.sampling,
+            seed,
+            whole,
+            kind == "everywhere",
+        )
 
     # -- what a checkpoint keeps ------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import yaml
 from draft_opd.training.config import Recipe
 from draft_opd.training.tracking import numbers, open_tracker
 from draft_opd.utils.errors import UserError
-from draft_opd.utils.files import append, make_folder, sync, write_json, write_lines, write_text
+from draft_opd.utils.files import append, make_folder, read_json, sync, write_json, write_lines, write_text
 from draft_opd.utils.machine import machine
 
 
@@ -45,12 +45,12 @@ def read_history(folder: Path) -> History:
     """Raises `UserError` when the folder is damaged; a line torn by a kill ends the metrics."""
     try:
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        about = read_json(folder / "run.json")
         if not (isinstance(recipe, dict) and {"data", "target", "steps"} <= recipe.keys()):
             raise ValueError("recipe.yaml is no recipe")
         if not {"stage", "drafter_parameters"} <= about.keys():
             raise ValueError("run.json is not what training wrote")
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+    except (UserError, OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"run folder '{folder}' is damaged ({error})") from None
     return History(folder, recipe, about, read_metrics(folder / "metrics.jsonl"))
 

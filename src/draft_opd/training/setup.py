@@ -16,6 +16,7 @@ from draft_opd.models.target import Target
 from draft_opd.training.config import Model, Recipe
 from draft_opd.training.distributed import ParallelContext
 from draft_opd.training.inputs import Rows
+from draft_opd.utils.config import first_problem
 from draft_opd.utils.errors import UserError
 
 
@@ -68,11 +69,11 @@ def new_drafter(model: Model, target: Target, counts: torch.Tensor) -> Drafter:
     try:
         return family.create(target, counts, **model.options)
     except ValidationError as error:
-        first = error.errors()[0]
-        key, said = ".".join(map(str, first["loc"])), first["msg"].lower()
-        if first["type"] == "extra_forbidden":
-            said = f"unknown option; {model.family} has {', '.join(family.options.model_fields)}"
-        raise UserError(f"model.options.{key}: {said}") from None
+        problem = first_problem(error)
+        message = problem.message.lower()
+        if problem.kind == "extra_forbidden":
+            message = f"unknown option; {model.family} has {', '.join(family.options.model_fields)}"
+        raise UserError(f"model.options.{problem.key}: {message}") from None
 
 
 def first_drafter(model: Model, target: Target, train_set: Rows) -> Drafter:

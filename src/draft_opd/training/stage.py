@@ -34,7 +34,7 @@ class StageContext:
     source: BatchSource
     rollouts: Rollouts
     rows: Rows
-    length: int
+    num_draft_tokens: int
     group: ParallelContext
     clock: Stopwatch
 

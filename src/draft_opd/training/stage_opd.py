@@ -27,11 +27,11 @@ def teacher_states(target: Target, batch: Batch, blocks: Blocks) -> Tensor:
     s_1..s_{n+1} lie on the trajectory. The states behind a rejection do not: the drafted tokens
     n+1.. are run as branches over the trajectory's cache.
     """
-    length = blocks.drafted.shape[2]
+    num_draft_tokens = blocks.drafted.shape[2]
     states = text_states(batch, blocks)
-    offset = torch.arange(1, length + 1, device=batch.device)
+    offset = torch.arange(1, num_draft_tokens + 1, device=batch.device)
     # Draft token j is run when it is behind the first acceptance and state j + 1 is supervised.
-    run = (offset > blocks.accepted[:, :, None]) & (offset < length)
+    run = (offset > blocks.accepted[:, :, None]) & (offset < num_draft_tokens)
     run &= torch.cat([blocks.valid[:, :, 1:], torch.zeros_like(blocks.valid[:, :, :1])], 2)
     flat = run.flatten(1)
     width = int(flat.sum(1).max())
@@ -40,7 +40,7 @@ def teacher_states(target: Target, batch: Batch, blocks: Blocks) -> Tensor:
     width = max(width, 1)
     order = (~flat).long().argsort(dim=1, stable=True)[:, :width]  # run tokens first, in order
     real = flat.gather(1, order)
-    block = order // length
+    block = order // num_draft_tokens
 
     def packed(x: Tensor, fill: int) -> Tensor:
         return torch.where(real, x.flatten(1).gather(1, order), fill)
@@ -58,7 +58,7 @@ def teacher_states(target: Target, batch: Batch, blocks: Blocks) -> Tensor:
     states = states.flatten(1, 2).clone()
     row = torch.arange(len(flat), device=flat.device)[:, None].expand_as(order)
     states[row[real], order[real] + 1] = hidden[real].to(states.dtype)
-    return states.unflatten(1, (-1, length))
+    return states.unflatten(1, (-1, num_draft_tokens))
 
 
 def opd_loss(
@@ -68,7 +68,7 @@ def opd_loss(
     traces: Traces,
     options: Opd,
     *,
-    length: int,
+    num_draft_tokens: int,
     seed: str,
     sampling: Sampling | None = None,
     clock: Stopwatch | None = None,
@@ -79,7 +79,9 @@ def opd_loss(
     clock = clock or Stopwatch()
     objective, spec = options.objective, spec_of(options.objective)
     with clock("trace"):
-        blocks = choose_blocks(target, drafter, batch, traces, options, length, sampling or Sampling(), seed)
+        blocks = choose_blocks(
+            target, drafter, batch, traces, options, num_draft_tokens, sampling or Sampling(), seed
+        )
     with clock("branches"):
         states = None
         if spec.needs_branches:
@@ -96,7 +98,7 @@ def opd_loss(
     rounds = [r for trace in traces for r in trace]
     return loss, {
         "anchors": int(blocks.present.sum()),
-        "rounds_by_accepted": by_accepted(rounds, length),
+        "rounds_by_accepted": by_accepted(rounds, num_draft_tokens),
         **figures,
     }
 
@@ -114,10 +116,18 @@ class OpdStage:
         c, (batch, traces) = self.context, prepared
         return StepOutput(
             *opd_loss(
-                c.target, c.drafter, batch, traces, c.recipe.opd, sampling=c.recipe.sampling,
-                clock=c.clock, length=c.length, seed=seed, total=c.group.all_reduce_sum,
+                c.target,
+                c.drafter,
+                batch,
+                traces,
+                c.recipe.opd,
+                sampling=c.recipe.sampling,
+                clock=c.clock,
+                num_draft_tokens=c.num_draft_tokens,
+                seed=seed,
+                total=c.group.all_reduce_sum,
             )
-        )  # fmt: skip
+        )
 
     def summarize(self, metrics: dict) -> dict:
         return {**metrics, "train_tau": tau_of(metrics["rounds_by_accepted"])}

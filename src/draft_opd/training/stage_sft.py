@@ -28,14 +28,14 @@ def sft_loss(
     batch: Batch,
     *,
     anchors: int,
-    length: int,
+    num_draft_tokens: int,
     decay: float | None,
     seed: str,
     total: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> tuple[Tensor, dict]:
     """The loss of one batch and figures for the metrics; `total` as in `ReplayedBlocks`."""
     rows = random_anchors(batch, anchors, seed)
-    blocks = pack_anchors(batch, rows, length)
+    blocks = pack_anchors(batch, rows, num_draft_tokens)
     blocks = replace(blocks, drafted=blocks.labels)  # teacher-forced
     states = text_states(batch, blocks) if drafter.soft_labels else None
     replayed = replay(target, drafter, batch, blocks, states, total=total)
@@ -55,18 +55,24 @@ class SftStage:
         c = self.context
         rows = c.rows(index)
         with c.clock("target"), autocast(c.recipe, c.target.device):
-            numbers = c.group.shard_rows(range(len(rows)))
-            return c.source.batch(c.group.shard_rows(rows), numbers=numbers)
+            row_ids = c.group.shard_rows(range(len(rows)))
+            return c.source.batch(c.group.shard_rows(rows), row_ids=row_ids)
 
     def forward_loss(self, prepared: Batch, seed: str) -> StepOutput:
         c, sft = self.context, self.context.recipe.sft
         with c.clock("forward"):
             return StepOutput(
                 *sft_loss(
-                    c.target, c.drafter, prepared, anchors=sft.anchors, decay=sft.decay,
-                    length=c.length, seed=seed, total=c.group.all_reduce_sum,
+                    c.target,
+                    c.drafter,
+                    prepared,
+                    anchors=sft.anchors,
+                    decay=sft.decay,
+                    num_draft_tokens=c.num_draft_tokens,
+                    seed=seed,
+                    total=c.group.all_reduce_sum,
                 )
-            )  # fmt: skip
+            )
 
     def summarize(self, metrics: dict) -> dict:
         if self.context.drafter.soft_labels:

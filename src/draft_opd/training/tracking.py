@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from draft_opd.utils.errors import UserError
-from draft_opd.utils.files import write_json
+from draft_opd.utils.errors import UserError, one_line
+from draft_opd.utils.files import read_json, write_json
 
 PROJECT = "draft-opd"
 
@@ -46,7 +46,7 @@ def open_tracker(kind: str, out: Path, recipe: dict, step: int) -> Tracker | Non
         with redirect_stdout(sys.stderr):
             return TRACKERS[kind](out, recipe, step)
     except Exception as error:
-        line = " ".join(str(error).split())[:200]
+        line = one_line(error)
         raise UserError(f"tracker: {kind} does not start ({line}); or set tracker=none") from error
 
 
@@ -65,7 +65,7 @@ def _run_id(out: Path, step: int) -> str:
     file = out / "tracker.json"
     if not step or not file.exists():
         write_json(file, {"id": f"{out.name}-{secrets.token_hex(4)}"})
-    return json.loads(file.read_text(encoding="utf-8"))["id"]
+    return read_json(file)["id"]
 
 
 class _TensorBoard:
@@ -105,9 +105,13 @@ class _Wandb:
         import wandb
 
         self.run = wandb.init(
-            project=PROJECT, id=_run_id(out, step), name=out.name, config=recipe, dir=out,
+            project=PROJECT,
+            id=_run_id(out, step),
+            name=out.name,
+            config=recipe,
+            dir=out,
             resume="allow",
-        )  # fmt: skip
+        )
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)

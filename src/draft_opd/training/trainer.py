@@ -81,9 +81,7 @@ class Run:
         # Before the target: a bad file should not cost a model's loading time.
         if inputs is None:
             inputs = read_inputs(stage, recipe, resume, models=target is None and after is None)
-        recipe, self.train_set, self.held_out = (
-            inputs.recipe, inputs.train_set, inputs.held_out
-        )  # fmt: skip
+        recipe, self.train_set, self.held_out = (inputs.recipe, inputs.train_set, inputs.held_out)
         check_shares(recipe, self.train_set, self.held_out, self.group.size)
         self.target = target or (after and after.target) or load_target(recipe, self.group)
         check_data(self.train_set, self.held_out, self.target)
@@ -103,29 +101,43 @@ class Run:
         else:
             self.drafter = first_drafter(recipe.model, self.target, self.train_set)
         self.drafter.gradient_checkpointing = recipe.gradient_checkpointing
-        self.length = self.drafter.checked_length(recipe.draft_length)
+        self.num_draft_tokens = self.drafter.checked_length(recipe.draft_length)
         self.wrapped_drafter = self.group.wrap(self.drafter)
         self.optimizer = Optimizer(self.drafter, recipe.optim)
         self.progress = load_checkpoint(resume_from, self.optimizer) if resume_from else Progress()
         if not self.group.all_equal(self.progress.step):
             raise UserError(f"not all processes see the same run folder '{self.out}': share it")
-        made_of = fingerprints_of(self.target, self.train_set, self.held_out)
-        check_fingerprints(self.out, self.progress.made_of, made_of)
-        self.progress.made_of = made_of
+        fingerprints = fingerprints_of(self.target, self.train_set, self.held_out)
+        check_fingerprints(self.out, self.progress.fingerprints, fingerprints)
+        self.progress.fingerprints = fingerprints
         self._sources(after)
         self.clock = Stopwatch(self.target.device)
         # Not methods of this one: a run that nobody wants any more should go at once.
         self._rows = partial(rows_at, self.train_set, recipe.batch_size, recipe.seed)
         self.rollouts = Rollouts(
-            recipe, self.target, self.drafter, self.source, self._rows, self.length, self.group,
-            partial(_no_grad_call, self.wrapped_drafter, self.group), self.clock,
-        )  # fmt: skip
+            recipe,
+            self.target,
+            self.drafter,
+            self.source,
+            self._rows,
+            self.num_draft_tokens,
+            self.group,
+            partial(_no_grad_call, self.wrapped_drafter, self.group),
+            self.clock,
+        )
         self.training = STAGES[stage](
             StageContext(
-                recipe, self.target, self.drafter, self.source, self.rollouts, self._rows,
-                self.length, self.group, self.clock,
+                recipe,
+                self.target,
+                self.drafter,
+                self.source,
+                self.rollouts,
+                self._rows,
+                self.num_draft_tokens,
+                self.group,
+                self.clock,
             )
-        )  # fmt: skip
+        )
         self.rollouts.load(self.progress.traces)
         if self.progress.evaluated >= 0:
             self.rollouts.tau = self.progress.tau
@@ -150,9 +162,9 @@ class Run:
         """The recipe with types for `auto`, the same in every process, and what decided it."""
         if self.group.is_main_process:
             warn_of(recipe, self.target.device)
-        known = measured_before(self.out)
+        before = measured_before(self.out)
         resolved, ratio = self.group.broadcast(resolve(recipe, self.target.device, self.target.hidden_size))
-        return resolved, known if ratio is None else ratio
+        return resolved, before if ratio is None else ratio
 
     def _open_folder(self, resume: bool) -> Path | None:
         """The checkpoint to go on from. The first process keeps others out of the folder."""
@@ -178,8 +190,8 @@ class Run:
             about = about_features(self.target, layers, dtype)
             self.features = self.group.main_process_first(lambda: FeatureFolder(folder, about))
         keep = data.cache_features != "none"
-        known = self.features if self.features is not None else {} if keep else None
-        self.source = BatchSource(self.target, layers, known, dtype)
+        feature_cache = self.features if self.features is not None else {} if keep else None
+        self.source = BatchSource(self.target, layers, feature_cache, dtype)
         # What τ is measured on is never rounded: its features stay in the target's own type.
         self.heldout_source = BatchSource(self.target, layers, {} if keep else None, self.target.dtype)
         if after is not None:
@@ -330,9 +342,11 @@ class Run:
     def _state(self) -> State:
         self.progress.traces = self.rollouts.state()
         return State(
-            self.drafter.config_dict(), gather_full_tensors(self.drafter.tensors()), self.optimizer.state(),
+            self.drafter.config_dict(),
+            gather_full_tensors(self.drafter.tensors()),
+            self.optimizer.state(),
             self.progress,
-        )  # fmt: skip
+        )
 
     def _save(self) -> None:
         now = (self.progress.step, self.progress.evaluated)
@@ -353,14 +367,14 @@ class Run:
         """Rounds of speculative decoding on the held-out texts, by how many tokens they accepted
         (above temperature 0: one draw). None when a stop was asked for meanwhile."""
         self.drafter.eval()
-        counts = [0] * (self.length + 1)
+        counts = [0] * (self.num_draft_tokens + 1)
         for number, rows in enumerate(self.group.shard_pieces(self.held_out, ROWS)):
             if self._stop_now():
                 return None
             batch = self.heldout_source.batch(rows)
             seed = number * self.group.size + self.group.rank
             traces = self.rollouts.hindsight(batch, seed)
-            found = by_accepted((r for trace in traces for r in trace), self.length)
+            found = by_accepted((r for trace in traces for r in trace), self.num_draft_tokens)
             counts = [a + b for a, b in zip(counts, found, strict=True)]
         return self.group.all_reduce_metrics({"counts": counts})["counts"]
 

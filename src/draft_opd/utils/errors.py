@@ -1,5 +1,12 @@
 """Exceptions whose message is one line for the user; the command line shows no traceback."""
 
+from __future__ import annotations
+
+
+def one_line(text: object, longest: int = 200) -> str:
+    """A message for a one-line error: without line breaks, cut to `longest` characters."""
+    return " ".join(str(text).split())[:longest]
+
 
 class UserError(Exception):
     """Bad input. The message is one line: what is wrong, where, and how to mend it.

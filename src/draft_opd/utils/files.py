@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -19,7 +19,7 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None
 
-from draft_opd.utils.errors import UserError
+from draft_opd.utils.errors import UserError, one_line
 
 
 def make_folder(path: Path) -> Path:
@@ -124,6 +124,14 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises `UserError` for a file that is missing, unreadable or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"'{path}' is not readable JSON ({one_line(error)})") from None
 
 
 def _old(folder: Path) -> Path:

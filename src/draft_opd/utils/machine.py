@@ -69,8 +69,10 @@ def warn_if_slow(asked: str, dtype: torch.dtype, device: torch.device) -> None:
         name = str(dtype).removeprefix("torch.")
         log.warning(
             "%s: this CPU multiplies %s at %.2f times the speed of float32; float32 is faster here",
-            asked, name, ratio,
-        )  # fmt: skip
+            asked,
+            name,
+            ratio,
+        )
 
 
 def _cpu() -> str:
@@ -80,6 +82,5 @@ def _cpu() -> str:
         return name
     lines = [line.split(":", 1) for line in info.read_text().splitlines() if ":" in line]
     found = {key.strip(): value.strip() for key, value in lines}
-    known = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-             if f in found.get("flags", "").split()]  # fmt: skip
+    known = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in found.get("flags", "").split()]
     return found.get("model name", name) + (f" ({', '.join(known)})" if known else "")

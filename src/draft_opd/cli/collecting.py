@@ -1,0 +1,115 @@
+"""The command that collects trajectories."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from draft_opd.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    NewTokens,
+    Seed,
+    TargetName,
+    Temperature,
+    Thinking,
+    TopK,
+    TopP,
+    Trust,
+    at_least,
+    to_drafter,
+    to_sampling,
+    to_target,
+)
+from draft_opd.models.hub import check_models
+from draft_opd.utils.console import Screen, facts
+from draft_opd.utils.errors import UserError
+
+
+def collect(
+    target: TargetName,
+    prompts: Annotated[str, typer.Option(help="JSONL; or embedded:train, embedded:heldout.")],
+    out: Annotated[Path, typer.Option(help="Folder for trajectories.jsonl.")],
+    server: Annotated[
+        list[str] | None,
+        typer.Option(help="URL of a vLLM or SGLang server that answers instead; may be repeated."),
+    ] = None,
+    server_model: Annotated[str | None, typer.Option(help="Default: the one it serves.")] = None,
+    endpoint: Annotated[str, typer.Option(help="'completions' (token ids) or 'chat'.")] = ("completions"),
+    in_flight: Annotated[int, typer.Option(help="Requests to each server at a time.")] = 32,
+    patience: Annotated[float, typer.Option(help="Seconds to wait for a server that has gone away.")] = 300.0,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    samples: Annotated[int, typer.Option(help="Responses a prompt (temperature > 0).")] = 1,
+    limit: Annotated[int | None, typer.Option(help="Only the first N prompts.")] = None,
+    skip: Annotated[int, typer.Option(help="Leave out the first N prompts.")] = 0,
+    max_new_tokens: NewTokens = 512,
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 16,
+    drafter: Annotated[str | None, typer.Option(help="Speeds decoding up, same text.")] = None,
+    thinking: Thinking = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Let the target answer prompts, here or on a server; go on where a killed run stopped."""
+    for value, option in (
+        (limit, "--limit"),
+        (batch_size, "--batch-size"),
+        (samples, "--samples"),
+        (max_new_tokens, "--max-new-tokens"),
+        (in_flight, "--in-flight"),
+    ):
+        at_least(value, 1, option)
+    at_least(skip, 0, "--skip")
+    from draft_opd.data.prompts import read_prompts
+
+    screen = Screen(json)
+    sampling = to_sampling(temperature, top_k, top_p)
+    asked = read_prompts(prompts, limit + skip if limit else None)[skip:]
+    if not asked:
+        raise UserError(f"--skip {skip} leaves no prompts of '{prompts}'")
+    check_models(target, *([drafter] if drafter else []), weights=not server)
+    from draft_opd.data.collect import collect as run
+    from draft_opd.data.collect import summary
+
+    common = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
+    if endpoint != "completions" and not server:
+        raise UserError(f"--endpoint {endpoint}: goes with --server")
+    if server:
+        from draft_opd.data.openai_client import Server
+        from draft_opd.data.server_collect import gather_from
+        from draft_opd.models.target_info import TargetInfo
+
+        if drafter:
+            raise UserError("--drafter speeds up decoding here: a server has its own")
+        askers = [Server(url, server_model, endpoint, in_flight, patience) for url in server]
+        for asker in askers:
+            asker.check()
+        text = TargetInfo.from_pretrained(target, trust_remote_code=trust_remote_code)
+        start = partial(gather_from, askers, text)
+    else:
+        model = to_target(target, device, dtype, trust_remote_code)
+        helper = to_drafter(drafter, model) if drafter else None
+        start = partial(run, model, batch_size=batch_size, drafter=helper)
+    with screen.progress("collect", len(asked) * samples) as update:
+        found = start(
+            asked,
+            out,
+            samples=samples,
+            thinking=thinking,
+            **common,
+            progress=lambda done, _, tokens: update(done, f"{tokens} tokens"),
+        )
+    value = summary(found.path if server else found)
+    if server:
+        value["dropped"] = dict(found.dropped)
+        for reason, count in found.dropped.items():
+            screen.say(f"{count} dropped: {reason}")
+    screen.result(value, facts(value["path"], value))
