@@ -15,6 +15,7 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/mypy
 
 # The documentation as a site, in site/. Figures that pages link to lie beside it.
 docs: $(VENV)/.installed

@@ -77,7 +77,7 @@ def main() -> None:
                 first = repeat * args.steps
                 for side in ("remembered", every):  # what an earlier epoch would have remembered
                     for step in range(first, first + args.steps):
-                        runs[side].source.batch(runs[side]._rows(step))
+                        runs[side].sources.train.batch(runs[side]._rows(step))
                 for side in list(sides)[:: 1 if repeat % 2 else -1]:
                     began = time.perf_counter()
                     for step in range(first, first + args.steps):

@@ -115,10 +115,10 @@ def main() -> None:
         for repeat in range(args.repeats + 1):
             first = repeat * args.steps
             for run in runs.values():  # what an earlier epoch would have kept
-                if run.source.known is not None:
+                if run.sources.train.feature_cache is not None:
                     for step in range(first, first + args.steps):
                         with autocast(run.recipe, run.target.device):
-                            run.source.batch(run._rows(step))
+                            run.sources.train.batch(run._rows(step))
             for side in list(STAGES)[:: 1 if repeat % 2 else -1]:
                 runs[side].clock.take()
                 began = time.perf_counter()

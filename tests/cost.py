@@ -75,7 +75,7 @@ def pytest_terminal_summary(terminalreporter, config):
         (dict(r.user_properties)["cpu"], r.when, r.nodeid)
         for kind in ("passed", "failed", "error", "skipped", "")
         for r in terminalreporter.stats.get(kind, ())
-        if hasattr(r, "when")
+        if hasattr(r, "user_properties")
     ]
     if len(rows) < SHOWN:
         return

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import draft_opd as d
 from draft_opd.drafters.base import over_target
 from draft_opd.drafters.eagle3 import FLAGS, Eagle3Drafter, default_target_layers
-from draft_opd.drafters.vocabulary import as_buffers, checked_ids, most_frequent
+from draft_opd.drafters.layouts.vocabulary import as_buffers, checked_ids, most_frequent
 from draft_opd.hindsight.trace import hindsight_traces
 from draft_opd.losses.chunked import chunked_score
 from draft_opd.losses.config import Objective

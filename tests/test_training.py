@@ -14,7 +14,7 @@ from draft_opd.training.anchors import random_anchors
 from draft_opd.training.blocks import attach_drafts, pack_anchors
 from draft_opd.training.config import load_recipe
 from draft_opd.training.data import BatchSource, batch_at, batch_order
-from draft_opd.training.inputs import cut
+from draft_opd.training.inputs import truncate
 from draft_opd.training.optimizer import learning_rate
 from draft_opd.training.rollouts import hindsight_rollout, live_rollout
 from draft_opd.training.trainer import Run
@@ -191,7 +191,7 @@ def test_leaks_are_seen_whatever_the_ids(target, recipe_for, data, tmp_path):
 
 
 def test_live_rollouts_end_where_the_stored_text_ends(target, trained, heldout):
-    rows = [cut(t, len(t.prompt_ids) + n) for t, n in zip(heldout, (43, 32, 7), strict=False)]
+    rows = [truncate(t, len(t.prompt_ids) + n) for t, n in zip(heldout, (43, 32, 7), strict=False)]
     fresh, traces = live_rollout(target, trained, rows, trained.draft_length)
     assert [t.response_ids for t in fresh] == [t.response_ids for t in rows]
     batch = BatchSource(target, trained.target_layers).batch(rows)

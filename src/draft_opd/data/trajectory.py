@@ -68,7 +68,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 NUMBER = ((int, float), "a number")
-SAMPLED = {
+SAMPLED: dict[str, tuple[type | tuple[type, ...], str]] = {
     "finish_reason": (str, "a text"),
     "temperature": NUMBER,
     "top_p": NUMBER,
@@ -165,7 +165,7 @@ class TrajectoryWriter:
             if path.exists():
                 self._repair()
                 for _, row in read_jsonl(path):
-                    self.done[str(row.get("id"))] = row.get("prompt_ids")
+                    self.done[str(row.get("id"))] = row.get("prompt_ids") or []
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise UserError(f"cannot write '{path}' ({error.strerror})") from error

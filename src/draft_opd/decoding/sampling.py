@@ -5,6 +5,7 @@ Recipes hold a `Sampling`, and are read before torch is loaded: so torch is not 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING, Literal
 
@@ -58,7 +59,9 @@ class Sampling(BaseModel):
             probs = probs / probs.sum(-1, keepdim=True)
         return probs
 
-    def chooser(self, generator: torch.Generator | None = None):
+    def chooser(
+        self, generator: torch.Generator | None = None
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
         """How a drafter turns logits [..., V] into ids [...] and their distribution."""
 
         def choose(logits: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -138,7 +138,7 @@ def bonus_distribution(accepted: Tensor, draft_probs: Tensor, target_probs: Tens
     return torch.where(mass > 0, residual / mass.clamp_min(torch.finfo(p.dtype).tiny), p)
 
 
-def follow_path(tokens: Tensor, parents: Tensor, chosen: Tensor, depth: int):
+def follow_path(tokens: Tensor, parents: Tensor, chosen: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     """Walks the tree from its root along the target's tokens.
 
     tokens, parents, chosen [batch, N]: the nodes, and what the target says behind each. Returns the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -208,12 +209,10 @@ class Drafter(nn.Module):
 
     def common_faults(self, num_layers: int, shift: Callable[[dict, int], None]) -> dict:
         """Those of every family; `shift(config, by)` moves the tapped layers."""
-        made = {}
+        made: dict[str, Callable[[dict, dict[str, Tensor]], None]] = {}
         for by, name in ((1, "one higher"), (-1, "one lower")):
             if self.target_layers[0] + by >= 0 and self.target_layers[-1] + by < num_layers - 1:
-                made[f"the target's layers are tapped {name} than trained"] = lambda config, _, by=by: shift(
-                    config, by
-                )
+                made[f"the target's layers are tapped {name} than trained"] = partial(_shifted, shift, by)
         ours = self.config_dict()["rope_theta"]
         for theta in (10_000.0, 500_000.0, 1_000_000.0, 5_000_000.0):
 
@@ -345,6 +344,10 @@ def write_model(folder: Path, config: dict, tensors: dict[str, Tensor], dtype: t
         k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous() for k, v in tensors.items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _shifted(shift: Callable[[dict, int], None], by: int, config: dict, _: object) -> None:
+    shift(config, by)
 
 
 def over_target(logits: Tensor, vocabulary: Tensor | None, size: int) -> Tensor:

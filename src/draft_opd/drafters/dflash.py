@@ -22,14 +22,13 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from draft_opd.drafters.attention import BlockMask, ProjectedAttention, Rotary, attend
 from draft_opd.drafters.base import Choose, Drafter
+from draft_opd.drafters.layouts import dflash as layout
 from draft_opd.drafters.registry import register
-from draft_opd.drafters.speculators import flatten, is_speculators, wrap
 from draft_opd.drafters.target_config import (
     ShapeOptions,
     adopt_final_norm,
     config_for,
     initialise,
-    older_rope_keys,
     raise_mismatch,
 )
 from draft_opd.models.cpu_linear import prepack
@@ -129,23 +128,13 @@ class DFlashDrafter(Drafter):
 
     @classmethod
     def matches(cls, config: dict) -> bool:
-        return "DFlashDraftModel" in (config.get("architectures") or [])
+        return layout.ARCHITECTURE in (config.get("architectures") or [])
 
     @classmethod
     def from_files(cls, config: dict, tensors: dict[str, Tensor]):
-        layout = "z-lab"
-        if is_speculators(config):
-            layout, config = "speculators", _from_speculators(config)
-        options = config.get("dflash_config")
-        if not isinstance(options, dict) or not isinstance(options.get("mask_token_id"), int):
-            raise UserError(
-                "the DFlash config.json has no dflash_config.mask_token_id (z-lab's layout) and no "
-                "mask_token_id (speculators')"
-            )
-        if not options.get("target_layer_ids") and not config.get("num_target_layers"):
-            raise UserError("the DFlash config.json names neither target layers nor their number")
-        drafter = cls(Qwen3Config.from_dict({**config, "model_type": "qwen3"}))
-        drafter.layout = layout
+        config, name = layout.read(config)
+        drafter = cls(Qwen3Config.from_dict(config))
+        drafter.layout = name
         return drafter, tensors
 
     @classmethod
@@ -165,42 +154,10 @@ class DFlashDrafter(Drafter):
         return drafter.to(target.device)
 
     def config_dict(self) -> dict:
-        config = self.config.to_dict()
-        config.update(
-            architectures=["DFlashDraftModel"],
-            model_type="qwen3",
-            block_size=self.block_size,
-            num_target_layers=getattr(self.config, "num_target_layers", None),
-            **older_rope_keys(self.config),
-        )
-        config.pop("is_causal", None)
-        if self.causal is not None:
-            config["is_causal"] = self.causal
-        config["dflash_config"] = {
-            **(getattr(self.config, "dflash_config", None) or {}),
-            "mask_token_id": self.mask_token_id,
-            "target_layer_ids": list(self.target_layers),
-            "block_size": self.block_size,
-        }
-        return config
+        return layout.config_of(self)
 
     def speculators_files(self, verifier: dict):
-        config = self.config_dict()
-        for key in ("dflash_config", "block_size", "num_target_layers", "is_causal"):
-            config.pop(key, None)
-        own = {
-            "block_size": self.block_size,
-            "mask_token_id": self.mask_token_id,
-            "aux_hidden_state_layer_ids": [i + 1 for i in self.target_layers],
-            "draft_vocab_size": config["vocab_size"],
-            "target_hidden_size": config["hidden_size"],
-            "sample_from_anchor": False,
-            # vLLM 0.33 makes every layer causal where this is false.
-            "sliding_window_non_causal": True,
-        }
-        name = "DFlashDraftModel"
-        layers = wrap("dflash", name, config, own, self.draft_length, verifier)
-        return layers, self.tensors()
+        return layout.speculators_config(self, verifier), self.tensors()
 
     def known_faults(self, num_layers: int):
         def shift(config, by):
@@ -333,27 +290,6 @@ class DFlashDrafter(Drafter):
 
     def sglang_flags(self) -> dict[str, int | str]:
         return {"algorithm": "DFLASH", "num-draft-tokens": self.block_size}
-
-
-def _from_speculators(config: dict) -> dict:
-    """speculators' config.json in z-lab's keys. Raises `UserError` for what has no counterpart."""
-    flat, num_draft_tokens = flatten(config, ("block_size",))
-    taps = config.get("aux_hidden_state_layer_ids")
-    if not isinstance(taps, list) or not taps:
-        raise UserError("the DFlash config.json names no aux_hidden_state_layer_ids")
-    size = config.get("draft_vocab_size")
-    if size not in (None, flat.get("vocab_size")):
-        raise UserError("DFlash drafters with a draft vocabulary are not supported")
-    if config.get("sample_from_anchor"):
-        raise UserError("DFlash drafters that sample from the anchor are not supported")
-    sliding = "sliding_attention" in (flat.get("layer_types") or [])
-    causal = None if sliding and not config.get("sliding_window_non_causal") else False
-    flat.setdefault("block_size", (num_draft_tokens or 15) + 1)
-    options = {
-        "mask_token_id": config.get("mask_token_id"),
-        "target_layer_ids": [i - 1 for i in taps],
-    }
-    return {**flat, "is_causal": causal, "dflash_config": options, "num_target_layers": None}
 
 
 def find_mask_token(target: Target) -> int:

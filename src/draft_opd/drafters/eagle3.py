@@ -18,25 +18,20 @@ from draft_opd.drafters.base import Choose, Drafter
 from draft_opd.drafters.eagle3_layer import Eagle3Layer
 from draft_opd.drafters.eagle3_options import STEP_DECAY, STEPS, Eagle3Options, default_target_layers
 from draft_opd.drafters.expansion import best_children
+from draft_opd.drafters.layouts import eagle3 as layout
+from draft_opd.drafters.layouts.eagle3 import FLAGS
+from draft_opd.drafters.layouts.vocabulary import as_buffers, checked_ids, most_frequent, target_ids
 from draft_opd.drafters.registry import register
-from draft_opd.drafters.speculators import flatten, is_speculators, wrap
 from draft_opd.drafters.target_config import (
     adopt_final_norm,
     config_for,
     initialise,
-    older_rope_keys,
     raise_mismatch,
 )
-from draft_opd.drafters.vocabulary import as_buffers, checked_ids, most_frequent, target_ids
 from draft_opd.models.cpu_linear import prepack
 from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.target import Target
 from draft_opd.utils.errors import UserError
-
-# Variants that published files name in their config, at the top or in `eagle_config`.
-FLAGS = ("norm_before_residual", "norm_output", "norm_before_fc", "fc_norm")
-LLAMA, QWEN3 = "LlamaForCausalLMEagle3", "Eagle3Qwen3ForCausalLM"  # SGLang's and vLLM's names
-SPECULATORS_KEYS = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids", *FLAGS)
 
 
 @register("eagle3")
@@ -102,44 +97,19 @@ class Eagle3Drafter(Drafter):
 
     @classmethod
     def matches(cls, config: dict) -> bool:
-        names = config.get("architectures") or []
-        # SafeAILab's own files name a plain LlamaForCausalLM.
-        return any("Eagle3" in a for a in names) or (
-            "draft_vocab_size" in config and not (is_speculators(config) or "LlamaForCausalLM" not in names)
-        )
+        return layout.matches(config)
 
     @classmethod
     def from_files(cls, config: dict, tensors: dict[str, Tensor]):
-        layout = "sglang"
-        if is_speculators(config):
-            layout, (config, num_draft_tokens) = "speculators", flatten(config, SPECULATORS_KEYS)
-            config["architectures"] = [QWEN3 if config["model_type"] == "qwen3" else LLAMA]
-            config["eagle_config"] = {"draft_length": num_draft_tokens} if num_draft_tokens else {}
-        if config.get("num_hidden_layers", 1) != 1:
-            raise UserError("EAGLE-3 drafters of more than one layer are not supported")
-        if not isinstance(config.get("vocab_size"), int):
-            raise UserError("the EAGLE-3 config.json has no vocab_size")
-        # speculators names the layer `layers.0`.
-        tensors = {
-            "midlayer." + k.removeprefix("layers.0.") if k.startswith("layers.0.") else k: v
-            for k, v in tensors.items()
-        }
-        size = config.get("draft_vocab_size") or config["vocab_size"]
-        whole = size == config["vocab_size"]
-        if "d2t" not in tensors and whole:
-            tensors["d2t"] = torch.zeros(size, dtype=torch.long)
-        if "d2t" in tensors and "t2d" not in tensors:  # engines do not read it
-            ids = checked_ids(tensors["d2t"], config["vocab_size"])
-            tensors["t2d"] = as_buffers(ids, config["vocab_size"])[1]
+        files = layout.read(config, tensors)
         drafter = cls(
-            LlamaConfig.from_dict({**config, "draft_vocab_size": size, "model_type": "llama"}),
-            qk_norm=QWEN3 in config["architectures"],
-            own_embeddings="embed_tokens.weight" in tensors,
-            # Without it the target's head serves, if the vocabulary is the whole one.
-            own_head="lm_head.weight" in tensors or not whole,
+            LlamaConfig.from_dict(files.config),
+            qk_norm=files.qk_norm,
+            own_embeddings=files.own_embeddings,
+            own_head=files.own_head,
         )
-        drafter.layout = layout
-        return drafter, tensors
+        drafter.layout = files.layout
+        return drafter, files.tensors
 
     @classmethod
     def create(cls, target: Target, counts: Tensor | None = None, **options) -> Eagle3Drafter:
@@ -172,46 +142,13 @@ class Eagle3Drafter(Drafter):
         return drafter.to(target.device)
 
     def config_dict(self) -> dict:
-        config = self.config.to_dict()
-        layers = list(self.target_layers)
-        config.update(
-            architectures=[QWEN3 if self.qk_norm else LLAMA],
-            model_type="qwen3" if self.qk_norm else "llama",
-            draft_vocab_size=len(self.d2t) if self.lm_head else None,  # null: the target's head
-            target_hidden_size=self.feature_size,
-            num_aux_hidden_states=self.fc.in_features // self.feature_size,
-            **older_rope_keys(self.config),
-        )
-        # Readers differ in what they take for absent: norm_before_residual is always written, and
-        # norm_output only where it is so (SpecForge means something else by it).
-        config = {k: v for k, v in config.items() if k not in FLAGS}
-        config |= {k: v for k, v in self.flags.items() if v or k == "norm_before_residual"}
-        options = getattr(self.config, "eagle_config", None) or {}
-        options = {k: v for k, v in options.items() if k not in FLAGS}  # said once, at the top
-        options |= {"draft_length": self.draft_length, "use_aux_hidden_state": True}
-        if layers:  # two spellings, one apart: SGLang reads the nested one, vLLM the other
-            options["eagle_aux_hidden_state_layer_ids"] = layers
-            config["eagle_aux_hidden_state_layer_ids"] = [i + 1 for i in layers]
-        config["eagle_config"] = options
-        return config
+        return layout.config_of(self)
 
     def tensors(self) -> dict[str, Tensor]:
-        tensors = dict(self.state_dict())
-        if self.vocabulary is None:  # vLLM refuses tables for the whole vocabulary
-            del tensors["d2t"], tensors["t2d"]
-        return tensors
+        return layout.tensors_of(self)
 
     def speculators_files(self, verifier: dict):
-        config = self.config_dict()
-        own = {k: v for k in SPECULATORS_KEYS if (v := config.pop(k, None)) is not None}
-        own["draft_vocab_size"] = len(self.d2t)
-        del config["eagle_config"]
-        tensors = {
-            "layers.0." + k.removeprefix("midlayer.") if k.startswith("midlayer.") else k: v
-            for k, v in self.tensors().items()
-        }
-        name = "Eagle3Speculator"
-        return wrap("eagle3", name, config, own, self.draft_length, verifier), tensors
+        return layout.speculators_files(self, verifier)
 
     def known_faults(self, num_layers: int):
         def shift(config, by):

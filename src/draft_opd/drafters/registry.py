@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-FAMILIES: dict[str, type] = {}  # subclasses of `base.Drafter`
-Family = TypeVar("Family", bound=type)
+if TYPE_CHECKING:
+    from draft_opd.drafters.base import Drafter
+
+FAMILIES: dict[str, type[Drafter]] = {}
+Family = TypeVar("Family", bound="type[Drafter]")
 
 
 def register(name: str) -> Callable[[Family], Family]:
@@ -23,6 +26,6 @@ def register(name: str) -> Callable[[Family], Family]:
     return add
 
 
-def family_of(config: dict) -> type | None:
+def family_of(config: dict) -> type[Drafter] | None:
     """The family that a drafter's config.json is of; None for any other model's."""
     return next((f for f in FAMILIES.values() if f.matches(config)), None)

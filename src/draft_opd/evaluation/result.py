@@ -140,7 +140,8 @@ def mean_of(tasks: Sequence[TaskResult]) -> Mean:
     """None for a figure that one of the tasks lacks."""
 
     def mean(values: list[float | None]) -> float | None:
-        return None if None in values else sum(values) / len(values)
+        found = [v for v in values if v is not None]
+        return sum(found) / len(found) if len(found) == len(values) else None
 
     return Mean(tau=mean([t.tau for t in tasks]), speedup=mean([t.speedup for t in tasks]))
 

@@ -15,10 +15,12 @@ from draft_opd.losses.divergences import Score, cross_entropy, forward_kl, rever
 
 # (draft logits [n, Vd], target logits [n, V], labels [n], vocabulary [Vd]) -> scores [n] and their
 # gradients [n, Vd]. Logits are overwritten; what a score does not look at is None.
-Closed = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+Closed = Callable[..., tuple[Tensor, Tensor]]
 
 
-def _cross_entropy(draft, _target, labels, vocabulary) -> tuple[Tensor, Tensor]:
+def _cross_entropy(
+    draft: Tensor, _target: Tensor | None, labels: Tensor, vocabulary: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """-log q(y); ∂/∂logits = q - [v = y]."""
     log_norm = draft.logsumexp(-1)
     if vocabulary is None:
@@ -37,7 +39,9 @@ def _cross_entropy(draft, _target, labels, vocabulary) -> tuple[Tensor, Tensor]:
     return scores, gradient.scatter_add_(-1, at, -one[:, None])
 
 
-def _forward_kl(draft, target, _labels, vocabulary) -> tuple[Tensor, Tensor]:
+def _forward_kl(
+    draft: Tensor, target: Tensor, _labels: Tensor | None, vocabulary: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """KL(p || q) over what can be drafted; ∂/∂logits = q - p."""
     if vocabulary is not None:
         target = target[:, vocabulary]
@@ -49,7 +53,9 @@ def _forward_kl(draft, target, _labels, vocabulary) -> tuple[Tensor, Tensor]:
     return scores, q.exp_().sub_(weights)
 
 
-def _reverse_kl(draft, target, _labels, vocabulary) -> tuple[Tensor, Tensor]:
+def _reverse_kl(
+    draft: Tensor, target: Tensor, _labels: Tensor | None, vocabulary: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """KL(q || p); ∂/∂logits = q (log q - log p - KL)."""
     p, q = _log_softmax_(target), _log_softmax_(draft)
     if vocabulary is not None:

@@ -201,13 +201,13 @@ def combine_streams(
     tiny = torch.finfo(dtype).tiny
     a_mean, r_mean = a_sum / a_mass.clamp_min(tiny), r_sum / r_mass.clamp_min(tiny)
     if normalization == "streams":
-        total = (accepted_weight * a_mean + rejected_weight * r_mean) / (accepted_weight + rejected_weight)
+        loss = (accepted_weight * a_mean + rejected_weight * r_mean) / (accepted_weight + rejected_weight)
     elif normalization == "tokens":
         mass = accepted_weight * a_mass + rejected_weight * r_mass
-        total = (accepted_weight * a_sum + rejected_weight * r_sum) / mass.clamp_min(tiny)
+        loss = (accepted_weight * a_sum + rejected_weight * r_sum) / mass.clamp_min(tiny)
     else:
         raise ValueError(f"normalization must be 'streams' or 'tokens', not {normalization!r}")
-    return LossParts(total, a_mean, r_mean)
+    return LossParts(loss, a_mean, r_mean)
 
 
 def acceptance_aware_loss(

@@ -11,6 +11,8 @@ details differ between 5.x releases: we use nothing but `update`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -85,7 +87,9 @@ class PositionCache(Cache):
             for i, old in enumerate(store):
                 store[i] = _grown(old, capacity)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Called by transformers' attention layers; [batch, kv_heads, tokens, head_dim] each."""
         if layer_idx == len(self.keys):
             shape = list(key_states.shape)
@@ -120,7 +124,8 @@ class PositionCache(Cache):
         self.prepare(positions)
         for layer, pair in branched.items():
             where = index[:, None, :, None]
-            self.update(*(x.gather(2, where.expand(-1, x.shape[1], -1, x.shape[3])) for x in pair), layer)
+            k, v = (x.gather(2, where.expand(-1, x.shape[1], -1, x.shape[3])) for x in pair)
+            self.update(k, v, layer)
 
     def select(self, rows: Tensor) -> None:
         """Keeps only the given batch rows (index tensor)."""

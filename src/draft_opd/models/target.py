@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Target(TargetInfo):
     exactly the cached slots at or before its own position.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer=None, name: str = "", prepacked: bool = True):
+    def __init__(self, model: PreTrainedModel, tokenizer: Any = None, name: str = "", prepacked: bool = True):
         """prepacked: on a CPU, keep the matrices in the layout that multiplies fastest as well."""
         super().__init__(model.config, model.generation_config, tokenizer, name)
         self.model = model.eval().requires_grad_(False)
@@ -96,7 +97,7 @@ class Target(TargetInfo):
             check_tokenizer(tokenizer)
         except Exception as error:
             raise UserError(f"target '{path_or_id}' cannot be loaded: {_told(error)}") from error
-        return cls(model.to(device), tokenizer, str(path_or_id), prepacked)
+        return cls(model.to(device), tokenizer, str(path_or_id), prepacked)  # type: ignore[arg-type]
 
     def _check_supported(self) -> None:
         """Refuses models whose logits are not `head(hidden)` (our losses rely on it) or whose
@@ -155,7 +156,7 @@ class Target(TargetInfo):
         return PositionCache(capacity)
 
     @contextmanager
-    def _taps(self, layers: Sequence[int]):
+    def _taps(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
         """Collects the outputs of 0-based decoder layers in ascending order."""
         found: dict[int, Tensor] = {}
 
@@ -172,7 +173,7 @@ class Target(TargetInfo):
             for handle in handles:
                 handle.remove()
 
-    def _mask(self, visible: Tensor, query: Tensor, key: Tensor):
+    def _mask(self, visible: Tensor, query: Tensor, key: Tensor) -> Tensor | dict[str, Tensor]:
         """What attention takes, [batch, 1, queries, keys], for who sees whom [batch, queries,
         keys]; per layer type if needed."""
 
@@ -201,7 +202,7 @@ class Target(TargetInfo):
             )
         return masks
 
-    def _forward(self, ids: Tensor, layers: Sequence[int], **kwargs) -> TargetOutput:
+    def _forward(self, ids: Tensor, layers: Sequence[int], **kwargs: Any) -> TargetOutput:
         with self._taps(layers) as found:
             hidden = self.decoder(input_ids=ids, **kwargs).last_hidden_state
         features = torch.cat([found[i] for i in layers], -1) if layers else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -19,7 +20,7 @@ def find_target(path_or_id: str, weights: bool = True) -> str:
     return path
 
 
-def check_tokenizer(tokenizer) -> None:
+def check_tokenizer(tokenizer: Any) -> None:
     """Raises ValueError for one that knows no words: transformers makes it where there are no
     files."""
     if len(tokenizer) < 2:
@@ -38,7 +39,7 @@ def check_prompt(ids: Sequence[int], target: TargetInfo, name: str) -> None:
 class TargetInfo:
     """A target without its weights: for what a server decodes, and for what is written to disk."""
 
-    def __init__(self, config, generation_config, tokenizer, name: str):
+    def __init__(self, config: Any, generation_config: Any, tokenizer: Any, name: str):
         self.config = config.get_text_config()
         self.tokenizer = tokenizer
         self.name = name

@@ -28,7 +28,7 @@ class Table:
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[str | int]]
+    rows: Sequence[Sequence]
 
 
 def task_table(sides: Sequence[SideResult]) -> Table:
@@ -88,7 +88,7 @@ def length_table(advice: Advice) -> Table:
             number(r.tau),
             *(number(ms, 2) for ms in (r.milliseconds.draft, r.milliseconds.verify, r.milliseconds.rest)),
             times(r.speedup),
-            times(r.measured and r.measured.speedup),
+            times(r.measured.speedup if r.measured else None),
         ]
         for r in advice.lengths
     ]

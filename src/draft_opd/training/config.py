@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -16,7 +17,7 @@ from draft_opd.utils.config import Section, first_problem
 from draft_opd.utils.errors import UserError, one_line
 
 EMBEDDED_RECIPES = Path(__file__).parent.parent / "embedded" / "recipes"
-VERSION = 2  # of the keys below; a recipe without one is as draft-opd 0.1 wrote it
+VERSION: Literal[2] = 2  # of the keys below; a recipe without one is as draft-opd 0.1 wrote it
 # Keys of earlier versions and the only value that a recipe may still give them: it changes nothing.
 REMOVED_KEYS = {"opd.stride": 1, "opd.max_tokens": None, "opd.objective.clamp": 10.0}
 
@@ -229,7 +230,7 @@ class Recipe(Section):
         return self.save_every or self.evaluation.every
 
 
-def load_recipe(path: str | Path, overrides: list[str] = (), stage: str | None = None) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), stage: str | None = None) -> Recipe:
     """Reads a recipe, lays `stages.<stage>` over it, applies `a.b=value` pairs (values are YAML).
 
     `embedded` and `embedded:FAMILY` are the demo's recipes. Raises `UserError`.
@@ -274,7 +275,7 @@ def _for_stage(tree: dict, stage: str | None, path: Path) -> dict:
     stages = tree.pop("stages", None) or {}
     if not isinstance(stages, dict) or set(stages) - {"sft", "opd"}:
         raise UserError(f"recipe '{path}': 'stages' holds the sections 'sft' and 'opd' only")
-    chosen = stages.get(stage) or {}
+    chosen = stages.get(stage or "") or {}
     if not isinstance(chosen, dict):
         raise UserError(f"recipe '{path}': stages.{stage} must hold KEY: VALUE pairs")
     return _laid_over(tree, chosen)
@@ -285,7 +286,7 @@ def _laid_over(below: dict, above: dict) -> dict:
     for key, value in above.items():
         old = merged.get(key)
         both = isinstance(old, dict) and isinstance(value, dict)
-        merged[key] = _laid_over(old, value) if both else value
+        merged[key] = _laid_over(old or {}, value) if both else value
     return merged
 
 
@@ -341,6 +342,6 @@ def without_removed_keys(tree: dict, where: str) -> dict:
 def _keys_at(path: list[str]) -> list[str]:
     model: type[BaseModel] = Recipe
     for name in path:
-        kind = model.model_fields[name].annotation
+        kind: Any = model.model_fields[name].annotation
         model = next((k for k in get_args(kind) if k is not type(None)), kind)
     return list(model.model_fields)

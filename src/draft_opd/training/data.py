@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from draft_opd.data.trajectory import Trajectory
 from draft_opd.hindsight.trace import pad_rows
 from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.target import Target
-from draft_opd.training.feature_store import CachedFeatures, FeatureFolder, Key
+from draft_opd.training.config import Data
+from draft_opd.training.distributed import ParallelContext
+from draft_opd.training.feature_store import CachedFeatures, FeatureFolder, Key, about_features
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Batch:
 
 
 class BatchSource:
-    """Runs the target over trajectories, or remembers what it said the first time."""
+    """Runs the target over trajectories; with a cache, over each only once."""
 
     def __init__(
         self,
@@ -59,7 +62,7 @@ class BatchSource:
         feature_cache: dict[Key, CachedFeatures] | FeatureFolder | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ):
-        """feature_cache: where what the target said is kept, as `dtype`."""
+        """feature_cache: where features are kept, as `dtype`."""
         self.target, self.layers, self.feature_cache, self.dtype = target, tuple(layers), feature_cache, dtype
 
     def adopt(self, other: BatchSource) -> None:
@@ -85,16 +88,19 @@ class BatchSource:
         if cache is not None:
             self.target.trajectories(ids, (), cache)
         features, hidden = (
-            torch.nn.utils.rnn.pad_sequence(list(said), batch_first=True)
+            torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
             .to(self.target.device)
             .to(self.target.dtype)
-            for said in zip(*map(self._said, trajectories), strict=True)
+            for rows in zip(*map(self._features_of, trajectories), strict=True)
         )
         return Batch(trajectories, ids, features, hidden, cache, row_ids)
 
-    def _said(self, trajectory: Trajectory) -> CachedFeatures:
-        """What the target says of it; asked the first time, by itself: in a batch it would depend,
-        in its last bits, on the others there, which are others when a run is resumed."""
+    def _features_of(self, trajectory: Trajectory) -> CachedFeatures:
+        """Features and hidden states of one text, computed the first time it is asked for.
+
+        It runs by itself: in a batch its last bits would depend on the other rows, and a resumed run
+        has other rows.
+        """
         key = tuple(trajectory.ids)
         if key not in self.feature_cache:
             ids = torch.tensor([key], device=self.target.device)
@@ -127,3 +133,41 @@ def rows_at(rows: Sequence[Trajectory], batch_size: int, seed: int, index: int) 
     """The whole batch of the index-th forward since the run began."""
     lengths = [len(t.ids) for t in rows]
     return [rows[i] for i in batch_at(lengths, batch_size, seed, index)]
+
+
+@dataclass
+class Sources:
+    """Where batches come from. folder: the features on disk, where they are kept there."""
+
+    train: BatchSource
+    held_out: BatchSource
+    folder: FeatureFolder | None
+
+
+def open_sources(
+    data: Data,
+    target: Target,
+    layers: Sequence[int],
+    out: Path,
+    group: ParallelContext,
+    after: Sources | None = None,
+) -> Sources:
+    """The sources of a run that writes into `out`; what `after` keeps in memory serves again."""
+    dtype = getattr(torch, data.cache_dtype)
+    folder: FeatureFolder | None = None
+    if data.cache_features == "disk":
+        place = Path(data.features or out / "features")
+        about = about_features(target, layers, dtype)
+        folder = group.main_process_first(lambda: FeatureFolder(place, about))
+    keep = data.cache_features != "none"
+    feature_cache = folder if folder is not None else {} if keep else None
+    # What τ is measured on is never rounded: its features stay in the target's own type.
+    made = Sources(
+        BatchSource(target, layers, feature_cache, dtype),
+        BatchSource(target, layers, {} if keep else None, target.dtype),
+        folder,
+    )
+    if after is not None:
+        made.train.adopt(after.train)
+        made.held_out.adopt(after.held_out)
+    return made

@@ -299,3 +299,16 @@ def translate_comm_errors() -> Iterator[None]:
             f"process {rank} waits for another one that has ended or does not answer: its own "
             "message says why. Start them again with --resume; all go on from the last checkpoint"
         ) from error
+
+
+def no_grad_call(wrapped_drafter: nn.Module, group: ParallelContext, part: Callable, *inputs):
+    """Without gradient; through the wrapper only where that gathers weights."""
+    with torch.no_grad():
+        return wrapped_drafter(part, *inputs) if group.shards_drafter else part(*inputs)
+
+
+def reduce_metric(key: str, values: list):
+    """A figure of several forwards as one: counts are added, the rest is averaged."""
+    if isinstance(values[0], list):
+        return [sum(column) for column in zip(*values, strict=True)]
+    return sum(values) if key in ("supervised", "anchors") else sum(values) / len(values)

@@ -26,9 +26,8 @@ from draft_opd.training.checkpoint import (
     save_best,
 )
 from draft_opd.training.config import Recipe
-from draft_opd.training.data import BatchSource, rows_at
-from draft_opd.training.distributed import ParallelContext, gather_full_tensors
-from draft_opd.training.feature_store import FeatureFolder, about_features
+from draft_opd.training.data import open_sources, rows_at
+from draft_opd.training.distributed import ParallelContext, gather_full_tensors, no_grad_call, reduce_metric
 from draft_opd.training.inputs import Inputs, check_folder, read_inputs
 from draft_opd.training.optimizer import Optimizer, learning_rate
 from draft_opd.training.precision import autocast, measured_before, resolve, warn_of
@@ -71,90 +70,40 @@ class Run:
         stop: Callable[[], bool] = lambda: False,
         inputs: Inputs | None = None,
     ):
-        """`after`: an earlier run, whose target and remembered features serve again. `group`: the
-        processes that train together (`distributed.distributed_context`). `stop`: whether to end after the
-        step that is running, with everything saved (`train` then raises `Stopped`). `inputs`: the
-        recipe's, where they are read already."""
+        """after: an earlier run, whose target and feature cache serve again. group: the processes
+        that train together (`distributed.distributed_context`). stop: whether to end after the step
+        that is running, with everything saved; `train` then raises `Stopped`. inputs: the recipe's,
+        where they are read already.
+
+        Raises `UserError` for whatever is wrong with recipe, data, models or run folder."""
         self.stage, self.on_metrics = stage, on_metrics
         self.group = group or ParallelContext()
+        self._asked_to_stop, self.stopping = stop, False
         self.out = Path(recipe.out)
         # Before the target: a bad file should not cost a model's loading time.
         if inputs is None:
             inputs = read_inputs(stage, recipe, resume, models=target is None and after is None)
-        recipe, self.train_set, self.held_out = (inputs.recipe, inputs.train_set, inputs.held_out)
+        recipe, self.train_set, self.held_out = inputs.recipe, inputs.train_set, inputs.held_out
         check_shares(recipe, self.train_set, self.held_out, self.group.size)
-        self.target = target or (after and after.target) or load_target(recipe, self.group)
+        self.target = target or (after.target if after else load_target(recipe, self.group))
         check_data(self.train_set, self.held_out, self.target)
-        recipe, bfloat16_speed = self._resolve(recipe)
-        self.recipe = recipe
-        self.checkpoints = Checkpoints(self.out, recipe.keep_checkpoints)
-        self.group.barrier()  # all have seen the folder as it was
+        self.recipe, bfloat16_speed = self._resolve(recipe)
         self._lock: BinaryIO | None = None
+        self.checkpoints = Checkpoints(self.out, recipe.keep_checkpoints)
+        self.group.barrier()  # all processes have read the folder before the first one changes it
         resume_from = self.group.main_process_first(lambda: self._open_folder(resume))
-        if resume and not resume_from and self.group.is_main_process:
-            log.warning("nothing to resume in '%s': beginning at step 0", self.out)
-        torch.manual_seed(recipe.seed)
-        source = str(resume_from) if resume_from else recipe.drafter
-        if source:
-            self.drafter = Drafter.from_pretrained(source, device=self.target.device)
-            self.drafter.bind(self.target)
-        else:
-            self.drafter = first_drafter(recipe.model, self.target, self.train_set)
-        self.drafter.gradient_checkpointing = recipe.gradient_checkpointing
-        self.num_draft_tokens = self.drafter.checked_length(recipe.draft_length)
-        self.wrapped_drafter = self.group.wrap(self.drafter)
-        self.optimizer = Optimizer(self.drafter, recipe.optim)
-        self.progress = load_checkpoint(resume_from, self.optimizer) if resume_from else Progress()
-        if not self.group.all_equal(self.progress.step):
-            raise UserError(f"not all processes see the same run folder '{self.out}': share it")
-        fingerprints = fingerprints_of(self.target, self.train_set, self.held_out)
-        check_fingerprints(self.out, self.progress.fingerprints, fingerprints)
-        self.progress.fingerprints = fingerprints
-        self._sources(after)
-        self.clock = Stopwatch(self.target.device)
-        # Not methods of this one: a run that nobody wants any more should go at once.
-        self._rows = partial(rows_at, self.train_set, recipe.batch_size, recipe.seed)
-        self.rollouts = Rollouts(
-            recipe,
+        self._load_state(resume_from)
+        self.sources = open_sources(
+            self.recipe.data,
             self.target,
-            self.drafter,
-            self.source,
-            self._rows,
-            self.num_draft_tokens,
+            self.drafter.target_layers,
+            self.out,
             self.group,
-            partial(_no_grad_call, self.wrapped_drafter, self.group),
-            self.clock,
+            after.sources if after else None,
         )
-        self.training = STAGES[stage](
-            StageContext(
-                recipe,
-                self.target,
-                self.drafter,
-                self.source,
-                self.rollouts,
-                self._rows,
-                self.num_draft_tokens,
-                self.group,
-                self.clock,
-            )
-        )
-        self.rollouts.load(self.progress.traces)
-        if self.progress.evaluated >= 0:
-            self.rollouts.tau = self.progress.tau
-        self._asked_to_stop, self.stopping = stop, False
-        about = {
-            "stage": stage,
-            "device": str(self.target.device),
-            "processes": self.group.world,
-            "bfloat16_speed": bfloat16_speed,
-            "drafter_parameters": sum(p.numel() for p in self.drafter.parameters()),
-        }
-        self.record: Record | None = None
-        if self.group.is_main_process:
-            self.record = Record(recipe, about, self.progress.step, self.progress.evaluated)
-            repair_best(resume_from, self.out / "best", self.progress)
-        kept = resume_from == self.checkpoints.last
-        self._saved = (self.progress.step, self.progress.evaluated) if kept else None
+        self.clock = Stopwatch(self.target.device)
+        self.training = self._make_stage()
+        self._begin_record(resume_from, bfloat16_speed)
 
     # -- setting up -------------------------------------------------------------------------
 
@@ -173,6 +122,8 @@ class Run:
             check_folder(self.recipe, resume)  # another one may have come and gone meanwhile
             recover_folder(self.out / "best")
         resume_from = self.checkpoints.newest() if resume else None
+        if resume and not resume_from and self.group.is_main_process:
+            log.warning("nothing to resume in '%s': beginning at step 0", self.out)
         if resume and not resume_from and (self.out / "best").exists():
             raise UserError(
                 f"'{self.out}' holds a run's `best` but no checkpoint to resume from: begin in "
@@ -180,23 +131,74 @@ class Run:
             )
         return resume_from
 
-    def _sources(self, after: Run | None) -> None:
-        """Where batches come from, for training and for held-out τ."""
-        data, layers = self.recipe.data, self.drafter.target_layers
-        dtype = getattr(torch, data.cache_dtype)
-        self.features: FeatureFolder | None = None
-        if data.cache_features == "disk":
-            folder = Path(data.features or self.out / "features")
-            about = about_features(self.target, layers, dtype)
-            self.features = self.group.main_process_first(lambda: FeatureFolder(folder, about))
-        keep = data.cache_features != "none"
-        feature_cache = self.features if self.features is not None else {} if keep else None
-        self.source = BatchSource(self.target, layers, feature_cache, dtype)
-        # What τ is measured on is never rounded: its features stay in the target's own type.
-        self.heldout_source = BatchSource(self.target, layers, {} if keep else None, self.target.dtype)
-        if after is not None:
-            self.source.adopt(after.source)
-            self.heldout_source.adopt(after.heldout_source)
+    def _load_state(self, resume_from: Path | None) -> None:
+        """Drafter, optimiser and progress: of a checkpoint, or those that a run begins with."""
+        recipe = self.recipe
+        torch.manual_seed(recipe.seed)
+        folder = str(resume_from) if resume_from else recipe.drafter
+        if folder:
+            self.drafter = Drafter.from_pretrained(folder, device=self.target.device)
+            self.drafter.bind(self.target)
+        else:
+            self.drafter = first_drafter(recipe.model, self.target, self.train_set)
+        self.drafter.gradient_checkpointing = recipe.gradient_checkpointing
+        self.num_draft_tokens = self.drafter.checked_length(recipe.draft_length)
+        self.wrapped_drafter = self.group.wrap(self.drafter)
+        self.optimizer = Optimizer(self.drafter, recipe.optim)
+        self.progress = load_checkpoint(resume_from, self.optimizer) if resume_from else Progress()
+        if not self.group.all_equal(self.progress.step):
+            raise UserError(f"not all processes see the same run folder '{self.out}': share it")
+        fingerprints = fingerprints_of(self.target, self.train_set, self.held_out)
+        check_fingerprints(self.out, self.progress.fingerprints, fingerprints)
+        self.progress.fingerprints = fingerprints
+
+    def _make_stage(self) -> TrainingStage:
+        recipe, source = self.recipe, self.sources.train
+        # Partials instead of bound methods: they avoid a reference cycle, so a discarded run frees
+        # its memory at once.
+        self._rows = partial(rows_at, self.train_set, recipe.batch_size, recipe.seed)
+        self.rollouts = Rollouts(
+            recipe,
+            self.target,
+            self.drafter,
+            source,
+            self._rows,
+            self.num_draft_tokens,
+            self.group,
+            partial(no_grad_call, self.wrapped_drafter, self.group),
+            self.clock,
+        )
+        self.rollouts.load(self.progress.traces)
+        if self.progress.evaluated >= 0:
+            self.rollouts.tau = self.progress.tau
+        return STAGES[self.stage](
+            StageContext(
+                recipe,
+                self.target,
+                self.drafter,
+                source,
+                self.rollouts,
+                self._rows,
+                self.num_draft_tokens,
+                self.group,
+                self.clock,
+            )
+        )
+
+    def _begin_record(self, resume_from: Path | None, bfloat16_speed: float | None) -> None:
+        about = {
+            "stage": self.stage,
+            "device": str(self.target.device),
+            "processes": self.group.world,
+            "bfloat16_speed": bfloat16_speed,
+            "drafter_parameters": sum(p.numel() for p in self.drafter.parameters()),
+        }
+        self.record: Record | None = None
+        if self.group.is_main_process:
+            self.record = Record(self.recipe, about, self.progress.step, self.progress.evaluated)
+            repair_best(resume_from, self.out / "best", self.progress)
+        kept = resume_from == self.checkpoints.last
+        self._saved = (self.progress.step, self.progress.evaluated) if kept else None
 
     # -- training ---------------------------------------------------------------------------
 
@@ -314,7 +316,7 @@ class Run:
 
     def _figures(self, parts: list[dict]) -> dict:
         """Those of a step: counts are added up over its forwards, the rest is averaged."""
-        found = {key: _reduce_metric(key, [x[key] for x in parts]) for key in parts[0]}
+        found = {key: reduce_metric(key, [x[key] for x in parts]) for key in parts[0]}
         return self.training.summarize(found)
 
     def _not_finite(self, losses: list[float]) -> dict:
@@ -352,8 +354,8 @@ class Run:
         now = (self.progress.step, self.progress.evaluated)
         if now == self._saved:
             return
-        if self.features is not None:
-            self.features.flush()
+        if self.sources.folder is not None:
+            self.sources.folder.flush()
         state = self._state()
         if self.record:
             self.record.sync()
@@ -371,7 +373,7 @@ class Run:
         for number, rows in enumerate(self.group.shard_pieces(self.held_out, ROWS)):
             if self._stop_now():
                 return None
-            batch = self.heldout_source.batch(rows)
+            batch = self.sources.held_out.batch(rows)
             seed = number * self.group.size + self.group.rank
             traces = self.rollouts.hindsight(batch, seed)
             found = by_accepted((r for trace in traces for r in trace), self.num_draft_tokens)
@@ -393,16 +395,3 @@ class Run:
             return False
         p.best_tau, p.best_step = value, p.step
         return True
-
-
-def _no_grad_call(wrapped_drafter: torch.nn.Module, group: ParallelContext, part: Callable, *inputs):
-    """Without gradient; through the wrapper only where that gathers weights."""
-    with torch.no_grad():
-        return wrapped_drafter(part, *inputs) if group.shards_drafter else part(*inputs)
-
-
-def _reduce_metric(key: str, values: list):
-    """A figure of several forwards as one: counts are added, the rest is averaged."""
-    if isinstance(values[0], list):
-        return [sum(column) for column in zip(*values, strict=True)]
-    return sum(values) if key in ("supervised", "anchors") else sum(values) / len(values)

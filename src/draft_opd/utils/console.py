@@ -8,10 +8,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -22,7 +23,7 @@ QUIET_SECONDS = 10.0  # between progress lines when the output is a file
 Update = Callable[..., None]  # update(done, note="")
 
 
-def _console(stream) -> Console:
+def _console(stream: TextIO) -> Console:
     # A file has no width of its own, and 80 columns would cut tables.
     width = None if stream.isatty() else 120
     return Console(file=stream, highlight=False, soft_wrap=True, width=width)
@@ -42,7 +43,7 @@ class Screen:
         if not self.silent:
             self.log.print(text, markup=False)
 
-    def result(self, value: dict, *shown) -> None:
+    def result(self, value: dict, *shown: RenderableType) -> None:
         """The command's result: `value` as JSON, or what was made to be read."""
         if self.silent:
             return
@@ -70,20 +71,22 @@ class Screen:
             task = bars.add_task(title, total=total, note="")
 
             def update(done: int, note: str | None = None) -> None:
-                fields = {} if note is None else {"note": note}
-                bars.update(task, completed=done, **fields)
+                if note is not None:
+                    bars.update(task, note=note)
+                bars.update(task, completed=done)
 
             yield update
 
     def _lines(self, title: str, total: int) -> Update:
-        shown = {"at": -QUIET_SECONDS, "note": ""}
+        last_time, last_note = -QUIET_SECONDS, ""
 
         def update(done: int, note: str | None = None) -> None:
-            shown["note"] = shown["note"] if note is None else note
+            nonlocal last_time, last_note
+            last_note = last_note if note is None else note
             now = time.monotonic()
-            if now - shown["at"] >= QUIET_SECONDS or done == total:
-                shown["at"] = now
-                self.say(f"{title}: {done}/{total}  {shown['note']}".rstrip())
+            if now - last_time >= QUIET_SECONDS or done == total:
+                last_time = now
+                self.say(f"{title}: {done}/{total}  {last_note}".rstrip())
 
         return update
 
@@ -92,9 +95,10 @@ class Screen:
 def ending(stop: Callable[[], None]) -> Iterator[None]:
     """SIGTERM and Ctrl-C call `stop`; another one later acts as it always does. (Launchers pass a
     signal on that processes have had already.)"""
-    before, asked = {}, []
+    before: dict[int, Any] = {}
+    asked: list[float] = []
 
-    def handle(number: int, _frame) -> None:
+    def handle(number: int, _frame: object) -> None:
         if not asked:
             stop()
             asked.append(time.monotonic())
@@ -116,7 +120,7 @@ def ending(stop: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, before[number])
 
 
-def table(title: str, columns: list[str], rows: list[list]) -> Table:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence]) -> Table:
     """First column left, the others right."""
     made = Table(title=escape(title) or None, title_justify="left")
     for i, name in enumerate(columns):
@@ -131,7 +135,7 @@ def facts(title: str, values: dict) -> Table:
     return table(title, ["", ""], [[k, _figure(v)] for k, v in values.items()])
 
 
-def _figure(value) -> str:
+def _figure(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return "–" if value is None else ("yes" if value else "no")
     if isinstance(value, float):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 try:
     import fcntl
 except ImportError:  # not a POSIX system
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 from draft_opd.utils.errors import UserError, one_line
 

@@ -1,0 +1,1 @@
+"""How drafters lie on disk: a file for each layout that tools and engines read."""
