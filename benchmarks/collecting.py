@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 
 from draft_opd.data.prompts import read_prompts
 from draft_opd.decoding.generate import speculate
-from draft_opd.evaluation.lengths import weights_read
+from draft_opd.evaluation.draft_length_advice import weights_read
 from draft_opd.models.target import Target
 
 

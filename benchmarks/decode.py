@@ -26,7 +26,7 @@ from draft_opd.data.prompts import read_prompts
 from draft_opd.decoding.draft_length import DraftLengthController
 from draft_opd.decoding.generate import Timing, speculate
 from draft_opd.drafters import Drafter
-from draft_opd.evaluation.lengths import weights_read
+from draft_opd.evaluation.draft_length_advice import weights_read
 from draft_opd.evaluation.measure import rotated
 from draft_opd.models.hub import resolve_path
 from draft_opd.models.target import Target

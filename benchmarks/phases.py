@@ -25,7 +25,7 @@ from draft_opd.decoding.generate import speculate
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.step import DecodeStep
 from draft_opd.drafters import Drafter
-from draft_opd.evaluation.lengths import weights_read
+from draft_opd.evaluation.draft_length_advice import weights_read
 from draft_opd.models.hub import EMBEDDED
 from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.target import Target

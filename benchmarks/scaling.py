@@ -23,8 +23,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from draft_opd.data.trajectory import Trajectory
 from draft_opd.drafters import FAMILIES
 from draft_opd.models.target import Target
+from draft_opd.training.batches import BatchSource
 from draft_opd.training.config import Opd
-from draft_opd.training.data import BatchSource
 from draft_opd.training.rollouts import hindsight_rollout
 from draft_opd.training.stage_opd import opd_loss
 from draft_opd.training.stage_sft import sft_loss

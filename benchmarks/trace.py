@@ -20,7 +20,7 @@ from draft_opd.data.trajectory import read_trajectories
 from draft_opd.decoding.rounds import tau
 from draft_opd.drafters import Drafter
 from draft_opd.models.target import Target
-from draft_opd.training.data import BatchSource
+from draft_opd.training.batches import BatchSource
 from draft_opd.training.rollouts import hindsight_rollout
 
 

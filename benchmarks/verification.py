@@ -19,7 +19,7 @@ import machine
 import torch
 from torch import nn
 
-from draft_opd.evaluation.lengths import weights_read
+from draft_opd.evaluation.draft_length_advice import weights_read
 from draft_opd.evaluation.measure import rotated
 from draft_opd.models.cpu_linear import PrepackedLinear
 from draft_opd.models.target import Target

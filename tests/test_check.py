@@ -10,7 +10,7 @@ import draft_opd as d
 from draft_opd.cli.main import run
 from draft_opd.data.prompts import Prompt
 from draft_opd.decoding.generate import speculate
-from draft_opd.serving.check import (
+from draft_opd.serving.check_serving import (
     Served,
     agrees,
     compare,

@@ -10,12 +10,12 @@ from draft_opd.data.prompts import Prompt, read_prompts
 from draft_opd.data.tasks import Task
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.evaluation.concurrency import throughput
-from draft_opd.evaluation.lengths import Hardware, is_mixture, roofline, weights_read
+from draft_opd.evaluation.draft_length_advice import Hardware, is_mixture, roofline, weights_read
+from draft_opd.evaluation.drafter_names import names_of
 from draft_opd.evaluation.measure import BASELINE, sides_of
-from draft_opd.evaluation.names import names_of
 from draft_opd.evaluation.run import Evaluation
 from draft_opd.evaluation.summary import compare
-from draft_opd.evaluation.tokens import pieces
+from draft_opd.evaluation.token_origin import pieces
 
 LONGEST = 16
 

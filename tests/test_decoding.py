@@ -7,8 +7,8 @@ import draft_opd as d
 from draft_opd.decoding.rounds import committed
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.hindsight.trace import hindsight_traces
+from draft_opd.training.batches import BatchSource
 from draft_opd.training.blocks import attach_drafts, pack_anchors, replay_hidden
-from draft_opd.training.data import BatchSource
 
 MAX_NEW_TOKENS = 320
 

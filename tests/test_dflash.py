@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 import draft_opd as d
 from draft_opd.drafters.attention import BlockMask, attend
 from draft_opd.drafters.dflash import DFlashDrafter, default_target_layers
+from draft_opd.training.batches import BatchSource
 from draft_opd.training.blocks import pack_anchors, replay_hidden
-from draft_opd.training.data import BatchSource
 
 FAMILY = "dflash"
 

@@ -25,8 +25,8 @@ from draft_opd.losses.divergences import (
 )
 from draft_opd.losses.objectives import decayed_cross_entropy, objective_loss
 from draft_opd.serving.export import export
+from draft_opd.training.batches import BatchSource
 from draft_opd.training.blocks import attach_drafts, pack_anchors, replay, text_states
-from draft_opd.training.data import BatchSource
 
 FAMILY = "eagle3"
 

@@ -5,8 +5,8 @@ import torch
 
 import draft_opd as d
 from draft_opd.hindsight.trace import hindsight_traces
+from draft_opd.training.batches import BatchSource
 from draft_opd.training.blocks import attach_drafts, pack_anchors, replay_hidden
-from draft_opd.training.data import BatchSource
 
 
 def test_replay_gives_the_logits_of_decoding(target, trained, heldout):

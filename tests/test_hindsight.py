@@ -14,7 +14,7 @@ from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.verification import acceptance_probability, bonus_distribution
 from draft_opd.hindsight.occupancy import expected_rounds, expected_tau, occupancy
 from draft_opd.hindsight.trace import Conditional, draft_given_text, hindsight_traces
-from draft_opd.training.data import BatchSource
+from draft_opd.training.batches import BatchSource
 from draft_opd.training.rollouts import hindsight_rollout
 
 V, K = 3, 2

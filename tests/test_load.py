@@ -11,7 +11,7 @@ from draft_opd.data.openai_client import Server
 from draft_opd.data.prompts import Prompt, read_prompts
 from draft_opd.data.tasks import Task
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.serving.load import ask_all, measure_server
+from draft_opd.serving.measure_server import ask_all, measure_server
 from draft_opd.serving.vllm_process import Acceptance
 
 FAMILY = "dflash"

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import draft_opd as d
+from draft_opd.training.batches import BatchSource
 from draft_opd.training.blocks import pack_anchors, replay_hidden
-from draft_opd.training.data import BatchSource
 from draft_opd.training.feature_store import FeatureFolder, about_features
 from draft_opd.training.trainer import Run
 

@@ -19,8 +19,8 @@ import draft_opd as d
 from draft_opd.decoding.generate import speculate
 from draft_opd.drafters.registry import family_of
 from draft_opd.models.hub import is_drafter, resolve_path
+from draft_opd.training.batches import BatchSource
 from draft_opd.training.blocks import attach_drafts, pack_anchors, replay
-from draft_opd.training.data import BatchSource
 
 VOCAB, HIDDEN, DRAFT_VOCAB = 320, 64, 200
 

@@ -15,8 +15,8 @@ from draft_opd.decoding.sampling import Sampling
 from draft_opd.hindsight.trace import hindsight_traces
 from draft_opd.pipelines.ablation import Ablation, load_plan, summarise
 from draft_opd.training.anchors import choose_blocks, choose_rounds, draw_by_weight
+from draft_opd.training.batches import BatchSource
 from draft_opd.training.config import Opd, load_recipe
-from draft_opd.training.data import BatchSource
 from draft_opd.training.rollouts import hindsight_rollout
 from draft_opd.training.stage_opd import opd_loss
 from draft_opd.training.trainer import Run

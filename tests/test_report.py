@@ -10,7 +10,7 @@ import pytest
 import draft_opd as d
 from draft_opd.cli.main import run
 from draft_opd.decoding.generate import Generation
-from draft_opd.evaluation.tokens import pieces
+from draft_opd.evaluation.token_origin import pieces
 
 sync_playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install 'draft-opd[test]'"

@@ -314,16 +314,16 @@ def test_other_data_under_the_same_name_is_refused(target, recipe_for, data, tmp
 
 
 def test_features_do_not_depend_on_the_batch(target, trained, heldout):
-    from draft_opd.training.data import BatchSource
+    from draft_opd.training.batches import BatchSource
 
     rows, found = heldout[:5], []
     for order in ([0, 1, 2, 3, 4], [4, 2], [3, 0, 1]):
         source = BatchSource(target, trained.target_layers, {}, torch.float32)
         source.batch([rows[i] for i in order])
-        found.append(source.known)
-    for key in {k for known in found for k in known}:
-        said = [known[key] for known in found if key in known]
-        assert all(torch.equal(a, b) for x in said for a, b in zip(x, said[0], strict=True))
+        found.append(source.feature_cache)
+    for key in {k for cache in found for k in cache}:
+        rows_of = [cache[key] for cache in found if key in cache]
+        assert all(torch.equal(a, b) for x in rows_of for a, b in zip(x, rows_of[0], strict=True))
 
 
 def test_a_finished_run_resumed_says_the_same_again(forked, command, copy, tmp_path):

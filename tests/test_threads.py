@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from draft_opd.utils.threads import tune_num_threads
+from draft_opd.utils.machine import tune_num_threads
 
 
 def test_threads_that_do_not_pay_are_not_taken():

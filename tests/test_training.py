@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 import draft_opd as d
 from draft_opd.drafters import dflash
 from draft_opd.training.anchors import random_anchors
+from draft_opd.training.batches import BatchSource, batch_at, batch_order
 from draft_opd.training.blocks import attach_drafts, pack_anchors
 from draft_opd.training.config import load_recipe
-from draft_opd.training.data import BatchSource, batch_at, batch_order
 from draft_opd.training.inputs import truncate
 from draft_opd.training.optimizer import learning_rate
 from draft_opd.training.rollouts import hindsight_rollout, live_rollout

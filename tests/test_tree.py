@@ -9,7 +9,7 @@ import draft_opd as d
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.tree import ancestry
 from draft_opd.decoding.verification import follow_path
-from draft_opd.drafters.expansion import best_children
+from draft_opd.drafters.tree_expansion import best_children
 
 FAMILY = "eagle3"
 

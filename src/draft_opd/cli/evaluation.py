@@ -31,7 +31,7 @@ from draft_opd.cli.options import (
     to_target,
     to_widths,
 )
-from draft_opd.evaluation.names import by_name
+from draft_opd.evaluation.drafter_names import by_name
 from draft_opd.models.hub import check_models
 from draft_opd.utils.console import Screen, table
 from draft_opd.utils.errors import UserError
@@ -137,7 +137,7 @@ def evaluate(
     chosen = _to_tasks(tasks, preset, prompts, limit, skip, shuffle)
     if out:
         make_folder(out)  # what cannot be written should be known before hours of decoding
-    from draft_opd.evaluation.lengths import HARDWARE, to_hardware
+    from draft_opd.evaluation.draft_length_advice import HARDWARE, to_hardware
     from draft_opd.evaluation.measure import sides_of
     from draft_opd.evaluation.run import Evaluation
     from draft_opd.training.run_folder import lineage
@@ -206,7 +206,7 @@ def evaluate_server(
     for which in filter(None, servers):
         which.check()
     from draft_opd.evaluation.result import EvaluationResult, mean_of
-    from draft_opd.serving.load import measure_server
+    from draft_opd.serving.measure_server import measure_server
     from draft_opd.utils.machine import machine
 
     options = {"max_new_tokens": longest, "sampling": sampling, "thinking": thinking, "seed": seed}
@@ -311,7 +311,7 @@ def report(
     json: Json = False,
 ) -> None:
     """One page from finished work: evaluation, training runs and analyses together."""
-    from draft_opd.report.load import gather
+    from draft_opd.report.gather import gather
 
     screen = Screen(json)
     page = gather(paths, title).write(out)

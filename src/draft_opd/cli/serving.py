@@ -80,7 +80,7 @@ def check_serving(
     from draft_opd.data.openai_client import Server
     from draft_opd.drafters import Drafter
     from draft_opd.models.target_info import TargetInfo
-    from draft_opd.serving.check import ask, compare
+    from draft_opd.serving.check_serving import ask, compare
     from draft_opd.serving.export import export
     from draft_opd.serving.vllm_process import Engine, EngineFailed, read_metrics
 

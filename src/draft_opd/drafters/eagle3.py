@@ -17,7 +17,6 @@ from draft_opd.drafters.attention import Rotary
 from draft_opd.drafters.base import Choose, Drafter
 from draft_opd.drafters.eagle3_layer import Eagle3Layer
 from draft_opd.drafters.eagle3_options import STEP_DECAY, STEPS, Eagle3Options, default_target_layers
-from draft_opd.drafters.expansion import best_children
 from draft_opd.drafters.layouts import eagle3 as layout
 from draft_opd.drafters.layouts.eagle3 import FLAGS
 from draft_opd.drafters.layouts.vocabulary import as_buffers, checked_ids, most_frequent, target_ids
@@ -28,6 +27,7 @@ from draft_opd.drafters.target_config import (
     initialise,
     raise_mismatch,
 )
+from draft_opd.drafters.tree_expansion import best_children
 from draft_opd.models.cpu_linear import prepack
 from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.target import Target

@@ -13,8 +13,8 @@ from draft_opd.drafters.base import Drafter
 from draft_opd.evaluation.summary import acceptance_by_position
 from draft_opd.losses.divergences import forward_kl, overlap, reverse_kl
 from draft_opd.models.target import Target
+from draft_opd.training.batches import BatchSource
 from draft_opd.training.blocks import attach_drafts, pack_anchors, replay, text_states
-from draft_opd.training.data import BatchSource
 from draft_opd.training.rollouts import hindsight_rollout
 from draft_opd.training.stage_opd import teacher_states
 

@@ -14,7 +14,7 @@ import torch
 from draft_opd.data.tasks import Task
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.evaluation.concurrency import throughput
-from draft_opd.evaluation.lengths import HARDWARE, Hardware, advise
+from draft_opd.evaluation.draft_length_advice import HARDWARE, Hardware, advise
 from draft_opd.evaluation.measure import BASELINE, Answers, DecodeConfig, check_lengths, measure
 from draft_opd.evaluation.regret import regret
 from draft_opd.evaluation.result import (
@@ -27,7 +27,7 @@ from draft_opd.evaluation.result import (
     mean_of,
 )
 from draft_opd.evaluation.summary import comparison, decode_rate, summarise
-from draft_opd.evaluation.tokens import sample
+from draft_opd.evaluation.token_origin import sample
 from draft_opd.models.target import Target
 from draft_opd.utils.files import make_folder, write_json, write_lines
 from draft_opd.utils.machine import machine

@@ -27,7 +27,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from draft_opd.models.hub import check_models, find_folder
-from draft_opd.report.plots import COLOURS, GREY, new_axes, svg
+from draft_opd.report.plot_style import COLOURS, GREY, new_axes, svg
 from draft_opd.training.config import Recipe, load_recipe
 from draft_opd.training.inputs import read_data
 from draft_opd.training.trainer import Run, RunResult

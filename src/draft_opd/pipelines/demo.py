@@ -32,7 +32,7 @@ from draft_opd.training.trainer import Run
 from draft_opd.utils.console import Screen, table
 from draft_opd.utils.errors import UserError
 from draft_opd.utils.files import make_folder, read_json, write_json
-from draft_opd.utils.threads import tune_num_threads
+from draft_opd.utils.machine import tune_num_threads
 
 MAX_NEW_TOKENS = 320
 ANALYSED = 32  # held-out texts that the analyses look at

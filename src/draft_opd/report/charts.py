@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from draft_opd.evaluation.analysis import GROUPS
 from draft_opd.evaluation.result import Advice
-from draft_opd.report.plots import COLOURS, GREY, INK, as_text, label, legend, new_axes, plain
+from draft_opd.report.plot_style import COLOURS, GREY, INK, as_text, label, legend, new_axes, plain
 from draft_opd.training.run_folder import History
 
 Series = dict[str, Sequence[float]]

@@ -16,7 +16,7 @@ from draft_opd.evaluation.measure import BASELINE
 from draft_opd.evaluation.result import EvaluationResult, SideResult, TaskResult
 from draft_opd.report import charts
 from draft_opd.report.format import number, spread, times
-from draft_opd.report.plots import png, svg
+from draft_opd.report.plot_style import png, svg
 from draft_opd.report.tables import (
     Table,
     batch_table,

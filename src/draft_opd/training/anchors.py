@@ -17,9 +17,9 @@ from draft_opd.hindsight.occupancy import LOGITS, occupancy, text_acceptance
 from draft_opd.hindsight.trace import text_chooser
 from draft_opd.losses.objectives import spec_of
 from draft_opd.models.target import Target
+from draft_opd.training.batches import Batch
 from draft_opd.training.blocks import Blocks, attach_drafts, pack_anchors, text_states
 from draft_opd.training.config import Opd
-from draft_opd.training.data import Batch
 
 
 def random_anchors(batch: Batch, count: int | list[int], seed: str) -> list[list[int]]:

@@ -13,7 +13,7 @@ from draft_opd.drafters.base import Drafter
 from draft_opd.losses.config import Objective
 from draft_opd.losses.objectives import ReplayedBlocks
 from draft_opd.models.target import Target
-from draft_opd.training.data import Batch
+from draft_opd.training.batches import Batch
 
 
 @dataclass

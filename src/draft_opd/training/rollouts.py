@@ -15,8 +15,8 @@ from draft_opd.drafters.base import Drafter
 from draft_opd.hindsight.trace import trace_all_positions, trace_sequential
 from draft_opd.losses.objectives import spec_of
 from draft_opd.models.target import Target
+from draft_opd.training.batches import Batch, BatchSource
 from draft_opd.training.config import Recipe
-from draft_opd.training.data import Batch, BatchSource
 from draft_opd.training.distributed import ParallelContext
 from draft_opd.training.precision import autocast
 from draft_opd.training.stopwatch import Stopwatch

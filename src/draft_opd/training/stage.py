@@ -9,8 +9,8 @@ from torch import Tensor
 
 from draft_opd.drafters.base import Drafter
 from draft_opd.models.target import Target
+from draft_opd.training.batches import BatchSource
 from draft_opd.training.config import Recipe
-from draft_opd.training.data import BatchSource
 from draft_opd.training.distributed import ParallelContext
 from draft_opd.training.rollouts import Rollouts, Rows
 from draft_opd.training.stopwatch import Stopwatch

@@ -14,9 +14,9 @@ from draft_opd.drafters.base import Drafter
 from draft_opd.losses.objectives import objective_loss, spec_of
 from draft_opd.models.target import Target
 from draft_opd.training.anchors import choose_blocks
+from draft_opd.training.batches import Batch
 from draft_opd.training.blocks import Blocks, replay, text_states
 from draft_opd.training.config import Opd
-from draft_opd.training.data import Batch
 from draft_opd.training.stage import StageContext, StepOutput
 from draft_opd.training.stopwatch import Stopwatch
 

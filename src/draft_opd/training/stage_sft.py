@@ -16,8 +16,8 @@ from draft_opd.drafters.base import Drafter
 from draft_opd.losses.objectives import decayed_cross_entropy, decayed_divergence
 from draft_opd.models.target import Target
 from draft_opd.training.anchors import random_anchors
+from draft_opd.training.batches import Batch
 from draft_opd.training.blocks import pack_anchors, replay, text_states
-from draft_opd.training.data import Batch
 from draft_opd.training.precision import autocast
 from draft_opd.training.stage import StageContext, StepOutput
 

@@ -17,6 +17,7 @@ from draft_opd.decoding.rounds import by_accepted, tau_of
 from draft_opd.drafters.base import Drafter
 from draft_opd.models.target import Target
 from draft_opd.training import nonfinite
+from draft_opd.training.batches import open_sources, rows_at
 from draft_opd.training.checkpoint import (
     Checkpoints,
     Progress,
@@ -26,7 +27,6 @@ from draft_opd.training.checkpoint import (
     save_best,
 )
 from draft_opd.training.config import Recipe
-from draft_opd.training.data import open_sources, rows_at
 from draft_opd.training.distributed import ParallelContext, gather_full_tensors, no_grad_call, reduce_metric
 from draft_opd.training.inputs import Inputs, check_folder, read_inputs
 from draft_opd.training.optimizer import Optimizer, learning_rate

@@ -1,4 +1,4 @@
-"""What a figure was measured on, and how fast this machine multiplies."""
+"""What a figure was measured on, how fast this machine multiplies, how many threads pay."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -73,6 +74,30 @@ def warn_if_slow(asked: str, dtype: torch.dtype, device: torch.device) -> None:
             name,
             ratio,
         )
+
+
+def tune_num_threads(work: Callable[[], object], repeats: int = 3) -> int:
+    """Sets and returns the number of torch's CPU threads that does `work` fastest.
+
+    torch's threads wait for each other by spinning, so that on a machine with other work to do two
+    can be many times slower than one. Tries 1, 2, 4 … up to what torch would take, in alternation;
+    more threads must pay at least a tenth to be chosen.
+    """
+    most = torch.get_num_threads()
+    counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < most] + [most]
+    best = dict.fromkeys(counts, float("inf"))
+    for _ in range(repeats):
+        for count in counts:
+            torch.set_num_threads(count)
+            began = time.perf_counter()
+            work()
+            best[count] = min(best[count], time.perf_counter() - began)
+    chosen = counts[0]
+    for count in counts[1:]:
+        if best[count] < 0.9 * best[chosen]:
+            chosen = count
+    torch.set_num_threads(chosen)
+    return chosen
 
 
 def _cpu() -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from draft_opd.evaluation.names import by_name
+from draft_opd.evaluation.drafter_names import by_name
 from draft_opd.evaluation.result import EvaluationResult
 from draft_opd.report.page import Report
 from draft_opd.training.run_folder import is_run, lineage, read_history
