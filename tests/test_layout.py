@@ -10,8 +10,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "draft_opd"
 LAYERS = (
     {"utils"},
     {"models"},
-    {"losses"},
     {"drafters"},
+    {"losses"},
     {"decoding"},
     {"data"},
     {"hindsight"},
