@@ -191,8 +191,8 @@ def _check_made(path: Path, about: dict) -> None:
             raise UserError(f"'{path}' is damaged: remove it, or use another --out")
         changed = [k for k in about if k in before and before[k] != about[k]]
         if changed:
-            told = "; ".join(f"{k} {before.get(k)} before, {about[k]} now" for k in changed)
-            raise UserError(f"'{path.parent}' was collected otherwise ({told}): use another --out")
+            changes = "; ".join(f"{k} {before.get(k)} before, {about[k]} now" for k in changed)
+            raise UserError(f"'{path.parent}' was collected otherwise ({changes}): use another --out")
 
 
 def summary(path: Path) -> dict:

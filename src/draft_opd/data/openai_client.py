@@ -80,14 +80,14 @@ class Server:
         if self.model is None and len(names) == 1:
             self.model = names[0]
         if self.model not in names:
-            told = f"'{self.model}' is not served" if self.model else "it serves several models"
-            raise UserError(f"server {self.url}: {told}; --server-model is one of {names}")
+            problem = f"'{self.model}' is not served" if self.model else "it serves several models"
+            raise UserError(f"server {self.url}: {problem}; --server-model is one of {names}")
         return self.model
 
 
 def sampling_params(sampling: Sampling) -> dict[str, float]:
-    """Sampling as a request says it, also where it changes nothing: servers take the rest from the
-    model's generation_config, and that would change the text."""
+    """Every sampling parameter of a request, neutral values too: servers take missing ones from the
+    model's generation_config, which would change the text."""
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,

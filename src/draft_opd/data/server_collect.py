@@ -123,7 +123,7 @@ class _Asking:
         self.queue: asyncio.Queue[Request] = asyncio.Queue()
         self.done = asyncio.Event()
         self.tries: Counter[str] = Counter()
-        self.failures: dict[str, list[float]] = {}  # of a prompt: when
+        self.failures: dict[str, list[float]] = {}  # prompt id -> times of its invalid responses
         self.timeouts: Counter[str] = Counter()
         self.trouble: dict[str, float] = {}  # servers: since when they have not answered a prompt
         self.last_answer = float("-inf")
@@ -175,7 +175,7 @@ class _Asking:
             self.done.set()
 
     def _drop(self, reason: str) -> None:
-        # Counts and offsets in a server's message would make each its own.
+        # Numbers become N, so that equal errors are counted under one reason.
         self.dropped[re.sub(r"(?<!HTTP )\b\d+", "N", reason)] += 1
         self._close()
 
@@ -199,8 +199,8 @@ class _Asking:
             raise UserError(f"server {self.names}: {problem}, of any prompt")
 
     def _again(self, request: Request, problem: Exception) -> None:
-        """Puts it back, to be tried later; or gives it up where others were answered since it first
-        failed."""
+        """Puts the request back, to be tried later. Drops it after `FAILURES` invalid responses, if
+        other prompts were answered since the first of them."""
         if isinstance(problem, InvalidResponse):
             failures = self.failures.setdefault(request.id, [])
             failures.append(time.monotonic())
@@ -282,18 +282,22 @@ def read_answer(
     try:
         choice = answer["choices"][0]
         finish, usage = choice["finish_reason"], answer.get("usage") or {}
-        told = choice.get("text")
-        if told is None:
-            told = choice["message"].get("content") or ""
-        if not isinstance(told, str) or not isinstance(usage, dict):
+        answer_text = choice.get("text")
+        if answer_text is None:
+            answer_text = choice["message"].get("content") or ""
+        if not isinstance(answer_text, str) or not isinstance(usage, dict):
             raise TypeError
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InvalidResponse("an answer that is no completion") from error
     if finish not in ("stop", "length"):
         raise AnswerRejected(f"ended by '{finish}'")
-    seen = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
+    server_prompt_ids = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
     # Without ids only their number can be compared.
-    same = seen == prompt_ids if seen else usage.get("prompt_tokens") == len(prompt_ids)
+    same = (
+        server_prompt_ids == prompt_ids
+        if server_prompt_ids
+        else usage.get("prompt_tokens") == len(prompt_ids)
+    )
     if not same:
         raise AnswerRejected("the server saw another prompt (its chat template, or its tokenizer)")
     ids = choice.get("token_ids") or choice.get("response_token_ids")
@@ -308,8 +312,8 @@ def read_answer(
         if finish == "stop" and ids[-1] not in stops:
             ids.append(_stop_token(text, choice))
     else:
-        ids = text.tokenizer.encode(told, add_special_tokens=False)
-        if text.tokenizer.decode(ids, skip_special_tokens=False) != told:
+        ids = text.tokenizer.encode(answer_text, add_special_tokens=False)
+        if text.tokenizer.decode(ids, skip_special_tokens=False) != answer_text:
             raise AnswerRejected("its text does not tokenise back to itself")
         if finish == "stop":
             ids.append(_stop_token(text, choice))

@@ -38,7 +38,7 @@ class Source:
 
 
 def _listed(turns: object) -> list[str]:
-    """User turns; a text alone is no list of them, and then the row is taken as it is."""
+    """User turns. Raises TypeError for a text alone: the row is then read as a plain prompt."""
     if not isinstance(turns, list):
         raise TypeError("not a list of turns")
     return turns

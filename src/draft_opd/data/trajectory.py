@@ -56,7 +56,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
             raise UserError(f"{path}:{number}: the line has {len(line) >> 20} MB: give a JSON object a line")
         try:
             row = json.loads(line.decode("utf-8-sig"))
-            if b"\\u" in line:  # halves of characters cannot be written again
+            if b"\\u" in line:  # a lone surrogate is no UTF-8 text
                 json.dumps(row, ensure_ascii=False).encode("utf-8")
         except UnicodeError:
             raise UserError(f"{path}:{number}: not UTF-8 text") from None
@@ -95,10 +95,10 @@ def _how(row: dict, where: str) -> dict:
     """What a row says of how it was sampled."""
     found = {k: row[k] for k in SAMPLED if k in row}
     for key, value in found.items():
-        kind, told = SAMPLED[key]
+        kind, expected = SAMPLED[key]
         right = isinstance(value, kind) and not isinstance(value, bool)
         if not right or value != value:  # NaN is a number to JSON
-            raise UserError(f"{where}: '{key}' must be {told} (got {json.dumps(value)[:40]})")
+            raise UserError(f"{where}: '{key}' must be {expected} (got {json.dumps(value)[:40]})")
     return found
 
 

@@ -17,15 +17,15 @@ LENGTHS = (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 31)
 RECENT = 4  # timings of a length that count
 MEMORY = 64  # rounds in which what was accepted loses most of its weight
 PRIOR = 2.0  # rounds that a guess of an acceptance is worth
-GOOD = 4.0  # tokens a round at which nobody asks at once whether drafting pays
+GOOD = 4.0  # expected tokens a round from which length 0 is not timed at the start
 LOOK = 16  # every so many rounds another length is timed: a neighbour of the best one, or another
 
 
 class DraftLengthController:
     """Chooses draft lengths of 0 (the target alone) to `longest` for one drafter on one machine.
 
-    `choose()` before a round, `tell` what came of it. Kept over several texts it need not learn
-    anew. The first round at a length warms up and is not counted.
+    Call `choose()` before each round and `record()` after it. Reuse one controller for several texts
+    to keep what it has learned. The first round at a length warms up and is not counted.
     """
 
     def __init__(self, longest: int):
@@ -38,8 +38,8 @@ class DraftLengthController:
     def choose(self, at_most: int | None = None) -> int:
         """The length whose rounds bring most tokens a second, as far as is known."""
         allowed = [n for n in self.lengths if at_most is None or n <= at_most]
-        # Two far apart first, the others' costs lie between; what brings many tokens need not be
-        # compared with drafting nothing.
+        # First time two distant lengths: the longest and 0. The cost of the others is interpolated.
+        # A drafter that brings many tokens is timed at a quarter of the longest instead of 0.
         short = allowed[-1] / 4 if self.tokens(allowed[-1]) >= GOOD else 0
         for length in (allowed[-1], min(allowed, key=lambda n: abs(n - short))):
             if len(self._seconds.get(length, ())) < 2:  # one may have had bad luck
@@ -52,7 +52,7 @@ class DraftLengthController:
         if self.rounds % LOOK < LOOK - 1:
             return best
         at = allowed.index(best)
-        # Against nothing; from there against what should be best: its neighbour may not pay.
+        # The third candidate is length 0; where 0 is best, the length with the highest predicted rate.
         other = allowed[0] if at else max(allowed[1:] or allowed, key=rate)
         looks = (allowed[max(at - 1, 0)], allowed[min(at + 1, len(allowed) - 1)], other)
         return looks[self.rounds // LOOK % 3]
@@ -65,7 +65,7 @@ class DraftLengthController:
         else:
             self._seconds[drafted].append(seconds)
         keep = 1 - 1 / MEMORY
-        for k in range(drafted):  # what nobody tries is not forgotten
+        for k in range(drafted):  # offsets that were not drafted keep their weight
             self._tried[k] *= keep
             self._passed[k] *= keep
         for count in accepted:

@@ -174,7 +174,7 @@ def speculate(
         table = table.tolist()
         if pace:
             pace.record(count, [line[0] for line in table], time.perf_counter() - entered)
-        going = []
+        unfinished = []
         for row, (result, anchor, line) in enumerate(zip(rows, anchor_list, table, strict=True)):
             room = limits[active[row]] - len(result.token_ids)
             tokens, kept, ended = committed(line[2:], line[0], line[1], stops, room)
@@ -185,10 +185,10 @@ def speculate(
             if ended:
                 result.finish_reason = ended
             else:
-                going.append(row)
-        if len(going) < len(rows):
-            rounds.select(torch.tensor(going, dtype=torch.long, device=device))
-            active = [active[i] for i in going]
+                unfinished.append(row)
+        if len(unfinished) < len(rows):
+            rounds.select(torch.tensor(unfinished, dtype=torch.long, device=device))
+            active = [active[i] for i in unfinished]
         clock.rest += now() - verified_at
         if started is not None:
             clock.first_token += now() - started
@@ -219,8 +219,8 @@ def generate(
 ) -> Generation:
     """Decodes one prompt speculatively; see `speculate`. The text is the target's own.
 
-    draft_length: None, as trained; "auto", what is fastest here (`DraftLengthController`): then rounds
-    depend on timings, and with them, at a temperature above 0, what is drawn from the same distribution.
+    draft_length: None is the trained one. "auto" takes the fastest one by timings (`DraftLengthController`);
+    above temperature 0 it may then give another text each time, from the same distribution.
 
     >>> import draft_opd as d
     >>> target = d.Target.from_pretrained("embedded", device="cpu")

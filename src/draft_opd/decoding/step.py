@@ -1,7 +1,7 @@
 """One round as tensors: draft, verify, and let target and drafter know what was committed.
 
-Nothing here looks at a tensor's value or does Python work that grows with the context: where the
-round begins and how far it reaches is known to the caller, who reads its result in one transfer.
+A round never reads a tensor's value on the host, so it does not wait for the device. The caller knows
+where the round begins and how far it reaches, and reads the result in one transfer.
 """
 
 from __future__ import annotations

@@ -64,10 +64,11 @@ class ProjectedAttention(nn.Module):
 class BlockMask:
     """Who sees what: block i, at anchors[:, i], sees context slots before its anchor.
 
-    anchors [batch, A]; `size` tokens a block; `context` slots stand before the blocks' own keys,
-    or, `in_place`, hold those of one block a row at its positions (`filled`: up to the last slot).
-    A causal block sees itself from left to right only (None: in layers of kind sliding_attention,
-    as engines serve them); `window` bounds the distance to a key in those layers.
+    anchors [batch, A]; `size` tokens a block. `context` cache slots are read; the blocks' own keys
+    follow them. `in_place`: each row has one block, and its keys are inside these slots, at its
+    positions; `filled`: every block ends at the last slot. `causal`: a token of a block sees itself
+    and earlier tokens of the block; None: only in layers of kind sliding_attention, as engines serve
+    them. `window` bounds the distance to a key in those layers.
     """
 
     anchors: Tensor
@@ -110,8 +111,8 @@ class BlockMask:
         return visible
 
     def dense(self, kind: str) -> Tensor | None:
-        """Boolean mask [batch, 1, A * size, context + A * size], in place without the latter; None
-        where all is visible."""
+        """Boolean mask [batch, 1, A * size, context + A * size], [.., context] in place; None where
+        every query sees every key."""
         sliding = kind == "sliding_attention"
         if self.filled and not sliding and not self.causal:
             return None

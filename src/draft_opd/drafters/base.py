@@ -175,7 +175,7 @@ class Drafter(nn.Module):
         raise NotImplementedError
 
     def forward_token_counts(self, num_draft_tokens: int) -> list[int]:
-        """Forwards that drafting `num_draft_tokens` tokens takes, each by the tokens it runs."""
+        """One entry a forward of the drafter in a round: the number of tokens that it runs."""
         raise NotImplementedError
 
     def position_decay(self, num_draft_tokens: int) -> float:
@@ -187,9 +187,8 @@ class Drafter(nn.Module):
         raise NotImplementedError
 
     def known_faults(self, num_layers: int) -> dict[str, Callable[[dict, dict[str, Tensor]], None]]:
-        """What wrong files and engines do to a drafter, by name: changes for `altered`.
-
-        num_layers: the target's.
+        """{name: change(config, tensors)} for `with_fault`: each reproduces a known bug of an export
+        or an engine. num_layers: the target's.
         """
         raise NotImplementedError
 
@@ -209,10 +208,10 @@ class Drafter(nn.Module):
 
     def common_faults(self, num_layers: int, shift: Callable[[dict, int], None]) -> dict:
         """Those of every family; `shift(config, by)` moves the tapped layers."""
-        made: dict[str, Callable[[dict, dict[str, Tensor]], None]] = {}
+        faults: dict[str, Callable[[dict, dict[str, Tensor]], None]] = {}
         for by, name in ((1, "one higher"), (-1, "one lower")):
             if self.target_layers[0] + by >= 0 and self.target_layers[-1] + by < num_layers - 1:
-                made[f"the target's layers are tapped {name} than trained"] = partial(_shifted, shift, by)
+                faults[f"the target's layers are tapped {name} than trained"] = partial(_shifted, shift, by)
         ours = self.config_dict()["rope_theta"]
         for theta in (10_000.0, 500_000.0, 1_000_000.0, 5_000_000.0):
 
@@ -220,15 +219,15 @@ class Drafter(nn.Module):
                 config["rope_theta"] = config["rope_parameters"]["rope_theta"] = theta
 
             if theta != ours:
-                made[f"the rope base is {theta:g}, trained was {ours:g}"] = turn
+                faults[f"the rope base is {theta:g}, trained was {ours:g}"] = turn
         for name, value in self.tensors().items():
             if value.is_floating_point() and value.ndim == 2:
 
                 def forget(_, tensors, name=name):
                     tensors[name].zero_()
 
-                made[f"the tensor {name} was not loaded (a misnamed weight)"] = forget
-        return made
+                faults[f"the tensor {name} was not loaded (a misnamed weight)"] = forget
+        return faults
 
     def run(self, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """`part(*inputs)`; with `gradient_checkpointing` only the inputs are kept for the backward

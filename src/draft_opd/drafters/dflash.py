@@ -111,7 +111,7 @@ class DFlashDrafter(Drafter):
             config.num_target_layers, config.num_hidden_layers
         )
         self.target_layers = tuple(layers)
-        # Said for all layers; where nothing is said, sliding layers are causal and full ones not.
+        # The key holds for all layers. Without it sliding-attention layers are causal, full ones are not.
         self.causal: bool | None = getattr(config, "is_causal", options.get("causal"))
         if self.causal is None and "sliding_attention" not in config.layer_types:
             self.causal = False
@@ -173,7 +173,7 @@ class DFlashDrafter(Drafter):
 
     @property
     def formats(self) -> tuple[str, ...]:
-        # speculators and vLLM's reader of it differ in what is causal unless nothing is.
+        # speculators and vLLM read the causal keys differently; they agree where no layer is causal.
         plain = ("z-lab", "sglang", "vllm")
         return plain if self.causal is not False else (*plain, "speculators")
 
@@ -230,7 +230,7 @@ class DFlashDrafter(Drafter):
         positions = (anchors[:, :, None] + offsets).flatten(1)  # [batch, A * size]
         x = target.embed(tokens.flatten(1)).to(self.fc.weight.dtype)
         in_place = count == 1 and context.bound is not None
-        if in_place:  # decoding: the block stands in the slots that `observe` overwrites
+        if in_place:  # decoding: the block uses the slots of its positions; `extend_cache` overwrites them
             context.prepare(positions)
             visible = context.visible
         else:

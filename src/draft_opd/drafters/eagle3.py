@@ -199,8 +199,8 @@ class Eagle3Drafter(Drafter):
 
     @property
     def formats(self) -> tuple[str, ...]:
-        # SGLang has neither in 0.5.23's llama_eagle3.py.
-        # For embeddings it takes the target's.
+        # SGLang 0.5.23 has neither qk_norm nor norm_before_residual (llama_eagle3.py), and it always
+        # takes the target's embeddings.
         sglang = not (self.qk_norm or self.flags["norm_before_residual"] or self.embed_tokens)
         return ("sglang", "vllm", "speculators") if sglang else ("vllm", "speculators")
 

@@ -28,7 +28,7 @@ from draft_opd.models.target import Target
 from draft_opd.utils.errors import UserError
 
 STEPS, REPEATS = 32, 5  # tokens of a timing, the same for every side; timings
-TOKENS = 32_768  # that one forward over texts runs
+TOKENS = 32_768  # most tokens in one forward of the target over texts
 TEXTS = 32  # whose rounds are counted
 PARTS = ("draft", "verify", "rest")
 WIDTH = 2  # bytes a weight on other hardware: bfloat16
@@ -198,7 +198,7 @@ def roofline(
     context: int,
     batch: int = 1,
 ) -> float:
-    """Speed-up against the target alone, were both as fast as `hardware` allows.
+    """Upper bound of the speed-up on `hardware`: both sides run at its full rates (roofline).
 
     Every weight is read once a forward, and the keys and values of `context` tokens a request;
     launches and all that is small are free.

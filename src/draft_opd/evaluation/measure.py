@@ -163,9 +163,9 @@ def _converse(
     messages = list(prompt.messages)
     for turn, more in enumerate((None, *prompt.later)):
         if more is not None:
-            said = done[BASELINE][-1].made.token_ids
-            told = target.tokenizer.decode(said, skip_special_tokens=True)
-            messages += [{"role": "assistant", "content": told}, {"role": "user", "content": more}]
+            answer_ids = done[BASELINE][-1].made.token_ids
+            answer_text = target.tokenizer.decode(answer_ids, skip_special_tokens=True)
+            messages += [{"role": "assistant", "content": answer_text}, {"role": "user", "content": more}]
         ids = Prompt(prompt.id, messages).ids(target, thinking)
         if turn and len(ids) >= target.max_positions:
             break

@@ -15,7 +15,7 @@ from torch import Tensor
 from draft_opd.models.target import Target
 
 PART = 1024  # tokens whose logits are held at a time
-ROUNDINGS = 8  # of the largest logit: what the layers' own roundings add up to, with room
+ROUNDINGS = 8  # bound: 8 eps of the largest logit, for the roundings of all layers, with a margin
 
 
 @torch.no_grad()
@@ -28,9 +28,9 @@ def regret(target: Target, prompt_ids: Sequence[int], response_ids: Sequence[int
     at = len(prompt_ids) - 1
     gaps, bounds = [], []
     states = target.trajectories(ids).hidden[0, at:-1]
-    for hidden, told in zip(states.split(PART), ids[0, at + 1 :].split(PART), strict=True):
+    for hidden, token_ids in zip(states.split(PART), ids[0, at + 1 :].split(PART), strict=True):
         logits = target.logits(hidden).float()
-        said = logits.gather(1, told[:, None])[:, 0]
-        gaps.append(logits.max(-1).values - said)
+        token_logits = logits.gather(1, token_ids[:, None])[:, 0]
+        gaps.append(logits.max(-1).values - token_logits)
         bounds.append(ROUNDINGS * torch.finfo(target.dtype).eps * logits.abs().max(-1).values)
     return torch.cat(gaps), torch.cat(bounds)

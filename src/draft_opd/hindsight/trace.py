@@ -2,8 +2,8 @@
 
 Lossless decoding emits text of the target's distribution whatever the drafter is, so the rounds
 follow from stored text: draft at the anchor, count the leading tokens that agree with the text, go
-on behind the target's own token. At temperature 0, and for a drafter that proposes its argmax, the
-draft is what it is. A sampled draft is drawn from its exact distribution given the text the target
+on behind the target's own token. A greedy or argmax draft is determined by the text, so its trace
+is exact. A sampled draft is drawn from its exact distribution given the text the target
 emitted (`Conditional`). All rows walk together, one draft a round.
 """
 
@@ -26,8 +26,8 @@ from draft_opd.decoding.verification import (
 from draft_opd.drafters.base import Drafter
 from draft_opd.models.target import Target
 
-# What `trace_all_positions` runs at once: queries of a row (at least) and in all, and logits. Blocks do not
-# see each other, but a dense mask computes as if they did.
+# Limits of one forward of `trace_all_positions`: queries of a row (at least), queries in all, logits. A dense
+# mask also computes attention between blocks that do not see each other, so larger forwards waste work.
 ROW, QUERIES, LOGITS = 64, 256, 1 << 24
 
 
@@ -57,8 +57,8 @@ def draft_given_text(text: Tensor, draft_probs: Tensor, target_probs: Tensor) ->
 class Conditional:
     """Chooses draft tokens given the text, as they were in sampled verification.
 
-    Up to and including the first rejection they follow `draft_given_text`; behind it, and past the
-    end of the text, drafts are free.
+    Up to and including the first rejected one they are drawn from `draft_given_text`. Behind it, and
+    past the end of the text, they are drawn from q.
 
     Args:
         text: [rows, K] the emitted tokens; known: [rows, K], False past the end.
@@ -159,7 +159,7 @@ def trace_sequential(
             proposals = drafted[:, 0].tolist()
         else:
             proposals = [[] for _ in active]
-        going = []
+        unfinished = []
         for row, i in enumerate(active):
             anchor, end, proposal = anchors[i], ends[i], proposals[row]
             text = trajectories[i].ids[anchor + 1 : anchor + 1 + count]
@@ -167,10 +167,10 @@ def trace_sequential(
             traces[i].append(Round(anchor, proposal, accepted))
             anchors[i] = anchor + accepted + 1
             if anchors[i] < end:
-                going.append(row)
-        if len(going) < len(active):
-            context.select(torch.tensor(going, dtype=torch.long, device=ids.device))
-            active = [active[row] for row in going]
+                unfinished.append(row)
+        if len(unfinished) < len(active):
+            context.select(torch.tensor(unfinished, dtype=torch.long, device=ids.device))
+            active = [active[row] for row in unfinished]
             rows = torch.tensor(active, dtype=torch.long, device=ids.device)
     return traces
 
@@ -187,8 +187,8 @@ def trace_all_positions(
     """What `trace_sequential` finds of argmax drafts that are not wanted whole, in fewer and larger forwards:
     every position is drafted at, then the rounds follow from how far each draft is right.
 
-    Does a draft's work τ times as often, and waits for none of it: faster while τ is small. Where
-    a block would reach beyond the context it is cut here, and drafted shorter there.
+    It makes about τ times as many drafts as `trace_sequential`, but none waits for another: it is
+    faster where τ is small. A block at the end of the context is cut here, drafted shorter there.
     """
     starts = torch.tensor([len(t.prompt_ids) - 1 for t in trajectories], device=ids.device)
     ends = torch.tensor([len(t.ids) - 1 for t in trajectories], device=ids.device)
@@ -209,9 +209,9 @@ def trace_all_positions(
         lengths.append(accepted_prefix((drafted == text) & known))
     if not found:
         return [[] for _ in trajectories]
-    drafts, right = torch.cat(found, 1).tolist(), torch.cat(lengths, 1).tolist()
+    drafts, accepted_lengths = torch.cat(found, 1).tolist(), torch.cat(lengths, 1).tolist()
     traces: list[list[Round]] = []
-    for t, draft, length in zip(trajectories, drafts, right, strict=True):
+    for t, draft, length in zip(trajectories, drafts, accepted_lengths, strict=True):
         first = anchor = len(t.prompt_ids) - 1
         traces.append([])
         while anchor < len(t.ids) - 1:

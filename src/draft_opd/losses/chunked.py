@@ -34,17 +34,17 @@ class _Scoring:
         self, hidden: Tensor, weight: Tensor, gradient: bool
     ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Rows, their scores and (asked for) the scores' gradients to the LM head's output."""
-        logits = told = multiplier(weight, len(hidden))
+        draft_logits_of = teacher_logits_of = multiplier(weight, len(hidden))
         if self.teacher_hidden is not None and self.teacher_weight.data_ptr() != weight.data_ptr():
-            told = multiplier(self.teacher_weight, len(hidden))
+            teacher_logits_of = multiplier(self.teacher_weight, len(hidden))
         wide = _wide(hidden.dtype)
         for start in range(0, len(hidden), self.chunk):
             part = slice(start, start + self.chunk)
-            draft = logits(hidden[part].to(weight.dtype)).to(wide)
+            draft = draft_logits_of(hidden[part].to(weight.dtype)).to(wide)
             target = labels = None
             if self.teacher_hidden is not None:
                 states = self.teacher_hidden[part].to(self.teacher_weight.dtype)
-                target = _scaled_(told(states).to(wide), self.target_scale)
+                target = _scaled_(teacher_logits_of(states).to(wide), self.target_scale)
             if self.labels is not None:
                 labels = self.labels[part]
             scores, slope = self._scores(_scaled_(draft, self.draft_scale), target, labels, gradient)
@@ -63,9 +63,9 @@ class _Scoring:
 
 
 class _ChunkedScore(torch.autograd.Function):
-    """A token's score depends on its own hidden state alone. With a frozen head ∂s_i/∂h_i
-    [tokens, H] is computed on the way, and is all that has to be kept; the gradient of a trained
-    head waits for what its scores are worth, so its chunks are computed again."""
+    """A token's score depends on its own hidden state alone. With a frozen head the forward
+    pass computes ∂s_i/∂h_i [tokens, H] and keeps nothing else. The gradient of a trained head needs
+    the gradient of the scores, so the backward pass computes every chunk again."""
 
     @staticmethod
     def forward(ctx, hidden, weight, scoring):

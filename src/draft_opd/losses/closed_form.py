@@ -1,7 +1,7 @@
 """Scores and their gradients to the draft logits in closed form, computed in place.
 
-What automatic differentiation makes of `losses` keeps a matrix [tokens, vocabulary] for every
-intermediate result; these keep those that they are given. A test compares them.
+Autograd would keep a matrix [tokens, vocabulary] for every intermediate result. These functions
+overwrite the logits that they are given. A test compares them with autograd.
 """
 
 from __future__ import annotations

@@ -186,8 +186,8 @@ def combine_streams(
 ) -> LossParts:
     """Scores and raw weights of both streams (any equal shapes) -> the loss.
 
-    `total` adds a mass up over the processes that share a batch: this one's part of the loss is of
-    the whole of it.
+    `total` sums a weight over all processes (all-reduce). The loss is divided by that sum, so the
+    losses of all processes add up to the loss of the whole batch.
 
     `streams` (the paper): (λ_a Σ w_a s_a / Σ w_a + λ_r Σ w_r s_r / Σ w_r) / (λ_a + λ_r).
     `tokens` (its public code): (λ_a Σ w_a s_a + λ_r Σ w_r s_r) / (λ_a Σ w_a + λ_r Σ w_r).

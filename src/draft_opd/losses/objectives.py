@@ -41,8 +41,8 @@ class ReplayedBlocks:
     hidden [N, K, H] with gradient; states [N, K, Ht], the target's (None when nothing asks for
     them); labels, drafted [N, K]; accepted [N]; valid [N, K]; weight [N]; heads [Vd, H], [V, Ht];
     decay γ_sft. With a draft vocabulary [Vd] q is 0 outside of it, and draftable [N, K] says which
-    labels are in it. Where several processes share a batch, `total` adds up over them: losses and
-    figures are this process's part of theirs all, which add up.
+    labels are in it. `total` sums over the processes that share a batch. Losses and figures are
+    this process's share; the shares of all processes add up to those of the whole batch.
     """
 
     hidden: Tensor
@@ -81,7 +81,7 @@ class ReplayedBlocks:
 
     @cached_property
     def reachable(self) -> Tensor:
-        """[N, K]: valid, and no label so far is one that the drafter cannot draft."""
+        """[N, K]: valid, and this and all earlier labels of the block are in the draft vocabulary."""
         if self.draftable is None:
             return self.valid
         return self.valid & self.draftable.cumprod(1).bool()
@@ -202,7 +202,8 @@ def _streams(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     lambdas = (o.accepted_weight, o.rejected_weight)
     # A stream that counts nothing is not scored either.
     weights = [w * r.weight[:, None] * (x > 0) for w, x in zip(weights, lambdas, strict=True)]
-    # In the accepted stream a drafted token is the trajectory's (at the correction: in its place).
+    # Tokens for single-token estimators. The accepted stream uses the trajectory's: it is the drafted one
+    # at accepted offsets, and replaces it at the correction.
     tokens = (r.labels, r.drafted)
     scores = []
     for (score, direction), w, ids in zip(STREAMS[o.kind], weights, tokens, strict=True):

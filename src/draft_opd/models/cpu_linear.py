@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 # A smaller matrix stays in the cache, and a call costs as much as a product of few rows.
 LARGE = 1 << 18
-LEAST = 1 << 21  # multiplications by a smaller one
-ROWS = 64  # that are worth packing for them alone
+LEAST = 1 << 21  # multiplications from which the packed product pays for a smaller matrix
+ROWS = 64  # rows from which packing pays even where the packed weight is used once
 
 
 @cache
@@ -93,7 +93,8 @@ class PrepackedLinear(nn.Linear):
         version = -1 if weight.is_inference() else weight._version
         kept = self._kept.get(dtype)
         if kept is None or kept[0].data_ptr() != weight.data_ptr() or kept[1] != version:
-            # What was packed is held, so that no other weight can come to stand at its address.
+            # The cache knows a weight by its address. It keeps the weight, so that no other tensor can
+            # get the same address.
             kept = self._kept[dtype] = (weight.detach(), version, _pack(weight.to(dtype)))
         return kept[2]
 

@@ -1,8 +1,8 @@
 """Attention of few queries whose key and value heads serve several query heads each.
 
 transformers repeats keys and values for every query head, which for a decoding step copies the
-whole context several times. With few queries the heads of a group are queries of one head instead:
-the same products, nothing copied. This is the only place that touches transformers' attention
+whole context several times. With few queries the query heads of a group become queries of one head: the
+same products, and nothing is copied. This is the only place that touches transformers' attention
 registry.
 """
 

@@ -74,7 +74,8 @@ class PositionCache(Cache):
         self._start = None
         if branch:
             return
-        # Rows that write the same slots are one copy; to find out, a device would have to be asked.
+        # Where all rows write the same slots one copy is enough. Comparing positions on a GPU would wait
+        # for it, so they are compared on a CPU only.
         if self.filled and self.bound:
             self._start = self.bound - positions.shape[1]
         elif positions.is_cpu and bool((positions == positions[:1]).all()):

@@ -119,7 +119,7 @@ class Target(TargetInfo):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Knows it by the first rows of all its matrices: a name could lie."""
+        """Hash of the first 4 rows of every weight: different models may have the same name."""
         digest = hashlib.sha256()
         for weight in (self.head.weight, *self.decoder.parameters()):
             digest.update(weight.detach()[:4].float().cpu().numpy().tobytes())

@@ -87,8 +87,8 @@ def expected(
 ) -> Acceptance:
     """What our drafter's rounds on these texts come to, counted as an engine counts.
 
-    Engines take the first token from the prompt's own forward, so rounds begin behind it, and they
-    count what the last round accepted behind the end of the text as well.
+    Engines emit the first token in the prefill, so their first round begins behind it. They also count
+    tokens that the last round accepted beyond the end of the text.
     """
     begun = [
         Trajectory([*t.prompt_ids, t.response_ids[0]], t.response_ids[1:], t.id)

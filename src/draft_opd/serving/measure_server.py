@@ -57,7 +57,7 @@ async def _ask(client: httpx.AsyncClient, body: dict, url: str) -> Reply:
                     raise UserError(f"server {url}: {told}")
                 for choice in part.get("choices") or ():
                     delta = choice.get("delta") or {}
-                    # With a reasoning parser thinking has a name of its own, or both of these.
+                    # A reasoning parser sends thinking in a field of its own: one of these, or both.
                     thought = delta.get("reasoning") or delta.get("reasoning_content") or ""
                     answered = delta.get("content") or ""
                     if thought or answered:

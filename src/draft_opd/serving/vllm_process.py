@@ -152,7 +152,7 @@ class Engine:
         self._handlers: dict = {}
 
     def __enter__(self) -> Engine:
-        # Ended by a signal, Python would not come to __exit__, and vLLM would keep the device.
+        # A SIGTERM would end Python without __exit__, and vLLM would keep the device.
         if threading.current_thread() is threading.main_thread():
             for name in (signal.SIGTERM, signal.SIGHUP):
                 self._handlers[name] = signal.signal(name, _leave)
@@ -183,8 +183,8 @@ class Engine:
 
     def _why(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
-        told = [line for line in lines if "WARNING" not in line]
-        found = [m[1] for line in told if (m := CAUSES.search(line))]
+        lines_without_warnings = [line for line in lines if "WARNING" not in line]
+        found = [m[1] for line in lines_without_warnings if (m := CAUSES.search(line))]
         # The first error is the cause; what follows is processes that noticed.
         text = found[0] if found else (lines[-1] if lines else "it said nothing")
         return " ".join(text.split())[:300]

@@ -71,7 +71,7 @@ def choose_blocks(
     blocks = pack_anchors(batch, anchors, num_draft_tokens)
     if weight is not None:
         blocks = replace(blocks, weight=weight)
-    # What was drafted behind the first mistake may not be known: the trace had no use for it.
+    # A trace may hold -1 (not drafted) behind the first rejection; objectives with branches need it.
     partly = any(-1 in r.drafted for row in rounds for r in row)
     if options.anchors == "trace" and not (partly and spec_of(options.objective).needs_branches):
         return attach_drafts(blocks, rounds)
@@ -89,7 +89,7 @@ def _by_occupancy(
     seed: str,
 ) -> tuple[list[list[int]], Tensor]:
     """About `max_anchors` anchors a row, drawn in proportion to the probability that a round begins
-    there; their weights make every mean that of all positions."""
+    there. Importance weights make means over them unbiased estimates of means over all positions."""
     blocks = pack_anchors(batch, every, num_draft_tokens)
     with torch.no_grad():
         context = drafter.build_cache(target, batch.ids, batch.features)

@@ -24,7 +24,8 @@ class Batch:
     """ids [batch, L] right-padded; features [batch, L, F]; hidden [batch, L, H] before the LM head.
 
     `cache` holds the target's keys and values of the trajectories, when asked for. `row_ids`: the
-    rows' places in the batch that processes share, by which anchors are drawn.
+    rows' indices in the batch of all processes. Anchors are drawn by them, so that they do not depend
+    on the number of processes.
     """
 
     trajectories: list[Trajectory]

@@ -60,7 +60,7 @@ def attach_drafts(blocks: Blocks, rounds: Sequence[Sequence[Round]]) -> Blocks:
     for i, row in enumerate(rounds):
         for j, r in enumerate(row):
             ids = torch.tensor(r.drafted, dtype=torch.long)
-            drafted[i, j, : len(ids)] = ids.clamp_min(0)  # what nobody looked at nobody scores
+            drafted[i, j, : len(ids)] = ids.clamp_min(0)  # -1: not drafted, never scored
             proposed[i, j] = len(r.drafted)  # fewer where the context ends
             accepted[i, j] = r.accepted
     device = blocks.anchors.device

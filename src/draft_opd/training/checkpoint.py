@@ -102,7 +102,7 @@ def damage(folder: Path) -> str | None:
     for name in sorted(recorded.keys() | found.keys()):
         if name not in found:
             return f"{name} is missing"
-        # What somebody laid beside is none of ours, and changes nothing.
+        # Files that the list does not name are ignored.
         if name in recorded and recorded[name] != found[name]:
             return f"{name} is not what was written"
     return None
@@ -191,7 +191,8 @@ def save_best(checkpoint: Path, best: Path, progress: Progress) -> None:
 
 
 def repair_best(checkpoint: Path | None, best: Path, progress: Progress) -> None:
-    """A kill may have come between a checkpoint that is the best so far and `best`."""
+    """Writes `best` again where a kill came after the best checkpoint and before its copy. Warns where
+    it cannot."""
     if not checkpoint or progress.evaluated < 0:
         return
     try:

@@ -1,8 +1,8 @@
 """Several processes that train one drafter, started by torchrun or `accelerate launch`.
 
 A step's batch is split among them and every loss is normalised over all of it, so any number of
-processes trains the same drafter. Each has the drafter whole (DDP) or a part of it (FSDP2), and the
-target whole, by layers' parts (FSDP2), or shared out in its matrices (tensor parallel).
+processes trains the same drafter. Each holds the whole drafter (DDP) or a shard of it (FSDP2). Each holds
+the whole target, a shard of every layer (FSDP2), or a slice of every matrix (tensor parallel).
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class ParallelContext:
         return list(rows[self.rank :: self.size])
 
     def shard_pieces(self, rows: Sequence[Item], most: int) -> list[list[Item]]:
-        """This process's rows in pieces of at most `most`: as many pieces in every process, so
-        that all of them call upon what they share equally often."""
+        """This process's rows in pieces of at most `most`. Every process gets the same number of
+        pieces, because sharded models need the same number of forwards everywhere."""
         own = self.shard_rows(rows)
         count = ceil(ceil(len(rows) / self.size) / most)
         return [own[i * len(own) // count : (i + 1) * len(own) // count] for i in range(count)]
@@ -79,8 +79,8 @@ class ParallelContext:
         if self.size == 1:
             return values
         flat = [x for v in values.values() for x in (v if isinstance(v, list) else [v])]
-        told = torch.tensor(flat, dtype=torch.float64, device=self.mesh.device_type)
-        summed = iter(self.all_reduce_sum(told).tolist())
+        flat_tensor = torch.tensor(flat, dtype=torch.float64, device=self.mesh.device_type)
+        summed = iter(self.all_reduce_sum(flat_tensor).tolist())
         return {
             key: [_like(x, next(summed)) for x in v] if isinstance(v, list) else _like(v, next(summed))
             for key, v in values.items()
@@ -111,7 +111,7 @@ class ParallelContext:
         return found[0]
 
     def main_process_first(self, part: Callable[[], Item]) -> Item:
-        """What `part` gives, once the first process has done it: where files may be moved."""
+        """Runs `part` in the main process, then in the others; for parts that create or move files."""
         if self.is_main_process:
             found = part()
         self.barrier()
@@ -147,7 +147,8 @@ class ParallelContext:
             self._split_matrices(decoder, config)
         else:
             for layer in decoder.layers:
-                # Each is a root of its own, and would keep its weights until a backward pass.
+                # Each layer is an FSDP root: it would keep its gathered weights until a backward pass,
+                # which a frozen target does not have.
                 fully_shard(layer, mesh=self._whole(), reshard_after_forward=True)
         model.to(self.device)
 
@@ -180,8 +181,8 @@ class ParallelContext:
         return torch.device("cpu")
 
     def wrap(self, drafter: nn.Module) -> nn.Module:
-        """What is called in the drafter's place: `wrapped(part, *inputs)` is `part(*inputs)`, with
-        gradients averaged over processes and, where it is sharded, its weights gathered."""
+        """The drafter under DDP or FSDP2. Call `wrapped(part, *inputs)` instead of `part(*inputs)`:
+        gradients are averaged over processes, and sharded weights are gathered."""
         called = _Called(drafter)
         if self.world == 1:
             return called
@@ -193,7 +194,7 @@ class ParallelContext:
 
     @contextmanager
     def no_sync(self, wrapped: nn.Module) -> Iterator[None]:
-        """Forwards and backwards inside leave their gradients for the next ones outside to add."""
+        """Gradients computed inside stay local; the next backward outside synchronises them."""
         if isinstance(wrapped, DistributedDataParallel):
             with wrapped.no_sync():
                 yield
@@ -210,7 +211,7 @@ class ParallelContext:
 
 
 class _Called(nn.Module):
-    """forward(part, ...) is part(...): so a forward's hooks surround whatever is done with it."""
+    """Its forward calls `part`. So the hooks of DDP and FSDP run for any use of the drafter."""
 
     def __init__(self, drafter: nn.Module):
         super().__init__()

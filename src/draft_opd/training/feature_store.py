@@ -84,8 +84,8 @@ class FeatureFolder:
             return
         tensors = {
             f"{name}.{what}": x.contiguous()
-            for name, said in self._waiting.items()
-            for what, x in zip(("features", "hidden"), said, strict=True)
+            for name, cached in self._waiting.items()
+            for what, x in zip(("features", "hidden"), cached, strict=True)
         }
         contents = hashlib.sha256("".join(sorted(self._waiting)).encode()).hexdigest()[:32]
         path = self.folder / f"{contents}.safetensors"

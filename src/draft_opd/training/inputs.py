@@ -109,7 +109,7 @@ def _check_sampling(recipe: Recipe, train_set: Rows, held_out: Rows) -> None:
 def check_folder(recipe: Recipe, resume: bool) -> Recipe:
     """The recipe, on resuming with what the run resolved `auto` to when it began.
 
-    Raises `UserError` where `out` holds a run that this one would not be the rest of.
+    Raises `UserError` where `out` holds a run that this recipe cannot continue.
     """
     out = Path(recipe.out)
     saved = out / "recipe.yaml"

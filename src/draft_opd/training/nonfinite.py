@@ -45,11 +45,11 @@ def keep(out: Path, stage: str, recipe: Recipe, state: State, rows: list[Traject
     folder = out / "nonfinite" / f"step-{step:08d}"
     rows = list({t.id: t for t in rows}.values())  # an epoch's end and the next one's beginning
     ids = [t.id for t in rows]
-    told = f"trajectories {', '.join(ids[:4])}" + (f" and {len(ids) - 4} more" * (len(ids) > 4))
+    names = f"trajectories {', '.join(ids[:4])}" + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
     if len(list(folder.parent.glob("step-*"))) >= KEPT and not folder.exists():
-        return f"{told} (not saved: '{folder.parent}' holds {KEPT} already)"
+        return f"{names} (not saved: '{folder.parent}' holds {KEPT} already)"
     if out.parent.name == "nonfinite":  # it is such a step that is run again
-        return f"{told}, as before"
+        return f"{names}, as before"
     make_folder(folder)
     optim = recipe.optim.model_copy(update={"nonfinite": "stop"})
     again = recipe.model_copy(update={"out": str(folder), "optim": optim})
@@ -58,9 +58,8 @@ def keep(out: Path, stage: str, recipe: Recipe, state: State, rows: list[Traject
     write_lines(folder / "batch.jsonl", (json.dumps(asdict(t)) for t in rows))
     write_json(folder / "nonfinite.json", {"step": step, "trajectories": ids, **about})
     Checkpoints(folder).save(state)
-    return (
-        f"{told}; to begin with this step again: draft-opd {stage} --config '{folder}/recipe.yaml' --resume"
-    )
+    command = f"draft-opd {stage} --config '{folder}/recipe.yaml' --resume"
+    return f"{names}; to begin with this step again: {command}"
 
 
 def norm_of(parameters: list[nn.Parameter], limit: float) -> Tensor:

@@ -144,12 +144,13 @@ class Rollouts:
         return self.group.shard_rows(rows), self.group.shard_rows(range(len(rows)))
 
     def _make(self, index: int, seed: int, whole: bool) -> None:
-        """Those used by later steps, when the drafter is another: what it drafted is kept."""
+        """The traces of this forward and of those that reuse them (`trace_every`). The drafter will
+        have changed by then, so they hold what was drafted; `whole`: behind a rejection too."""
         r = self.recipe
         count = r.opd.trace_every * r.accumulate
         every = {i: self.rows(i) for i in range(index, min(index + count, r.steps * r.accumulate))}
-        # Split as each batch is, so that a trace is made where it is used; and in as many pieces
-        # in every process, which may share the models.
+        # Rows are split as in the training batches: each process traces the rows that it trains on.
+        # All processes run the same number of pieces: sharded models need all of them in a forward.
         own = {i: self.group.shard_rows(rows) for i, rows in every.items()}
         most = sum(ceil(len(rows) / self.group.size) for rows in every.values())
         joint = [t for rows in own.values() for t in rows]

@@ -124,7 +124,7 @@ class Record:
         self.out = make_folder(Path(recipe.out))
         self.metrics = self.out / "metrics.jsonl"
         tree = recipe.model_dump(mode="json")
-        # First of all: where it does not start, the folder is still no run.
+        # Before recipe.yaml: if the tracker does not start, the folder is not a run yet.
         self.tracker = open_tracker(recipe.tracker, self.out, tree, step)
         write_text(self.out / "recipe.yaml", yaml.safe_dump(tree, sort_keys=False))
         write_json(self.out / "run.json", {"kind": "run", "command": sys.argv, **machine(), **about})
@@ -145,7 +145,7 @@ class Record:
         sync(self.metrics)
 
     def close(self, failed: bool) -> None:
-        """Of a run that failed the tracker's own troubles must not hide the reason."""
+        """After a failed run errors of the tracker are suppressed: they would hide the first error."""
         if self.tracker:
             with suppress(Exception) if failed else nullcontext():
                 self.tracker.close(failed)

@@ -44,7 +44,8 @@ def load_target(recipe: Recipe, group: ParallelContext) -> Target:
     options = {"trust_remote_code": recipe.trust_remote_code}
     if not group.splits_target:
         return Target.from_pretrained(recipe.target, **options)
-    # Whole it may fit the host's memory only. There types would be float32.
+    # The whole target may fit only the host's memory, so it is loaded there. The default type on a CPU
+    # is float32, so the stored type is asked for.
     stored = group.device.type == "cuda" and recipe.target != EMBEDDED
     target = Target.from_pretrained(
         recipe.target, dtype="auto" if stored else None, device="cpu", prepacked=False, **options
@@ -78,8 +79,8 @@ def new_drafter(model: Model, target: Target, counts: torch.Tensor) -> Drafter:
 
 def first_drafter(model: Model, target: Target, train_set: Rows) -> Drafter:
     """The drafter that training begins with; draft vocabularies follow the data."""
-    said = [i for t in train_set for i in t.response_ids]
-    counts = torch.bincount(torch.tensor(said), minlength=target.vocab_size)
+    response_token_ids = [i for t in train_set for i in t.response_ids]
+    counts = torch.bincount(torch.tensor(response_token_ids), minlength=target.vocab_size)
     return new_drafter(model, target, counts)
 
 
@@ -96,9 +97,9 @@ def fingerprints_of(target: Target, train_set: Rows, held_out: Rows) -> dict[str
 
 def check_fingerprints(out: Path, before: dict[str, str], now: dict[str, str]) -> None:
     """Raises `UserError` where a run is resumed with something else than it began with."""
-    for name, told in before.items():
-        if now[name] != told:
+    for name, saved in before.items():
+        if now[name] != saved:
             raise UserError(
-                f"cannot resume '{out}': {name} is not what the run began with ({told} then, "
+                f"cannot resume '{out}': {name} is not what the run began with ({saved} then, "
                 f"{now[name]} now): restore it, or set another `out`"
             )

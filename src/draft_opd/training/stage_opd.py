@@ -30,7 +30,7 @@ def teacher_states(target: Target, batch: Batch, blocks: Blocks) -> Tensor:
     num_draft_tokens = blocks.drafted.shape[2]
     states = text_states(batch, blocks)
     offset = torch.arange(1, num_draft_tokens + 1, device=batch.device)
-    # Draft token j is run when it is behind the first acceptance and state j + 1 is supervised.
+    # The target runs draft token j > n (from the first rejected one on) where offset j + 1 is supervised.
     run = (offset > blocks.accepted[:, :, None]) & (offset < num_draft_tokens)
     run &= torch.cat([blocks.valid[:, :, 1:], torch.zeros_like(blocks.valid[:, :, :1])], 2)
     flat = run.flatten(1)

@@ -232,10 +232,10 @@ class Run:
             stop = self._stop_now()
             if last or better or p.step % r.save_interval == 0 or stop:
                 self._save()
-            if better and self.group.is_main_process:  # behind the checkpoint that names it
+            if better and self.group.is_main_process:  # after the checkpoint: `repair_best` needs that one
                 save_best(self.out / "last", self.out / "best", p)
             if stop:
-                self.group.barrier()  # for the first one, which writes
+                self.group.barrier()  # the main process has written the checkpoint
                 raise Stopped(
                     f"stopped at step {p.step} of {r.steps}, saved in '{self.out / 'last'}': go "
                     "on with --resume"
@@ -248,7 +248,8 @@ class Run:
         )
 
     def _stop_now(self) -> bool:
-        """In several processes: what they agreed upon with the last step's figures."""
+        """With several processes: the flag that was all-reduced after the last step, so that all of
+        them stop at the same one."""
         return self.stopping if self.group.world > 1 else self._asked_to_stop()
 
     def _at_plateau(self) -> bool:

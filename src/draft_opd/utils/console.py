@@ -93,8 +93,8 @@ class Screen:
 
 @contextmanager
 def ending(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM and Ctrl-C call `stop`; another one later acts as it always does. (Launchers pass a
-    signal on that processes have had already.)"""
+    """The first SIGTERM or Ctrl-C calls `stop`. One more than 2 s later has its usual effect; an
+    earlier one is ignored, because launchers forward a signal that the process has received."""
     before: dict[int, Any] = {}
     asked: list[float] = []
 
