@@ -335,11 +335,10 @@ class RoundCosts(Phase):
         out = target.trajectories(ids, drafter.target_layers, cache)
         memory = drafter.build_cache(target, ids, out.features)
         memory.reserve(capacity)
-        generator = torch.Generator(s.device).manual_seed(0)
         anchors = torch.full((1,), context, device=s.device)
         last = torch.full((1,), 5, device=s.device)
-        full = DecodeStep(target, drafter, cache, memory, Sampling(), generator)
-        alone = DecodeStep(target, None, cache, None, Sampling(), generator)
+        full = DecodeStep(target, drafter, cache, memory, Sampling())
+        alone = DecodeStep(target, None, cache, None, Sampling())
         block = torch.randint(3, 250, (1, length + 1), device=s.device)
         at = context + torch.arange(length + 1, device=s.device)[None]
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import draft_opd as d
+from draft_opd.decoding.noise import round_noise
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.step import DecodeStep
 from draft_opd.models.kv_cache import PositionCache
@@ -48,11 +49,12 @@ def test_a_round_reads_nothing_from_the_device(trained, family, batch, temperatu
                 for store in (shapes.keys, shapes.values)
             )
         )
-        rounds = DecodeStep(real, drafter, cache, context, Sampling(temperature=temperature), None)
+        rounds = DecodeStep(real, drafter, cache, context, Sampling(temperature=temperature))
         last = torch.zeros(batch, dtype=torch.long, device="meta")
         rounds.set_bound(36, filled=batch == 1)  # as a decode of one row has it
         before = [*cache.keys, *cache.values, *context.keys, *context.values]
-        table = rounds(last + 30, last, count)
+        noise = round_noise(last, last + 30, count) if temperature else None
+        table = rounds(last + 30, last, count, noise)
         assert table.shape == (batch, 2 + count)
         # The storage stays where it is, and nothing in it grew.
         after = [*cache.keys, *cache.values, *context.keys, *context.values]
@@ -61,4 +63,4 @@ def test_a_round_reads_nothing_from_the_device(trained, family, batch, temperatu
             table.tolist()
         cache.set_bound(None)
         with pytest.raises(RuntimeError, match="meta"):
-            rounds(last + 30, last, count)
+            rounds(last + 30, last, count, noise)

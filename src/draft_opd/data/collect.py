@@ -47,15 +47,15 @@ def decode_trajectories(
     ordered = sorted(requests, key=lambda r: len(r[1]))
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]
-        # From the names, so that a collection that goes on later draws nothing twice.
-        batch_seed = seed + zlib.crc32("/".join(name for name, _ in batch).encode())
+        # From the names, so that a collection that goes on later draws the same.
+        seeds = [seed + zlib.crc32(name.encode()) for name, _ in batch]
         made = speculate(
             target,
             drafter,
             [ids for _, ids in batch],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            seed=batch_seed,
+            seed=seeds,
         )
         yield [
             Trajectory(
@@ -64,9 +64,9 @@ def decode_trajectories(
                 name,
                 g.finish_reason,
                 *sampling.as_tuple,
-                batch_seed,
+                row_seed,
             )
-            for (name, ids), g in zip(batch, made, strict=True)
+            for (name, ids), g, row_seed in zip(batch, made, seeds, strict=True)
         ]
 
 

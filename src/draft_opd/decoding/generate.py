@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from draft_opd.decoding.draft_length import DraftLengthController, Length, length_and_controller
+from draft_opd.decoding.noise import round_noise, row_keys
 from draft_opd.decoding.rounds import Round, committed, tau
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.step import DecodeStep
@@ -76,7 +77,7 @@ def speculate(
     tree: Sequence[int] | None = None,
     sampling: Sampling | None = None,
     stop_ids: Iterable[int] | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     pace: DraftLengthController | None = None,
     timing: Timing | None = None,
     on_round: OnRound | None = None,
@@ -93,6 +94,8 @@ def speculate(
         pace: chooses the draft length of every round, `draft_length` at most; it learns from them.
         sampling: greedy by default.
         stop_ids: tokens that end a row; by default the target's.
+        seed: of the random numbers, where the target samples; for all rows, or one a row. A row's text
+            depends on its seed, its prompt and its place among equal rows, not on the others.
         timing: filled in when given (this adds a device synchronisation a phase).
 
     Raises:
@@ -145,8 +148,10 @@ def speculate(
     if drafter:
         context = drafter.build_cache(target, ids.view(len(prompts), width), features)
         context.reserve(capacity)
-    generator = torch.Generator(device).manual_seed(seed)
-    rounds = DecodeStep(target, drafter, cache, context, sampling, generator, tree)
+    seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
+    keys = None if sampling.greedy else torch.tensor(row_keys(seeds, prompts), device=device)
+    generator = torch.Generator(device).manual_seed(seeds[0]) if tree else None
+    step = DecodeStep(target, drafter, cache, context, sampling, tree, generator)
     clock.prefill += now() - began
 
     while active:
@@ -160,14 +165,15 @@ def speculate(
         count = min(length, target.max_positions - 1 - furthest)
         if pace:
             count = pace.choose(count)
-        rounds.set_bound(furthest + count + 1, filled=len(active) == 1)
+        step.set_bound(furthest + count + 1, filled=len(active) == 1)
         drafted_at = began
 
         def drafted_now():
             nonlocal drafted_at
             drafted_at = now()
 
-        table = rounds(anchors, last, count, drafted_now)
+        noise = None if keys is None or tree else round_noise(keys, anchors, count)
+        table = step(anchors, last, count, noise, drafted_now)
         verified_at = now()
         clock.draft += drafted_at - began
         clock.verify += verified_at - drafted_at
@@ -187,7 +193,9 @@ def speculate(
             else:
                 unfinished.append(row)
         if len(unfinished) < len(rows):
-            rounds.select(torch.tensor(unfinished, dtype=torch.long, device=device))
+            kept_rows = torch.tensor(unfinished, dtype=torch.long, device=device)
+            step.select(kept_rows)
+            keys = None if keys is None else keys[kept_rows]
             active = [active[i] for i in unfinished]
         clock.rest += now() - verified_at
         if started is not None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -59,20 +58,26 @@ class Sampling(BaseModel):
             probs = probs / probs.sum(-1, keepdim=True)
         return probs
 
-    def chooser(
-        self, generator: torch.Generator | None = None
-    ) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
-        """How a drafter turns logits [..., V] into ids [...] and their distribution."""
+    def chooser(self, uniforms: Tensor | None = None) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+        """How a drafter turns logits [rows, m, V] into ids [rows, m] and their distribution.
+
+        uniforms [rows, K]: the random number of every offset, where drafts are sampled. Calls take
+        them from left to right, m at a time.
+        """
+        from draft_opd.decoding.noise import pick
+
+        used = 0
 
         def choose(logits: Tensor) -> tuple[Tensor, Tensor | None]:
+            nonlocal used
             if self.greedy:
                 return logits.argmax(-1), None
             if self.draft == "argmax":
                 ids = logits.argmax(-1)
                 return ids, one_hot(ids, logits.shape[-1])
             probs = self.probabilities(logits)
-            drawn = probs.flatten(0, -2).multinomial(1, generator=generator)
-            return drawn.view(logits.shape[:-1]), probs
+            used += logits.shape[1]
+            return pick(probs, uniforms[:, used - logits.shape[1] : used]), probs
 
         return choose
 

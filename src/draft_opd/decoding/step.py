@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draft_opd.decoding.noise import Noise
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.tree import verify_tree
 from draft_opd.decoding.verification import verify
@@ -29,11 +30,10 @@ class DecodeStep:
     cache: PositionCache
     context: DraftCache | None
     sampling: Sampling
-    generator: torch.Generator
     tree: tuple[int, ...] | None = None
+    generator: torch.Generator | None = None  # trees draw their tokens with it
 
     def __post_init__(self):
-        self.choose = self.sampling.chooser(self.generator)
         self.layers = self.drafter.target_layers if self.drafter else ()
 
     def set_bound(self, slots: int, filled: bool = False) -> None:
@@ -53,10 +53,11 @@ class DecodeStep:
         anchors: Tensor,
         last: Tensor,
         count: int,
+        noise: Noise | None = None,
         drafted_now: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """anchors, last [batch]: where the last committed token stands, and which it is; `count`
-        tokens are drafted.
+        tokens are drafted; noise: the round's random numbers, where the target samples.
 
         Returns [batch, 2 + count]: how many were accepted, the bonus token, the drafted ones (of a
         tree: the path that was accepted, -1 behind it).
@@ -66,8 +67,9 @@ class DecodeStep:
         if self.drafter and tree:
             nodes = self.drafter.propose_tree(self.target, self.context, anchors, last, tree)
         elif self.drafter and count:
+            choose = self.sampling.chooser(None if noise is None else noise.draft)
             drafted, probs = self.drafter.propose(
-                self.target, self.context, anchors[:, None], last[:, None], count, self.choose
+                self.target, self.context, anchors[:, None], last[:, None], count, choose
             )
             drafted, probs = drafted[:, 0], None if probs is None else probs[:, 0]
         drafted_now()
@@ -87,12 +89,12 @@ class DecodeStep:
         else:
             block = torch.cat([last[:, None], drafted], 1)
             positions = anchors[:, None] + torch.arange(block.shape[1], device=device)
-            features, accepted, bonus = self._verify(block, positions, drafted, probs)
+            features, accepted, bonus = self._verify(block, positions, drafted, probs, noise)
         if self.drafter:
             self.drafter.extend_cache(self.context, self.target, block, features, positions)
         return torch.cat([accepted[:, None], bonus[:, None], drafted], 1)
 
-    def _verify(self, block: Tensor, positions: Tensor, drafted: Tensor, draft_probs):
+    def _verify(self, block: Tensor, positions: Tensor, drafted: Tensor, draft_probs, noise):
         out = self.target.extend(block, positions, self.cache, self.layers)
         logits = self.target.logits(out.hidden)
-        return out.features, *verify(drafted, draft_probs, logits, self.sampling, self.generator)
+        return out.features, *verify(drafted, draft_probs, logits, self.sampling, noise)

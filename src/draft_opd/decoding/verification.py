@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from draft_opd.decoding.noise import Noise, pick
 from draft_opd.decoding.sampling import Sampling
 
 
@@ -36,12 +37,13 @@ def verify(
     draft_probs: Tensor | None,
     target_logits: Tensor,
     sampling: Sampling,
-    generator: torch.Generator | None = None,
+    noise: Noise | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Accepted lengths [N] and bonus tokens [N] of rounds, greedy or sampled.
 
     drafted [N, K]; draft_probs [N, K, V], None for greedy decoding and where K is 0; target_logits
-    [N, K + 1, V]. Raises ValueError where the shapes do not belong together.
+    [N, K + 1, V]; noise: where the target samples. Raises ValueError where the shapes do not belong
+    together.
     """
     if sampling.greedy:
         accepted = verify_greedy(drafted, target_logits)
@@ -49,7 +51,7 @@ def verify(
         return accepted, target_logits[rows, accepted].argmax(-1)
     probs = sampling.probabilities(target_logits)
     draft_probs = probs[:, :0] if draft_probs is None else draft_probs
-    return verify_sampled(drafted, draft_probs, probs, generator)
+    return verify_with_noise(drafted, draft_probs, probs, noise.coin, noise.bonus)
 
 
 def verify_greedy(drafted: Tensor, target_logits: Tensor) -> Tensor:
@@ -104,15 +106,25 @@ def verify_sampled(
     Raises:
         ValueError: the shapes do not belong together.
     """
+    rounds, num_draft_tokens = drafted.shape
+    options = {"generator": generator, "device": drafted.device, "dtype": torch.float64}
+    coin = torch.rand(rounds, num_draft_tokens, **options)
+    bonus = torch.rand(rounds, 1, **options).expand(-1, num_draft_tokens + 1)
+    return verify_with_noise(drafted, draft_probs, target_probs, coin, bonus)
+
+
+def verify_with_noise(
+    drafted: Tensor, draft_probs: Tensor, target_probs: Tensor, coin: Tensor, bonus: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`verify_sampled` with its random numbers as inputs: coin [N, K] for each offset, bonus
+    [N, K + 1] for the bonus token behind 0..K accepted ones, all uniform in [0, 1)."""
     num_draft_tokens = drafted.shape[1]
     _check(drafted, target_probs, num_draft_tokens + 1)
     _check(drafted, draft_probs, num_draft_tokens)
     ratio = acceptance_probability(drafted, draft_probs, target_probs[:, :num_draft_tokens])
-    coin = torch.rand(ratio.shape, generator=generator, device=ratio.device, dtype=ratio.dtype)
     accepted = accepted_prefix(coin < ratio)
-    bonus_probs = bonus_distribution(accepted, draft_probs, target_probs)
-    bonus = torch.multinomial(bonus_probs, 1, generator=generator)[:, 0]
-    return accepted, bonus
+    probs = bonus_distribution(accepted, draft_probs, target_probs)
+    return accepted, pick(probs, bonus.gather(1, accepted[:, None])[:, 0])
 
 
 def acceptance_probability(drafted: Tensor, draft_probs: Tensor, target_probs: Tensor) -> Tensor:
