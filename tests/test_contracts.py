@@ -69,7 +69,7 @@ class Wrapped:
 
     def __init__(self, inner):
         self._inner = inner
-        for name in ("reserve", "set_bound", "select", "snapshot", "rollback"):
+        for name in ("reserve", "set_bound", "select", "snapshot", "rollback", "allocate", "first_rows"):
             setattr(self, name, getattr(inner, name))
 
 

@@ -28,8 +28,12 @@ class DraftLengthController:
     to keep what it has learned. The first round at a length warms up and is not counted.
     """
 
-    def __init__(self, longest: int):
-        self.lengths = sorted({n for n in LENGTHS if n < longest} | {longest})
+    def __init__(self, longest: int, few: bool = False):
+        """few: at most four lengths, for rounds that are captured once a length."""
+        if few:
+            self.lengths = sorted({0, longest // 4, longest // 2, longest})
+        else:
+            self.lengths = sorted({n for n in LENGTHS if n < longest} | {longest})
         self.rounds = 0
         self._seconds: dict[int, deque[float]] = {}
         self._tried = [0.0] * longest  # rounds that reached offset k, and those that passed it

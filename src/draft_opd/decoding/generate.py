@@ -9,13 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 import torch
 
+from draft_opd.decoding.captured import workspace
 from draft_opd.decoding.draft_length import DraftLengthController, Length, length_and_controller
 from draft_opd.decoding.noise import round_noise, row_keys
 from draft_opd.decoding.rounds import Round, committed, tau
 from draft_opd.decoding.sampling import Sampling
+from draft_opd.decoding.static import Run, StaticBatch, decode_rows, padded_rows
 from draft_opd.decoding.step import DecodeStep
 from draft_opd.decoding.tree import check_widths
 from draft_opd.drafters.base import Drafter
@@ -25,6 +28,7 @@ from draft_opd.utils.errors import UserError
 
 # Called after every round with the row's index, the tokens committed and the round.
 OnRound = Callable[[int, list[int], Round], None]
+Compile = Literal["auto", "off"]
 
 
 @dataclass
@@ -51,10 +55,11 @@ class Timing:
     draft: float = 0.0
     verify: float = 0.0
     rest: float = 0.0
+    round: float = 0.0  # captured rounds: what draft, verify and rest are otherwise
 
     @property
     def decode(self) -> float:
-        return self.draft + self.verify + self.rest
+        return self.draft + self.verify + self.rest + self.round
 
     def __add__(self, other: Timing) -> Timing:
         return Timing(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -66,74 +71,95 @@ def _synchronize(device: torch.device) -> float:
     return time.perf_counter()
 
 
-@torch.inference_mode()
-def speculate(
-    target: Target,
-    drafter: Drafter | None,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int | Sequence[int],
-    draft_length: int | None = None,
-    tree: Sequence[int] | None = None,
-    sampling: Sampling | None = None,
-    stop_ids: Iterable[int] | None = None,
-    seed: int | Sequence[int] = 0,
-    pace: DraftLengthController | None = None,
-    timing: Timing | None = None,
-    on_round: OnRound | None = None,
-) -> list[Generation]:
-    """Decodes a batch of prompts; every row accepts what it accepts.
+@dataclass
+class _Job:
+    """What is decoded, and where it goes."""
 
-    Args:
-        drafter: None decodes with the target alone.
-        prompts: token ids, one list a row, none empty.
-        max_new_tokens: for all rows, or one a row.
-        draft_length: tokens proposed a round; at most, and by default, what was trained.
-        tree: draft a tree with so many nodes at depths 1, 2, .. instead. A round's `drafted` is
-            then the path that was accepted, -1 behind it.
-        pace: chooses the draft length of every round, `draft_length` at most; it learns from them.
-        sampling: greedy by default.
-        stop_ids: tokens that end a row; by default the target's.
-        seed: of the random numbers, where the target samples; for all rows, or one a row. A row's text
-            depends on its seed, its prompt and its place among equal rows, not on the others.
-        timing: filled in when given (this adds a device synchronisation a phase).
+    target: Target
+    drafter: Drafter | None
+    sampling: Sampling
+    results: list[Generation]
+    limits: list[int]
+    stops: frozenset[int]
+    seeds: list[int]
+    on_round: OnRound | None
 
-    Raises:
-        UserError: an empty prompt, one that leaves no room in the context, a draft length that the
-            drafter was not trained for, or a drafter that does not fit.
-    """
-    sampling = sampling or Sampling()
-    stops = frozenset(target.stop_ids if stop_ids is None else stop_ids)
-    length = _draft_length(target, drafter, draft_length)
-    if drafter and tree is not None:
-        if draft_length is not None or pace:
-            raise UserError("give a draft length or a tree, not both")
-        if not drafter.has_trees:
-            raise UserError(f"{drafter.family} drafts a block at once, so it has no trees")
-        tree = check_widths(tree, drafter.draft_length)
-        length = len(tree)
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise UserError(f"prompt {i} is empty: at least one token is needed")
-        check_prompt(prompt, target, str(i))
-        if len(prompt) >= target.max_positions:
-            raise UserError(
-                f"prompt {i} has {len(prompt)} tokens, the target's context holds "
-                f"{target.max_positions}: shorten it"
-            )
-    results = [Generation(list(p)) for p in prompts]
-    asked = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    limits = [min(n, target.max_positions - len(p)) for n, p in zip(asked, prompts, strict=True)]
-    if not limits or min(limits) < 1:
-        return results
+    @property
+    def keys(self) -> list[int]:
+        return row_keys(self.seeds, [r.prompt_ids for r in self.results])
+
+    def commit(self, index: int, line: list[int]) -> bool:
+        """Takes a line of a round's table (see `DecodeStep`); whether that prompt has ended."""
+        result = self.results[index]
+        anchor = len(result.prompt_ids) + len(result.token_ids) - 1
+        room = self.limits[index] - len(result.token_ids)
+        tokens, kept, ended = committed(line[2:], line[0], line[1], self.stops, room)
+        result.token_ids += tokens
+        result.rounds.append(Round(anchor, line[2:], kept))
+        if self.on_round:
+            self.on_round(index, tokens, result.rounds[-1])
+        if ended:
+            result.finish_reason = ended
+        return ended is not None
+
+
+def _decode_static(
+    job: _Job,
+    length: int,
+    rows: int | None,
+    pace: DraftLengthController | None,
+    clock: Timing,
+    run: Run | None = None,
+) -> None:
+    """In storage that never moves; rounds are CUDA graphs unless `run` says otherwise."""
+    target, prompts = job.target, [r.prompt_ids for r in job.results]
+    count = min(rows or len(prompts), len(prompts))
+    longest = max(len(p) + n for p, n in zip(prompts, job.limits, strict=True))
+    slots = longest + 2 * length + 2  # a row that has ended stands up to a round behind its end
+    if run is None:
+        batch, run = workspace(target, job.drafter, job.sampling, padded_rows(count), slots)
+    else:
+        batch = StaticBatch(target, job.drafter, job.sampling, count, slots, length)
+    began = entered = _synchronize(target.device)
+    first = True
+
+    def choose() -> int:
+        nonlocal entered
+        entered = time.perf_counter()
+        return pace.choose(length) if pace else length
+
+    def record(drafted: int, accepted: Iterable[int]) -> None:
+        nonlocal first
+        now = time.perf_counter()
+        clock.round += now - entered
+        if first:
+            clock.first_token += now - began
+            first = False
+        if pace:
+            pace.record(drafted, accepted, now - entered)
+
+    decode_rows(batch, prompts, job.keys, job.commit, run=run, choose=choose, record=record)
+    clock.prefill += _synchronize(target.device) - began - clock.round
+
+
+def _decode_dynamic(
+    job: _Job,
+    length: int,
+    tree: tuple[int, ...] | None,
+    pace: DraftLengthController | None,
+    clock: Timing,
+    timed: bool,
+) -> None:
+    """With shapes that follow the rows: every round looks just as far as it must."""
+    target, drafter, sampling, results = job.target, job.drafter, job.sampling, job.results
+    prompts = [r.prompt_ids for r in results]
     device = target.device
-    clock = timing or Timing()
-    now = (lambda: _synchronize(device)) if timing is not None else (lambda: 0.0)
+    now = (lambda: _synchronize(device)) if timed else (lambda: 0.0)
 
     started = began = now()
     layers = drafter.target_layers if drafter else ()
     active = list(range(len(prompts)))
-    capacity = max(map(len, prompts)) + max(limits) + length + 1
+    capacity = max(map(len, prompts)) + max(job.limits) + length + 1
     cache, context = target.cache(capacity), None
     width = max(len(p) for p in prompts) - 1
     rows = [[*p[:-1]] + [0] * (width + 1 - len(p)) for p in prompts]
@@ -148,9 +174,8 @@ def speculate(
     if drafter:
         context = drafter.build_cache(target, ids.view(len(prompts), width), features)
         context.reserve(capacity)
-    seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
-    keys = None if sampling.greedy else torch.tensor(row_keys(seeds, prompts), device=device)
-    generator = torch.Generator(device).manual_seed(seeds[0]) if tree else None
+    keys = None if sampling.greedy else torch.tensor(job.keys, device=device)
+    generator = torch.Generator(device).manual_seed(job.seeds[0]) if tree else None
     step = DecodeStep(target, drafter, cache, context, sampling, tree, generator)
     clock.prefill += now() - began
 
@@ -181,16 +206,8 @@ def speculate(
         if pace:
             pace.record(count, [line[0] for line in table], time.perf_counter() - entered)
         unfinished = []
-        for row, (result, anchor, line) in enumerate(zip(rows, anchor_list, table, strict=True)):
-            room = limits[active[row]] - len(result.token_ids)
-            tokens, kept, ended = committed(line[2:], line[0], line[1], stops, room)
-            result.token_ids += tokens
-            result.rounds.append(Round(anchor, line[2:], kept))
-            if on_round:
-                on_round(active[row], tokens, result.rounds[-1])
-            if ended:
-                result.finish_reason = ended
-            else:
+        for row, line in enumerate(table):
+            if not job.commit(active[row], line):
                 unfinished.append(row)
         if len(unfinished) < len(rows):
             kept_rows = torch.tensor(unfinished, dtype=torch.long, device=device)
@@ -201,6 +218,80 @@ def speculate(
         if started is not None:
             clock.first_token += now() - started
             started = None
+
+
+@torch.inference_mode()
+def speculate(
+    target: Target,
+    drafter: Drafter | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int],
+    draft_length: int | None = None,
+    tree: Sequence[int] | None = None,
+    sampling: Sampling | None = None,
+    stop_ids: Iterable[int] | None = None,
+    seed: int | Sequence[int] = 0,
+    pace: DraftLengthController | None = None,
+    timing: Timing | None = None,
+    on_round: OnRound | None = None,
+    rows: int | None = None,
+    compile: Compile = "auto",
+) -> list[Generation]:
+    """Decodes a batch of prompts; every row accepts what it accepts.
+
+    Args:
+        drafter: None decodes with the target alone.
+        prompts: token ids, one list a row, none empty.
+        max_new_tokens: for all rows, or one a row.
+        draft_length: tokens proposed a round; at most, and by default, what was trained.
+        tree: draft a tree with so many nodes at depths 1, 2, .. instead. A round's `drafted` is
+            then the path that was accepted, -1 behind it.
+        pace: chooses the draft length of every round, `draft_length` at most; it learns from them.
+        sampling: greedy by default.
+        stop_ids: tokens that end a row; by default the target's.
+        seed: of the random numbers, where the target samples; for all rows, or one a row. A row's text
+            depends on its seed, its prompt and its place among equal rows, not on the others.
+        timing: filled in when given (this adds a device synchronisation a phase).
+        rows: the most prompts that are decoded at a time where rounds are captured; ended ones are
+            replaced by the next.
+        compile: "auto" captures rounds as CUDA graphs on a GPU; "off" never does. Trees are not captured.
+
+    Raises:
+        UserError: an empty prompt, one that leaves no room in the context, a draft length that the
+            drafter was not trained for, or a drafter that does not fit.
+    """
+    sampling = sampling or Sampling()
+    stops = frozenset(target.stop_ids if stop_ids is None else stop_ids)
+    length = _draft_length(target, drafter, draft_length)
+    if drafter and tree is not None:
+        if draft_length is not None or pace:
+            raise UserError("give a draft length or a tree, not both")
+        if not drafter.has_trees:
+            raise UserError(f"{drafter.family} drafts a block at once, so it has no trees")
+        tree = check_widths(tree, drafter.draft_length)
+        length = len(tree)
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {i} is empty: at least one token is needed")
+        check_prompt(prompt, target, str(i))
+        if len(prompt) >= target.max_positions:
+            raise UserError(
+                f"prompt {i} has {len(prompt)} tokens, the target's context holds "
+                f"{target.max_positions}: shorten it"
+            )
+    results = [Generation(list(p)) for p in prompts]
+    asked = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    limits = [min(n, target.max_positions - len(p)) for n, p in zip(asked, prompts, strict=True)]
+    if not limits or min(limits) < 1:
+        return results
+    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+    job = _Job(target, drafter, sampling, results, limits, stops, seeds, on_round)
+    clock = timing or Timing()
+    if compile == "auto" and not tree and target.capturable:
+        _decode_static(job, length, rows, pace, clock)
+    else:
+        _decode_dynamic(job, length, tree, pace, clock, timing is not None)
     return results
 
 
@@ -224,6 +315,7 @@ def generate(
     tree: Sequence[int] | None = None,
     seed: int = 0,
     on_round: OnRound | None = None,
+    compile: Compile = "auto",
 ) -> Generation:
     """Decodes one prompt speculatively; see `speculate`. The text is the target's own.
 
@@ -247,4 +339,5 @@ def generate(
         seed=seed,
         pace=pace if drafter else None,
         on_round=on_round,
+        compile=compile,
     )[0]

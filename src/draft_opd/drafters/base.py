@@ -36,9 +36,23 @@ class DraftCache(Protocol):
     def reserve(self, capacity: int) -> None:
         """Makes room for positions 0..capacity - 1, so that the storage need not move."""
 
-    def set_bound(self, slots: int | None, filled: bool = False) -> None:
+    def set_bound(self, slots: int | None, filled: bool = False, static: bool = False) -> None:
         """The next drafts look at so many positions at most. `filled`: every row reaches just so
-        far."""
+        far. `static`: where they reach is known to the device only, and no value may be read."""
+
+    # For decoding in storage that never moves:
+
+    def allocate(self, rows: int, capacity: int) -> DraftCache:
+        """An empty cache of the same kind for other rows, its storage made at once."""
+
+    def first_rows(self, rows: int) -> DraftCache:
+        """A cache over the storage of the first rows of this one."""
+
+    def copy_rows(self, source: DraftCache, rows: Tensor) -> None:
+        """Copies the rows of `source` over `rows` of this one (index tensor)."""
+
+    def move_rows(self, source: Tensor, rows: Tensor) -> None:
+        """Copies rows `source` of this cache over `rows` (index tensors)."""
 
     def select(self, rows: Tensor) -> None:
         """Keeps only the given batch rows (index tensor)."""

@@ -126,7 +126,7 @@ def advise(
         for length in lengths
     ]
     elsewhere = []
-    for place in () if is_mixture(target) else hardware:
+    for place in () if target.is_mixture else hardware:
         for batch in BATCHES:
             speeds = [roofline(place, target, drafter, n, taus[n], context, batch) for n in lengths]
             elsewhere.append(
@@ -210,12 +210,6 @@ def roofline(
     own = weights_read(drafter, drafter.head_weight(target))
     draft = sum(hardware.seconds(own, batch * tokens) for tokens in drafter.forward_token_counts(length))
     return tau * single / (verify + draft)
-
-
-def is_mixture(target: Target) -> bool:
-    """Whether the target has experts of which a token takes some."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return any(getattr(target.config, name, None) for name in names)
 
 
 def weights_read(module: nn.Module, head: Tensor) -> int:

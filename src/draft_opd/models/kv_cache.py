@@ -38,6 +38,7 @@ class PositionCache(Cache):
         self.capacity = capacity
         self.bound: int | None = None
         self.filled = False
+        self.static = False
         self.positions: Tensor | None = None
         self.visible = 0
         self.branch = False
@@ -51,10 +52,11 @@ class PositionCache(Cache):
         cache.keys, cache.values = keys, values
         return cache
 
-    def set_bound(self, slots: int | None, filled: bool = False) -> None:
+    def set_bound(self, slots: int | None, filled: bool = False, static: bool = False) -> None:
         """The next forwards look at so many slots at most; None: that is to be found out. `filled`:
-        every row's tokens reach exactly that far."""
-        self.bound, self.filled = slots, filled
+        every row's tokens reach exactly that far. `static`: positions are known to the device only, and
+        are not compared on any."""
+        self.bound, self.filled, self.static = slots, filled, static
 
     def snapshot(self) -> None:
         """What `rollback` needs: nothing, since what lies behind a row's length is never looked at."""
@@ -78,7 +80,7 @@ class PositionCache(Cache):
         # for it, so they are compared on a CPU only.
         if self.filled and self.bound:
             self._start = self.bound - positions.shape[1]
-        elif positions.is_cpu and bool((positions == positions[:1]).all()):
+        elif not self.static and positions.is_cpu and bool((positions == positions[:1]).all()):
             self._start = int(positions[0, 0])
 
     def reserve(self, capacity: int) -> None:
@@ -127,6 +129,30 @@ class PositionCache(Cache):
             where = index[:, None, :, None]
             k, v = (x.gather(2, where.expand(-1, x.shape[1], -1, x.shape[3])) for x in pair)
             self.update(k, v, layer)
+
+    def allocate(self, rows: int, capacity: int) -> PositionCache:
+        """An empty cache of the same layers for other rows, its storage made at once."""
+
+        def empty(store: list[Tensor]) -> list[Tensor]:
+            return [x.new_zeros(rows, x.shape[1], capacity, x.shape[3]) for x in store]
+
+        return PositionCache.of(empty(self.keys), empty(self.values))
+
+    def first_rows(self, rows: int) -> PositionCache:
+        """A cache over the storage of the first rows of this one."""
+        return PositionCache.of([k[:rows] for k in self.keys], [v[:rows] for v in self.values])
+
+    def copy_rows(self, source: PositionCache, rows: Tensor) -> None:
+        """Copies the rows of `source` over `rows` of this one (index tensor)."""
+        for mine, theirs in ((self.keys, source.keys), (self.values, source.values)):
+            for store, new in zip(mine, theirs, strict=True):
+                width = min(new.shape[2], store.shape[2])
+                store[rows, :, :width] = new[:, :, :width]
+
+    def move_rows(self, source: Tensor, rows: Tensor) -> None:
+        """Copies rows `source` of this cache over `rows` (index tensors)."""
+        for store in (*self.keys, *self.values):
+            store[rows] = store[source]
 
     def select(self, rows: Tensor) -> None:
         """Keeps only the given batch rows (index tensor)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from draft_opd.models.cpu_linear import prepack
 from draft_opd.models.gqa_attention import use_grouped
 from draft_opd.models.hub import EMBEDDED
 from draft_opd.models.kv_cache import PositionCache
+from draft_opd.models.layer_walk import LayerWalk
 from draft_opd.models.target_info import TargetInfo, check_tokenizer, find_target
 from draft_opd.utils.errors import UserError
 from draft_opd.utils.files import read_json
@@ -53,10 +55,13 @@ class Target(TargetInfo):
         self.vocab_size = self.head.weight.shape[0]
         self._narrow_head: Tensor | None = None
         self.sharded = False
+        self.workspaces: OrderedDict = OrderedDict()  # of decoding: storage and graphs, see `captured`
+        self.walk: LayerWalk | None = None  # how layers run over a cache; None: the decoder's forward
         self._takes_booleans = use_grouped(model)
         if prepacked:
             prepack(model)
         self._check_supported()
+        self.walk = LayerWalk.matches(self.decoder, self.config, self._cached_forward)
 
     @classmethod
     def from_pretrained(
@@ -117,6 +122,19 @@ class Target(TargetInfo):
                 "(soft-capping or scaling), which is not supported yet"
             )
 
+    @torch.inference_mode()
+    def _cached_forward(self, walk: LayerWalk | None) -> Tensor:
+        """Hidden states of tokens behind a cached text, by the walk or by the decoder's forward."""
+        before, self.walk = self.walk, walk
+        try:
+            ids = torch.arange(6, device=self.device).view(2, 3) % self.vocab_size
+            cache = self.cache()
+            self.trajectories(ids, cache=cache)
+            positions = torch.tensor([[3, 4], [2, 3]], device=self.device)
+            return self.extend(ids[:, :2], positions, cache).hidden
+        finally:
+            self.walk = before
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the first 4 rows of every weight: different models may have the same name."""
@@ -124,6 +142,21 @@ class Target(TargetInfo):
         for weight in (self.head.weight, *self.decoder.parameters()):
             digest.update(weight.detach()[:4].float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    @property
+    def capturable(self) -> bool:
+        """Whether rounds can be CUDA graphs. Not: experts that route on the host, frequencies that
+        follow the longest position, a target in parts."""
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        kinds = [r.get("rope_type") for r in (rope, *rope.values()) if isinstance(r, dict)]
+        fixed = not {"dynamic", "longrope"} & set(kinds)
+        return self.device.type == "cuda" and not self.sharded and fixed and not self.is_mixture
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether it has experts of which a token takes some."""
+        names = ("num_experts", "num_local_experts", "n_routed_experts")
+        return any(getattr(self.config, name, None) for name in names)
 
     @property
     def device(self) -> torch.device:
@@ -205,8 +238,26 @@ class Target(TargetInfo):
     def _forward(self, ids: Tensor, layers: Sequence[int], **kwargs: Any) -> TargetOutput:
         with self._taps(layers) as found:
             hidden = self.decoder(input_ids=ids, **kwargs).last_hidden_state
-        features = torch.cat([found[i] for i in layers], -1) if layers else None
-        return TargetOutput(hidden, features)
+        return _output(hidden, found, layers)
+
+    def _over_cache(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor | dict[str, Tensor],
+        cache: PositionCache,
+        layers: Sequence[int],
+    ) -> TargetOutput:
+        if self.walk is not None and not self.sharded:
+            return _output(*self.walk(ids, positions, mask, cache, layers), layers)
+        return self._forward(
+            ids,
+            layers,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
 
     @torch.no_grad()
     def trajectories(
@@ -234,14 +285,9 @@ class Target(TargetInfo):
         cache.prepare(positions)
         key = torch.arange(cache.visible, device=ids.device)[None]
         mask = self._mask(key[:, None, :] <= positions[:, :, None], positions, key)
-        return self._forward(
-            ids,
-            layers,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        if cache.static:  # blocks keep their length near the context's end; what lies beyond is not kept
+            positions = positions.clamp_max(self.max_positions - 1)
+        return self._over_cache(ids, positions, mask, cache, layers)
 
     @torch.no_grad()
     def branches(
@@ -264,14 +310,7 @@ class Target(TargetInfo):
         slots = torch.arange(width, device=ids.device)[None]
         visible = torch.cat([slots[:, None, :] < prefix[:, :, None], own], -1)
         key = torch.cat([slots.expand(len(ids), -1), positions], -1)
-        return self._forward(
-            ids,
-            layers,
-            position_ids=positions,
-            attention_mask=self._mask(visible, positions, key),
-            past_key_values=cache,
-            use_cache=True,
-        )
+        return self._over_cache(ids, positions, self._mask(visible, positions, key), cache, layers)
 
     def describe(self) -> dict:
         """What `inspect` prints."""
@@ -284,6 +323,11 @@ class Target(TargetInfo):
             "context": self.max_positions,
             "stop_ids": sorted(self.stop_ids),
         }
+
+
+def _output(hidden: Tensor, found: dict[int, Tensor], layers: Sequence[int]) -> TargetOutput:
+    features = torch.cat([found[i] for i in layers], -1) if layers else None
+    return TargetOutput(hidden, features)
 
 
 @contextmanager
