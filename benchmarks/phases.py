@@ -21,8 +21,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from draft_opd.data.collect import collect, summary
 from draft_opd.data.prompts import read_prompts
+from draft_opd.decoding.captured import GraphRunner
 from draft_opd.decoding.generate import speculate
 from draft_opd.decoding.sampling import Sampling
+from draft_opd.decoding.static import StaticBatch, bucket_of, eager
 from draft_opd.decoding.step import DecodeStep
 from draft_opd.drafters import Drafter
 from draft_opd.evaluation.draft_length_advice import weights_read
@@ -59,6 +61,7 @@ class Size:
 
     shapes: tuple[str, ...]  # of `rounds`: in QWEN3, or EMBEDDED
     contexts: tuple[int, ...]
+    rows: tuple[int, ...]  # of the static step
     repeats: int
     lossless: int  # prompts
     train: int  # prompts
@@ -78,6 +81,7 @@ SIZES = {
     "tiny": Size(
         shapes=(EMBEDDED,),
         contexts=(64,),
+        rows=(1, 2),
         repeats=3,
         lossless=2,
         train=8,
@@ -103,6 +107,7 @@ SIZES = {
     "gpu": Size(
         shapes=("Qwen3-0.6B", "Qwen3-4B"),
         contexts=(256, 2048),
+        rows=(1, 4, 16, 32),
         repeats=10,
         lossless=200,
         train=7473,
@@ -312,9 +317,13 @@ class RoundCosts(Phase):
             reading = size / limits.bandwidth(target.dtype, s.device, max(1, size >> 20))
             for context in self.size.contexts:
                 times = self._times(target, drafter, context)
-                found.append({"shape": shape, "context": context, "read_seconds": reading, **times})
+                static = self._static_times(target, drafter, context)
+                found.append(
+                    {"shape": shape, "context": context, "read_seconds": reading, **times, "static": static}
+                )
                 ms = [1000 * times[k]["median"] for k in times]
-                rows.append([shape, context, *ms, 1000 * reading])
+                first = [1000 * static[0][k]["median"] for k in ("one", "round")]
+                rows.append([shape, context, *ms, *first, 1000 * reading])
             del target, drafter
         columns = [
             "shape",
@@ -323,6 +332,8 @@ class RoundCosts(Phase):
             "verify 16",
             "draft 15",
             "a round",
+            "captured: 1 token",
+            "captured: a round",
             "read the weights",
         ]
         return {"milliseconds": found, "table": _table(columns, rows)}
@@ -351,9 +362,11 @@ class RoundCosts(Phase):
             hidden = target.extend(block, at, cache, drafter.target_layers).hidden
             return target.logits(hidden).argmax(-1)
 
+        choose = Sampling().chooser()
+
         def draft():
             full.set_bound(context + length + 1, filled=True)
-            return drafter.propose(target, memory, anchors[:, None], last[:, None], length, full.choose)
+            return drafter.propose(target, memory, anchors[:, None], last[:, None], length, choose)
 
         def whole():
             full.set_bound(context + length + 1, filled=True)
@@ -365,6 +378,31 @@ class RoundCosts(Phase):
             "draft": s.seconds(draft),
             "round": s.seconds(whole),
         }
+
+    def _static_times(self, target: Target, drafter: Drafter, context: int) -> list[dict]:
+        """The static step, captured on a GPU: target alone and with the drafter, by batch size. Rows
+        are not alive, so that they stay where they are: the work is the same."""
+        s, found = self.setup, []
+        for rows in self.size.rows:
+            line = {"rows": rows}
+            for name, helper in (("one", None), ("round", drafter)):
+                length = helper.draft_length if helper else 0
+                batch = StaticBatch(target, helper, Sampling(), rows, context + 2 * length + 2, length)
+                prompts = torch.randint(3, 250, (rows, context)).tolist()
+                batch.admit(range(rows), prompts, range(rows))
+                batch.alive.zero_()
+                run = GraphRunner() if s.device.type == "cuda" else eager
+                slots = bucket_of(context + length + 1, batch.capacity)
+
+                def step(batch=batch, run=run, rows=rows, slots=slots, length=length):
+                    run(batch, rows, slots, length)
+                    return batch.table.tolist()
+
+                line[name] = s.seconds(step)
+                if run is not eager:
+                    line[f"{name}_capture"] = {"seconds": run.seconds, "megabytes": run.megabytes}
+            found.append(line)
+        return found
 
 
 class Collect(Phase):

@@ -47,7 +47,7 @@ def test_a_pick_is_the_inverse_of_the_distribution(seed, u):
     g = torch.Generator().manual_seed(seed)
     probs = torch.rand(7, generator=g)
     probs[torch.randperm(7, generator=g)[:3]] = 0.0
-    found = int(pick(probs, torch.tensor(u)))
+    found = int(pick(probs, torch.tensor(u, dtype=torch.float64)))
     mass = probs.double().cumsum(0)
     assert probs[found] > 0
     before = float(mass[found - 1]) if found else 0.0

@@ -114,7 +114,7 @@ def test_the_automatic_draft_length_keeps_the_text(target, trained, heldout, sta
 
     prompts = [t.prompt_ids for t in heldout[:2]]
     shapes: list[tuple] = []
-    pace = DraftLengthController(trained.draft_length, few=True)
+    pace = DraftLengthController(trained.draft_length)
     made = static(target, trained, prompts, shapes=shapes, max_new_tokens=60, pace=pace)
     wanted = d.speculate(target, None, prompts, max_new_tokens=60)
     assert [g.token_ids for g in made] == [g.token_ids for g in wanted]
@@ -156,6 +156,24 @@ def test_a_round_is_one_graph(trained_folder, heldout, sampling):
                 round(2, 384, 7)
     assert torch.equal(batches[0].table, batches[1].table)
     assert torch.equal(batches[0].anchors, batches[1].anchors)
+
+
+@pytest.mark.slow
+def test_inductor_compiles_a_round(trained_folder, heldout):
+    """Kernels that the compiler makes give the same tokens."""
+    target = d.Target.from_pretrained("embedded", device="cpu", prepacked=False)
+    drafter = d.Drafter.from_pretrained(str(trained_folder), device="cpu")
+    unpack(drafter)
+    prompts = [t.prompt_ids for t in heldout[:2]]
+    batches = [StaticBatch(target, drafter, GREEDY, 2, 512, 7) for _ in range(2)]
+    torch._dynamo.reset()
+    whole = torch.compile(batches[1].round, fullgraph=True, dynamic=False)
+    with torch.inference_mode():
+        for batch, round in zip(batches, (batches[0].round, whole), strict=True):
+            batch.admit([0, 1], prompts, [0, 1])
+            for _ in range(3):
+                round(2, 384, 7)
+    assert torch.equal(batches[0].table, batches[1].table)
 
 
 def test_ties_go_to_the_lowest_id(target):

@@ -4,7 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import draft_opd as d
 from draft_opd.hindsight.trace import hindsight_traces, pad_rows
@@ -227,3 +234,27 @@ def test_a_target_attends_as_transformers_does(target):
     at = torch.arange(80, 90).expand(2, -1)
     found = target.logits(target.extend(ids[:, 80:], at, cache).hidden)
     assert torch.allclose(found, expected[:, 80:], atol=1e-4)
+
+
+def test_layers_are_walked_as_the_model_runs_them(model):
+    """For two choices of tapped layers, over a cache; and a decoder of another kind keeps its hooks."""
+    assert model.walk is not None
+    ids = torch.arange(12).view(2, 6) % model.vocab_size
+    found = []
+    for walk in (model.walk, None):
+        before, model.walk = model.walk, walk
+        try:
+            for layers in ((0, 2), (1,)):
+                cache = model.cache()
+                model.trajectories(ids[:, :4], cache=cache)
+                positions = torch.arange(4, 6).expand(2, -1)
+                out = model.extend(ids[:, 4:], positions, cache, layers)
+                found.append((out.hidden, out.features))
+        finally:
+            model.walk = before
+    for (a, b), (c, e) in zip(found[:2], found[2:], strict=True):
+        assert torch.equal(a, c) and torch.equal(b, e)
+    config = GPTNeoXConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=99
+    )
+    assert d.Target(GPTNeoXForCausalLM(config)).walk is None

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from draft_opd.cli.options import (
+    Compile,
     Device,
     Dtype,
     Json,
@@ -55,6 +56,7 @@ def collect(
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
+    compile: Compile = "auto",
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
@@ -95,7 +97,7 @@ def collect(
         text = TargetInfo.from_pretrained(target, trust_remote_code=trust_remote_code)
         start = partial(gather_from, askers, text)
     else:
-        model = to_target(target, device, dtype, trust_remote_code)
+        model = to_target(target, device, dtype, trust_remote_code, compile)
         helper = to_drafter(drafter, model) if drafter else None
         start = partial(run, model, batch_size=batch_size, drafter=helper)
     with screen.progress("collect", len(asked) * samples) as update:

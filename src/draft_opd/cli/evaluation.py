@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from draft_opd.cli.options import (
+    Compile,
     Device,
     DrafterName,
     Dtype,
@@ -120,6 +121,7 @@ def evaluate(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    compile: Compile = "auto",
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
@@ -143,7 +145,7 @@ def evaluate(
     from draft_opd.training.run_folder import lineage
 
     places = to_hardware(hardware or ()) or HARDWARE
-    model = to_target(target, device, dtype, trust_remote_code)
+    model = to_target(target, device, dtype, trust_remote_code, compile)
     loaded = {name: (path, to_drafter(path, model)) for name, path in paths.items()}
     sides = sides_of(loaded, lengths or [None], widths)
     options = {"max_new_tokens": longest, "sampling": sampling, "thinking": thinking, "seed": seed}

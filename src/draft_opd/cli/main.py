@@ -22,6 +22,7 @@ from draft_opd.cli.evaluation import analyze, evaluate, evaluate_server, report
 from draft_opd.cli.options import (
     MARKS,
     AutoLength,
+    Compile,
     Device,
     DrafterName,
     Dtype,
@@ -97,6 +98,7 @@ def generate(
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
+    compile: Compile = "auto",
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
@@ -115,7 +117,7 @@ def generate(
     from draft_opd.decoding.stream import stream
 
     screen = Screen(json)
-    model = to_target(target, device, dtype, trust_remote_code)
+    model = to_target(target, device, dtype, trust_remote_code, compile)
     helper = to_drafter(drafter, model)
     value = stream(
         model,

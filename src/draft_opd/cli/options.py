@@ -18,6 +18,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default
 Dtype = Annotated[
     str | None, typer.Option(help="float32 or bfloat16; default: float32 on CPU, else as stored.")
 ]
+Compile = Annotated[str, typer.Option("--compile", help="auto: decode in CUDA graphs on a GPU; off: never.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that ships with the target.")]
 Length = Annotated[int | None, typer.Option("--draft-length", help="Tokens drafted a round; default: all.")]
 AutoLength = Annotated[
@@ -118,7 +119,7 @@ def to_widths(tree: str | None) -> list[int] | None:
         raise UserError(f"--tree {tree}: give the nodes at each depth, as 4,4,2") from None
 
 
-def to_target(name: str, device: str | None, dtype: str | None, trust: bool):
+def to_target(name: str, device: str | None, dtype: str | None, trust: bool, compile: str = "auto"):
     import torch
 
     from draft_opd.models.target import Target
@@ -126,6 +127,8 @@ def to_target(name: str, device: str | None, dtype: str | None, trust: bool):
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: choose float32, bfloat16 or float16")
+    if compile not in ("auto", "off"):
+        raise UserError(f"--compile {compile}: choose auto or off")
     try:
         where = torch.device(device) if device else None
         if where is not None:
@@ -135,7 +138,9 @@ def to_target(name: str, device: str | None, dtype: str | None, trust: bool):
     if dtype:
         here = where or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         warn_if_slow(f"--dtype {dtype}", getattr(torch, dtype), here)
-    return Target.from_pretrained(name, dtype=dtype, device=where, trust_remote_code=trust)
+    return Target.from_pretrained(
+        name, dtype=dtype, device=where, trust_remote_code=trust, captured=compile == "auto"
+    )
 
 
 def to_drafter(name: str, target):

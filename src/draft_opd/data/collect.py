@@ -18,6 +18,8 @@ from draft_opd.models.target_info import TargetInfo, check_prompt
 from draft_opd.utils.errors import UserError
 from draft_opd.utils.files import lock_folder, make_folder, read_json, write_json
 
+GROUP = 8  # batches that share their rows where rounds are captured
+
 
 @dataclass(frozen=True)
 class Request:
@@ -42,11 +44,15 @@ def decode_trajectories(
     seed: int = 0,
     drafter: Drafter | None = None,
 ) -> Iterator[list[Trajectory]]:
-    """Decodes (id, prompt ids) pairs in length-sorted batches, yielding each batch when done."""
+    """Decodes (id, prompt ids) pairs in length-sorted groups, yielding each group when done.
+
+    A group is a batch; where rounds are captured, several, whose prompts take the place of ended ones.
+    """
     sampling = sampling or Sampling()
     ordered = sorted(requests, key=lambda r: len(r[1]))
-    for start in range(0, len(ordered), batch_size):
-        batch = ordered[start : start + batch_size]
+    size = batch_size * (GROUP if target.capturable else 1)
+    for start in range(0, len(ordered), size):
+        batch = ordered[start : start + size]
         # From the names, so that a collection that goes on later draws the same.
         seeds = [seed + zlib.crc32(name.encode()) for name, _ in batch]
         made = speculate(
@@ -56,6 +62,7 @@ def decode_trajectories(
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seeds,
+            rows=batch_size,
         )
         yield [
             Trajectory(

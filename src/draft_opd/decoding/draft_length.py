@@ -28,16 +28,17 @@ class DraftLengthController:
     to keep what it has learned. The first round at a length warms up and is not counted.
     """
 
-    def __init__(self, longest: int, few: bool = False):
-        """few: at most four lengths, for rounds that are captured once a length."""
-        if few:
-            self.lengths = sorted({0, longest // 4, longest // 2, longest})
-        else:
-            self.lengths = sorted({n for n in LENGTHS if n < longest} | {longest})
+    def __init__(self, longest: int):
+        self.lengths = sorted({n for n in LENGTHS if n < longest} | {longest})
         self.rounds = 0
         self._seconds: dict[int, deque[float]] = {}
         self._tried = [0.0] * longest  # rounds that reached offset k, and those that passed it
         self._passed = [0.0] * longest
+
+    def keep_few(self) -> None:
+        """From now on at most four lengths, for rounds that are captured once a length."""
+        longest = self.lengths[-1]
+        self.lengths = sorted({0, longest // 4, longest // 2, longest})
 
     def choose(self, at_most: int | None = None) -> int:
         """The length whose rounds bring most tokens a second, as far as is known."""

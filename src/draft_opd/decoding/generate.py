@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
 
 import torch
 
@@ -28,7 +27,6 @@ from draft_opd.utils.errors import UserError
 
 # Called after every round with the row's index, the tokens committed and the round.
 OnRound = Callable[[int, list[int], Round], None]
-Compile = Literal["auto", "off"]
 
 
 @dataclass
@@ -55,11 +53,11 @@ class Timing:
     draft: float = 0.0
     verify: float = 0.0
     rest: float = 0.0
-    round: float = 0.0  # captured rounds: what draft, verify and rest are otherwise
+    captured: float = 0.0  # rounds as CUDA graphs: draft, verify and rest in one
 
     @property
     def decode(self) -> float:
-        return self.draft + self.verify + self.rest + self.round
+        return self.draft + self.verify + self.rest + self.captured
 
     def __add__(self, other: Timing) -> Timing:
         return Timing(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -120,6 +118,8 @@ def _decode_static(
         batch, run = workspace(target, job.drafter, job.sampling, padded_rows(count), slots)
     else:
         batch = StaticBatch(target, job.drafter, job.sampling, count, slots, length)
+    if pace:
+        pace.keep_few()  # each length is a graph of its own
     began = entered = _synchronize(target.device)
     first = True
 
@@ -131,7 +131,7 @@ def _decode_static(
     def record(drafted: int, accepted: Iterable[int]) -> None:
         nonlocal first
         now = time.perf_counter()
-        clock.round += now - entered
+        clock.captured += now - entered
         if first:
             clock.first_token += now - began
             first = False
@@ -139,7 +139,7 @@ def _decode_static(
             pace.record(drafted, accepted, now - entered)
 
     decode_rows(batch, prompts, job.keys, job.commit, run=run, choose=choose, record=record)
-    clock.prefill += _synchronize(target.device) - began - clock.round
+    clock.prefill += _synchronize(target.device) - began - clock.captured
 
 
 def _decode_dynamic(
@@ -236,7 +236,6 @@ def speculate(
     timing: Timing | None = None,
     on_round: OnRound | None = None,
     rows: int | None = None,
-    compile: Compile = "auto",
 ) -> list[Generation]:
     """Decodes a batch of prompts; every row accepts what it accepts.
 
@@ -253,9 +252,8 @@ def speculate(
         seed: of the random numbers, where the target samples; for all rows, or one a row. A row's text
             depends on its seed, its prompt and its place among equal rows, not on the others.
         timing: filled in when given (this adds a device synchronisation a phase).
-        rows: the most prompts that are decoded at a time where rounds are captured; ended ones are
-            replaced by the next.
-        compile: "auto" captures rounds as CUDA graphs on a GPU; "off" never does. Trees are not captured.
+        rows: the most prompts that are decoded at a time where rounds are captured (on a GPU; see
+            `Target.capturable`). Ended ones are replaced by the next.
 
     Raises:
         UserError: an empty prompt, one that leaves no room in the context, a draft length that the
@@ -288,7 +286,7 @@ def speculate(
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
     job = _Job(target, drafter, sampling, results, limits, stops, seeds, on_round)
     clock = timing or Timing()
-    if compile == "auto" and not tree and target.capturable:
+    if target.capturable and not tree:
         _decode_static(job, length, rows, pace, clock)
     else:
         _decode_dynamic(job, length, tree, pace, clock, timing is not None)
@@ -315,7 +313,6 @@ def generate(
     tree: Sequence[int] | None = None,
     seed: int = 0,
     on_round: OnRound | None = None,
-    compile: Compile = "auto",
 ) -> Generation:
     """Decodes one prompt speculatively; see `speculate`. The text is the target's own.
 
@@ -339,5 +336,4 @@ def generate(
         seed=seed,
         pace=pace if drafter else None,
         on_round=on_round,
-        compile=compile,
     )[0]

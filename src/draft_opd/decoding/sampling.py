@@ -76,6 +76,8 @@ class Sampling(BaseModel):
                 ids = logits.argmax(-1)
                 return ids, one_hot(ids, logits.shape[-1])
             probs = self.probabilities(logits)
+            if uniforms is None:
+                raise ValueError("drawing drafts needs random numbers")
             used += logits.shape[1]
             return pick(probs, uniforms[:, used - logits.shape[1] : used]), probs
 

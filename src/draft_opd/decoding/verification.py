@@ -49,6 +49,8 @@ def verify(
         accepted = verify_greedy(drafted, target_logits)
         rows = torch.arange(len(drafted), device=drafted.device)
         return accepted, target_logits[rows, accepted].argmax(-1)
+    if noise is None:
+        raise ValueError("verification above temperature 0 needs random numbers")
     probs = sampling.probabilities(target_logits)
     draft_probs = probs[:, :0] if draft_probs is None else draft_probs
     return verify_with_noise(drafted, draft_probs, probs, noise.coin, noise.bonus)
@@ -107,9 +109,11 @@ def verify_sampled(
         ValueError: the shapes do not belong together.
     """
     rounds, num_draft_tokens = drafted.shape
-    options = {"generator": generator, "device": drafted.device, "dtype": torch.float64}
-    coin = torch.rand(rounds, num_draft_tokens, **options)
-    bonus = torch.rand(rounds, 1, **options).expand(-1, num_draft_tokens + 1)
+    # One column more: the bonus token's number.
+    numbers = torch.rand(
+        rounds, num_draft_tokens + 1, generator=generator, device=drafted.device, dtype=torch.float64
+    )
+    coin, bonus = numbers[:, 1:], numbers[:, :1].expand(-1, num_draft_tokens + 1)
     return verify_with_noise(drafted, draft_probs, target_probs, coin, bonus)
 
 

@@ -30,7 +30,7 @@ from draft_opd.utils.errors import UserError
 STEPS, REPEATS = 32, 5  # tokens of a timing, the same for every side; timings
 TOKENS = 32_768  # most tokens in one forward of the target over texts
 TEXTS = 32  # whose rounds are counted
-PARTS = ("draft", "verify", "rest")
+PARTS = ("draft", "verify", "rest", "captured")
 WIDTH = 2  # bytes a weight on other hardware: bfloat16
 
 

@@ -52,11 +52,12 @@ class Sides(Result):
 
 
 class RoundParts(Result):
-    """Milliseconds or seconds by part of a round."""
+    """Milliseconds or seconds by part of a round. captured: rounds that ran whole, as CUDA graphs."""
 
     draft: float
     verify: float
     rest: float
+    captured: float = 0.0
     target_alone: float | None = None
 
 

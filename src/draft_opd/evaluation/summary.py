@@ -86,7 +86,7 @@ def summarise(
     speeds = {side: decode_speed(rows) for side, rows in sides.items()}
     rate = {side: decode_rate(rows) for side, rows in sides.items()}
     clock = sum((a.clock for a in answers), Timing())
-    parts = {part: getattr(clock, part) for part in ("draft", "verify", "rest")}
+    parts = {part: getattr(clock, part) for part in ("draft", "verify", "rest", "captured")}
     same = sum(a.made.token_ids == b.made.token_ids for a, b in zip(alone, answers, strict=True))
     value = TaskResult(
         task=name,

@@ -46,15 +46,23 @@ class Target(TargetInfo):
     exactly the cached slots at or before its own position.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any = None, name: str = "", prepacked: bool = True):
-        """prepacked: on a CPU, keep the matrices in the layout that multiplies fastest as well."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        name: str = "",
+        prepacked: bool = True,
+        captured: bool = True,
+    ):
+        """prepacked: on a CPU, keep the matrices in the layout that multiplies fastest as well.
+        captured: on a GPU, decode in CUDA graphs, where that is possible."""
         super().__init__(model.config, model.generation_config, tokenizer, name)
         self.model = model.eval().requires_grad_(False)
         self.decoder = model.get_decoder()
         self.head = model.get_output_embeddings()
         self.vocab_size = self.head.weight.shape[0]
         self._narrow_head: Tensor | None = None
-        self.sharded = False
+        self.sharded, self.captured = False, captured
         self.workspaces: OrderedDict = OrderedDict()  # of decoding: storage and graphs, see `captured`
         self.walk: LayerWalk | None = None  # how layers run over a cache; None: the decoder's forward
         self._takes_booleans = use_grouped(model)
@@ -72,6 +80,7 @@ class Target(TargetInfo):
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
         prepacked: bool = True,
+        captured: bool = True,
     ) -> Target:
         """Loads a model folder or hub id (`embedded`: the shipped target), frozen.
 
@@ -102,7 +111,7 @@ class Target(TargetInfo):
             check_tokenizer(tokenizer)
         except Exception as error:
             raise UserError(f"target '{path_or_id}' cannot be loaded: {_told(error)}") from error
-        return cls(model.to(device), tokenizer, str(path_or_id), prepacked)  # type: ignore[arg-type]
+        return cls(model.to(device), tokenizer, str(path_or_id), prepacked, captured)  # type: ignore[arg-type]
 
     def _check_supported(self) -> None:
         """Refuses models whose logits are not `head(hidden)` (our losses rely on it) or whose
@@ -150,7 +159,8 @@ class Target(TargetInfo):
         rope = getattr(self.config, "rope_parameters", None) or {}
         kinds = [r.get("rope_type") for r in (rope, *rope.values()) if isinstance(r, dict)]
         fixed = not {"dynamic", "longrope"} & set(kinds)
-        return self.device.type == "cuda" and not self.sharded and fixed and not self.is_mixture
+        possible = fixed and not self.sharded and not self.is_mixture
+        return self.captured and possible and self.device.type == "cuda"
 
     @property
     def is_mixture(self) -> bool:

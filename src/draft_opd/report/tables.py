@@ -166,6 +166,7 @@ def round_table(sides: Sequence[SideResult]) -> Table | None:
             s.side,
             t.task,
             *(number(x, 2) for x in (per.draft, per.verify, per.rest)),
+            number(per.draft + per.verify + per.rest + per.captured, 2),
             number(first.target, 1),
             number(first.speculative, 1),
         ]
@@ -179,6 +180,7 @@ def round_table(sides: Sequence[SideResult]) -> Table | None:
         "draft",
         "verify",
         "rest",
+        "a round",
         "first token, target",
         "first token, with drafter",
     ]
