@@ -65,7 +65,8 @@ def main() -> None:
             for side, times in seconds.items()
         }
         for side, value in found[name].items():
-            print(f"{name:14} {side:16} {value['tokens_per_second']:7.1f} tok/s  {value['time_over_dynamic']}")
+            rate = value["tokens_per_second"]
+            print(f"{name:14} {side:16} {rate:7.1f} tok/s", value["time_over_dynamic"])
     machine.write(args.name, {"target": args.target, "drafter": args.drafter, "sides": found})
 
 
