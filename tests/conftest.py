@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 import yaml
@@ -30,6 +31,10 @@ from draft_opd.training.config import load_recipe
 
 torch.set_num_threads(1)
 MAX_NEW_TOKENS = 320
+
+# A busy machine is no failure.
+hypothesis.settings.register_profile("here", deadline=None)
+hypothesis.settings.load_profile("here")
 
 
 pytest_plugins = ["cost"]

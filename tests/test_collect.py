@@ -116,11 +116,11 @@ def test_a_drafter_speeds_collection_up_without_changing_it(target, trained, dat
     [
         ("{", "2: not valid JSON"),
         ("[1]", "2: must be a JSON object"),
-        ('{"text": "x"}', "2: needs a text under"),
-        ('{"prompt": ""}', "2: needs a text under"),
-        ('{"prompt": 3}', "2: needs a text under"),
+        ('{"txt": "x"}', "2: needs messages, conversations"),
+        ('{"prompt": ""}', "2: the field 'prompt' is empty"),
+        ('{"prompt": 3}', "2: needs messages, conversations"),
         ('{"messages": []}', "2: 'messages' must be"),
-        ('{"messages": [{"role": "user"}]}', "2: 'messages' must be"),
+        ('{"messages": [{"role": "user"}]}', "2: message 1 has no content"),
     ],
 )
 def test_a_malformed_prompt_is_named_with_its_line(tmp_path, line, message):

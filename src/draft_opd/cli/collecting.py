@@ -13,17 +13,24 @@ from draft_opd.cli.options import (
     Device,
     Dtype,
     Json,
+    MaxSkipShare,
     NewTokens,
     Seed,
+    SkipInvalid,
+    StopIds,
     TargetName,
     Temperature,
+    Template,
+    TemplateKwargs,
     Thinking,
     TopK,
     TopP,
     Trust,
     at_least,
+    set_chat,
     to_drafter,
     to_sampling,
+    to_skipped,
     to_target,
 )
 from draft_opd.models.hub import check_models
@@ -52,6 +59,14 @@ def collect(
     max_new_tokens: NewTokens = 512,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 16,
     drafter: Annotated[str | None, typer.Option(help="Speeds decoding up, same text.")] = None,
+    exclude: Annotated[
+        str | None, typer.Option(help="Rows (a held-out set) whose prompts are left out, by content.")
+    ] = None,
+    skip_invalid: SkipInvalid = False,
+    max_skip_share: MaxSkipShare = 0.1,
+    template: Template = None,
+    template_kwargs: TemplateKwargs = None,
+    stop_ids: StopIds = None,
     thinking: Thinking = None,
     seed: Seed = 0,
     device: Device = None,
@@ -74,9 +89,15 @@ def collect(
 
     screen = Screen(json)
     sampling = to_sampling(temperature, top_k, top_p)
-    asked = read_prompts(prompts, limit + skip if limit else None)[skip:]
+    skipped = to_skipped(skip_invalid, max_skip_share)
+    asked = read_prompts(prompts, limit + skip if limit else None, skipped, screen.say)[skip:]
+    if exclude:
+        held = {p.content for p in read_prompts(exclude)}
+        kept = [p for p in asked if p.content not in held]
+        screen.say(f"{len(asked) - len(kept):,} prompts left out: they stand in '{exclude}' too")
+        asked = kept
     if not asked:
-        raise UserError(f"--skip {skip} leaves no prompts of '{prompts}'")
+        raise UserError(f"no prompts of '{prompts}' are left (--skip {skip})")
     check_models(target, *([drafter] if drafter else []), weights=not server)
     from draft_opd.data.collect import collect as run
     from draft_opd.data.collect import summary
@@ -95,9 +116,11 @@ def collect(
         for asker in askers:
             asker.check()
         text = TargetInfo.from_pretrained(target, trust_remote_code=trust_remote_code)
+        set_chat(text, template, template_kwargs, stop_ids)
         start = partial(gather_from, askers, text)
     else:
         model = to_target(target, device, dtype, trust_remote_code, compile)
+        set_chat(model, template, template_kwargs, stop_ids)
         helper = to_drafter(drafter, model) if drafter else None
         start = partial(run, model, batch_size=batch_size, drafter=helper)
     with screen.progress("collect", len(asked) * samples) as update:
@@ -106,10 +129,15 @@ def collect(
             out,
             samples=samples,
             thinking=thinking,
+            skipped=skipped,
             **common,
             progress=lambda done, _, tokens: update(done, f"{tokens} tokens"),
         )
     value = summary(found.path if server else found)
+    if skipped.rows:
+        value["skipped"] = dict(skipped.reasons)
+        for line in skipped.lines():
+            screen.say(line)
     if server:
         value["dropped"] = dict(found.dropped)
         for reason, count in found.dropped.items():

@@ -16,20 +16,28 @@ from draft_opd.cli.options import (
     Dtype,
     Json,
     Length,
+    MaxSkipShare,
     Seed,
+    SkipInvalid,
+    StopIds,
     TargetName,
     Temperature,
+    Template,
+    TemplateKwargs,
     Thinking,
     TopK,
     TopP,
     Tree,
     Trust,
     at_least,
+    set_chat,
     to_drafter,
     to_lengths,
     to_numbers,
     to_sampling,
+    to_skipped,
     to_target,
+    to_template_kwargs,
     to_widths,
 )
 from draft_opd.evaluation.drafter_names import by_name
@@ -61,6 +69,8 @@ def _to_tasks(
     limit: int | None,
     skip: int,
     shuffle: int | None,
+    skipped=None,
+    say=lambda _: None,
 ):
     """The prompts that these options name."""
     from draft_opd.data.tasks import load_tasks, paper_tasks
@@ -68,7 +78,7 @@ def _to_tasks(
     at_least(limit, 1, "--limit")
     at_least(skip, 0, "--skip")
     if preset is None:
-        return load_tasks(tasks, prompts, limit, skip, shuffle)
+        return load_tasks(tasks, prompts, limit, skip, shuffle, skipped, say)
     if preset != "paper":
         raise UserError(f"--preset {preset}: there is 'paper'")
     if tasks or prompts or limit or skip or shuffle is not None:
@@ -114,6 +124,11 @@ def evaluate(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     draft: Annotated[str, typer.Option(help="'sample' or 'argmax', at temperature > 0.")] = "sample",
+    skip_invalid: SkipInvalid = False,
+    max_skip_share: MaxSkipShare = 0.1,
+    template: Template = None,
+    template_kwargs: TemplateKwargs = None,
+    stop_ids: StopIds = None,
     thinking: Thinking = None,
     seed: Seed = 0,
     out: Annotated[
@@ -136,9 +151,11 @@ def evaluate(
         raise UserError("give a draft length or a tree, not both")
     longest, paths = _longest(max_new_tokens, preset), by_name(drafter)
     check_models(target, *paths.values())
-    chosen = _to_tasks(tasks, preset, prompts, limit, skip, shuffle)
+    skipped = to_skipped(skip_invalid, max_skip_share)
+    chosen = _to_tasks(tasks, preset, prompts, limit, skip, shuffle, skipped, screen.say)
     if out:
         make_folder(out)  # what cannot be written should be known before hours of decoding
+    from draft_opd.data.tasks import usable_tasks
     from draft_opd.evaluation.draft_length_advice import HARDWARE, to_hardware
     from draft_opd.evaluation.measure import sides_of
     from draft_opd.evaluation.run import Evaluation
@@ -146,6 +163,13 @@ def evaluate(
 
     places = to_hardware(hardware or ()) or HARDWARE
     model = to_target(target, device, dtype, trust_remote_code, compile)
+    set_chat(model, template, template_kwargs, stop_ids)
+    if skip_invalid:
+        chosen = usable_tasks(chosen, model, thinking, skipped)
+        for line in skipped.lines():
+            screen.say(line)
+        if out:
+            skipped.write(out)
     loaded = {name: (path, to_drafter(path, model)) for name, path in paths.items()}
     sides = sides_of(loaded, lengths or [None], widths)
     options = {"max_new_tokens": longest, "sampling": sampling, "thinking": thinking, "seed": seed}
@@ -187,6 +211,9 @@ def evaluate_server(
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
+    skip_invalid: SkipInvalid = False,
+    max_skip_share: MaxSkipShare = 0.1,
+    template_kwargs: TemplateKwargs = None,
     thinking: Thinking = None,
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for eval.json and report.html.")] = None,
@@ -198,12 +225,14 @@ def evaluate_server(
     screen = Screen(json)
     sampling = to_sampling(temperature, top_k, top_p)
     sizes = to_numbers(concurrency, "--concurrency") or [1]
-    longest, chosen = (
-        _longest(max_new_tokens, preset),
-        _to_tasks(tasks, preset, prompts, limit, skip, shuffle),
-    )
+    skipped = to_skipped(skip_invalid, max_skip_share)
+    longest = _longest(max_new_tokens, preset)
+    chosen = _to_tasks(tasks, preset, prompts, limit, skip, shuffle, skipped, screen.say)
+    for line in skipped.lines():
+        screen.say(line)
     if out:
         make_folder(out)
+        skipped.write(out)
     servers = [Server(server, server_model), Server(baseline_server) if baseline_server else None]
     for which in filter(None, servers):
         which.check()
@@ -212,6 +241,7 @@ def evaluate_server(
     from draft_opd.utils.machine import machine
 
     options = {"max_new_tokens": longest, "sampling": sampling, "thinking": thinking, "seed": seed}
+    options["template_kwargs"] = to_template_kwargs(template_kwargs)
     with screen.progress("eval", len(chosen) * len(sizes)) as update:
         count = itertools.count(1)
         rows = [

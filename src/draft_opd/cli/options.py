@@ -151,6 +151,59 @@ def to_drafter(name: str, target):
     return drafter.to(target.dtype)
 
 
+SkipInvalid = Annotated[
+    bool, typer.Option("--skip-invalid", help="Leave out rows that cannot be used, counted by reason.")
+]
+MaxSkipShare = Annotated[float, typer.Option(help="The largest share of rows that may be left out.")]
+TemplateKwargs = Annotated[
+    list[str] | None,
+    typer.Option(help="KEY=VALUE for the chat template (VALUE as YAML); repeatable."),
+]
+Template = Annotated[Path | None, typer.Option(help="A chat template (Jinja), instead of the target's own.")]
+StopIds = Annotated[
+    str | None, typer.Option(help="Token ids that end an answer, as 2,7; default: all the files name.")
+]
+
+
+def to_skipped(allowed: bool, share: float):
+    from draft_opd.data.skipped import Skipped
+
+    if not 0 <= share <= 1:
+        raise UserError(f"--max-skip-share {share}: must be from 0 to 1")
+    return Skipped(allowed, share)
+
+
+def to_template_kwargs(pairs: list[str] | None) -> dict:
+    """KEY=VALUE pairs as an object."""
+    import yaml
+
+    found = {}
+    for pair in pairs or ():
+        key, equals, text = pair.partition("=")
+        if not key or not equals:
+            raise UserError(f"--template-kwargs {pair}: give KEY=VALUE")
+        try:
+            found[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--template-kwargs {key}: the value is not valid YAML") from None
+    return found
+
+
+def set_chat(target, template: Path | None, kwargs: list[str] | None, stop_ids: str | None = None) -> None:
+    """Gives a target another chat template, its arguments, and other stop tokens."""
+    if template is not None:
+        try:
+            target.tokenizer.chat_template = template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--template {template}: cannot be read ({type(error).__name__})") from None
+    target.chat.kwargs.update(to_template_kwargs(kwargs))
+    if stop_ids is not None:
+        words = stop_ids.split(",")
+        if not all(w.isdecimal() and int(w) < target.vocab_size for w in words):
+            raise UserError(f"--stop-ids {stop_ids}: give token ids of the target, as 2,7")
+        target.chosen_stop_ids = frozenset(map(int, words))
+
+
 MARKS = ("auto", "brackets", "none")  # how `generate` shows accepted draft tokens
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,13 +16,16 @@ from draft_opd.cli.options import (
     Dtype,
     Json,
     Length,
+    MaxSkipShare,
     NewTokens,
     Overrides,
+    SkipInvalid,
     TargetName,
     Thinking,
     Trust,
     at_least,
     to_drafter,
+    to_skipped,
     to_target,
 )
 from draft_opd.models.hub import EMBEDDED, check_models, resolve_path
@@ -53,6 +57,8 @@ def check_serving(
     limit: Annotated[int, typer.Option(help="Only the first N prompts.")] = 16,
     max_new_tokens: NewTokens = 128,
     draft_length: Length = None,
+    skip_invalid: SkipInvalid = False,
+    max_skip_share: MaxSkipShare = 0.1,
     thinking: Thinking = None,
     engine_command: EngineCommand = "vllm serve",
     engine_args: EngineArgs = "",
@@ -75,7 +81,8 @@ def check_serving(
         raise UserError(f"--served {served}: no drafter folder (it has no config.json)")
     from draft_opd.data.prompts import read_prompts
 
-    asked = read_prompts(prompts, limit)
+    skipped = to_skipped(skip_invalid, max_skip_share)
+    asked = read_prompts(prompts, limit, skipped)
     check_models(target, *([drafter] if drafter else []))
     from draft_opd.data.openai_client import Server
     from draft_opd.drafters import Drafter
@@ -158,7 +165,13 @@ def untrained(config: str, target: str, trust_remote_code: bool):
     return new_drafter(recipe.model, model, counts)
 
 
-def online(config: Config, overrides: Overrides = None, json: Json = False) -> None:
+def online(
+    config: Config,
+    overrides: Overrides = None,
+    skip_invalid: SkipInvalid = False,
+    max_skip_share: MaxSkipShare = 0.1,
+    json: Json = False,
+) -> None:
     """Follow a server's traffic: collect what it answers, train, export, reload; in rounds."""
     from draft_opd.training.config import load_recipe
     from draft_opd.training.inputs import check_online
@@ -169,7 +182,7 @@ def online(config: Config, overrides: Overrides = None, json: Json = False) -> N
     check_online(recipe)
     from draft_opd.pipelines.online import OnlineLoop
 
-    value = OnlineLoop(recipe, screen.say).run()
+    value = OnlineLoop(recipe, screen.say, to_skipped(skip_invalid, max_skip_share)).run()
     rows = [
         [str(r["round"]), r["trajectories"], r["tau_before"], r["tau"], r["served"]] for r in value["rounds"]
     ]
@@ -180,9 +193,9 @@ def online(config: Config, overrides: Overrides = None, json: Json = False) -> N
 def _shown(value: dict) -> list:
     served, ours = value["served"], value["ours"]
     rows = [["τ", served["tau"], ours["tau"]], ["rounds", served["rounds"], ours["rounds"]]]
-    for k in range(len(ours["accepted_by_position"])):
-        pair = [(s["accepted_by_position"] + [0] * 99)[k] for s in (served, ours)]
-        rows.append([f"accepted at {k + 1}", *pair])
+    counts = [side["accepted_by_position"] for side in (served, ours)]
+    for k, pair in enumerate(itertools.zip_longest(*counts, fillvalue=0), 1):
+        rows.append([f"accepted at {k}", *pair])
     text, prompt = value["same_text"], value["same_prompt"]
     lines = [
         f"{value['responses']} responses, {value['tokens']} tokens; text is the target's own: "

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
-from draft_opd.data.prompts import Prompt
+from draft_opd.data.prompts import Prompt, usable
+from draft_opd.data.skipped import Skipped
 from draft_opd.data.trajectory import Trajectory, TrajectoryWriter, read_trajectories
 from draft_opd.decoding.generate import speculate
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.drafters.base import Drafter
 from draft_opd.models.target import Target
-from draft_opd.models.target_info import TargetInfo, check_prompt
+from draft_opd.models.target_info import TargetInfo
 from draft_opd.utils.errors import UserError
 from draft_opd.utils.files import lock_folder, make_folder, read_json, write_json
 
@@ -23,11 +27,11 @@ GROUP = 8  # batches that share their rows where rounds are captured
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to be answered: its name in the file, its token ids, and the messages they are."""
+    """A prompt to be answered: its name in the file, its token ids, and what they are made of."""
 
     id: str
     prompt_ids: list[int]
-    messages: list[dict]
+    prompt: Prompt
 
 
 # Answers requests, handing trajectories to its second argument as they are made.
@@ -86,51 +90,57 @@ def gather(
     *,
     samples: int = 1,
     thinking: bool | None = None,
+    skipped: Skipped | None = None,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Path:
     """Writes `out/trajectories.jsonl`; what is already there is not asked for again.
 
     about: how the trajectories are made; a folder that was made otherwise is refused, and one that
     another process is writing. `collect.json` says so and, once all was asked, how many answered.
-    `progress(done, total, tokens)` is called after every write. Raises `UserError` when the folder
-    holds trajectories of other prompts under the same ids, or a prompt does not fit the context.
+    A prompt is known by its content, and its token ids are those that were stored: a template that shows the
+    date shows the date of the first time. skipped: what to do with prompts that cannot be used; they go to
+    `out/skipped.jsonl`. `progress(done, total, tokens)` is called after every write. Raises `UserError`
+    when the folder holds trajectories of other prompts under the same ids, or a prompt cannot be used.
     """
     path = make_folder(out) / "trajectories.jsonl"
     with lock_folder(out):
-        return _gather(target, prompts, path, answer, about, samples, thinking, progress)
+        return _gather(
+            target, prompts, path, answer, about, samples, thinking, skipped or Skipped(), progress
+        )
 
 
-def _gather(target, prompts, path, answer, about, samples, thinking, progress) -> Path:
+def _gather(target, prompts, path, answer, about, samples, thinking, skipped, progress) -> Path:
     writer = TrajectoryWriter(path)
     about = {"target": target.name, **about}
     made = path.with_name("collect.json")
     try:
         if writer.done:
             _check_made(made, about)
-        todo, seen = [], set()
-        for prompt in prompts:
-            ids = prompt.ids(target, thinking)
-            check_prompt(ids, target, prompt.id)
-            if len(ids) >= target.max_positions:
-                raise UserError(
-                    f"prompt {prompt.id} has {len(ids)} tokens, the target's context holds "
-                    f"{target.max_positions}: shorten or remove it"
-                )
+        if target.chat.uses_date:
+            about["date"] = _pin_date(target, made)
+        settings = json.dumps([target.chat.kwargs, thinking, target.chat.source], default=str)
+        todo, seen, hashes = [], set(), {}
+        for prompt, ids in usable(prompts, target, thinking, skipped):
+            content = hashlib.sha256((prompt.content + settings).encode()).hexdigest()[:16]
             for sample in range(samples):
                 name = prompt.id if samples == 1 else f"{prompt.id}-{sample}"
                 if name in seen:
                     raise UserError(f"two prompts have the id '{name}': make ids unique")
                 seen.add(name)
+                hashes[name] = content
                 if name not in writer.done:
-                    todo.append(Request(name, ids, prompt.messages))
-                elif writer.done[name] != ids:
+                    todo.append(Request(name, ids, prompt))
+                elif writer.hashes.get(name, content) != content or (
+                    name not in writer.hashes and writer.done[name] != ids
+                ):
                     raise UserError(
                         f"'{path}' already holds another prompt under the id '{name}': use another --out"
                     )
+        skipped.write(path.parent)
         counts = {"done": len(seen) - len(todo), "tokens": 0}
 
         def emit(batch: list[Trajectory]) -> None:
-            writer.write(batch)
+            writer.write([replace(t, meta={**t.meta, "prompt": hashes[t.id]}) for t in batch])
             counts["done"] += len(batch)
             counts["tokens"] += sum(len(t.response_ids) for t in batch)
             if progress:
@@ -159,6 +169,7 @@ def collect(
     thinking: bool | None = None,
     seed: int = 0,
     drafter: Drafter | None = None,
+    skipped: Skipped | None = None,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Path:
     """`gather` with a target that decodes here."""
@@ -177,7 +188,28 @@ def collect(
             emit(batch)
 
     about = how_made(sampling, seed, max_new_tokens, samples)
-    return gather(target, prompts, out, answer, about, samples=samples, thinking=thinking, progress=progress)
+    return gather(
+        target,
+        prompts,
+        out,
+        answer,
+        about,
+        samples=samples,
+        thinking=thinking,
+        skipped=skipped,
+        progress=progress,
+    )
+
+
+def _pin_date(target: TargetInfo, made: Path) -> str:
+    """The date that the template shows in this collection: of the first time."""
+    try:
+        before = read_json(made).get("date") if made.exists() else None
+        date = datetime.fromisoformat(before) if before else datetime.now().replace(microsecond=0)
+    except (UserError, AttributeError, ValueError):
+        date = datetime.now().replace(microsecond=0)
+    target.chat.date = date
+    return date.isoformat()
 
 
 def how_made(sampling: Sampling, seed: int, max_new_tokens: int, samples: int) -> dict:

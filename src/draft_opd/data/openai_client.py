@@ -9,6 +9,7 @@ from typing import Literal
 
 import httpx2 as httpx
 
+from draft_opd.data.prompts import Prompt
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.utils.errors import UserError, one_line
 
@@ -97,6 +98,17 @@ def sampling_params(sampling: Sampling) -> dict[str, float]:
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
     }
+
+
+def chat_body(prompt: Prompt, given: dict, messages: list[dict] | None = None) -> dict:
+    """The part of a chat request that makes its prompt: messages, tools, and what the template is
+    given; the prompt's own arguments over `given`."""
+    body: dict = {"messages": prompt.messages if messages is None else messages}
+    if prompt.tools:
+        body["tools"] = prompt.tools
+    if kwargs := {**given, **prompt.template_kwargs}:
+        body["chat_template_kwargs"] = kwargs
+    return body
 
 
 def error_message(answer: httpx.Response) -> str:

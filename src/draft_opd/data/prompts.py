@@ -1,78 +1,168 @@
-"""Prompt files: what a line may look like, and how it becomes token ids."""
+"""Prompts: what the target is asked, and how that becomes token ids."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from draft_opd.data.trajectory import read_jsonl
-from draft_opd.models.hub import EMBEDDED
-from draft_opd.utils.errors import UserError
+from draft_opd.data.conversation import Conversation, read_row
+from draft_opd.data.row_files import read_rows, rows_path
+from draft_opd.data.skipped import Skipped
+from draft_opd.utils.errors import RowProblem, UserError
 
 if TYPE_CHECKING:
     from draft_opd.models.target_info import TargetInfo
 
-_EMBEDDED = Path(__file__).parent.parent / EMBEDDED
-TEXT_KEYS = ("prompt", "question", "problem", "instruction")
-
 
 @dataclass(frozen=True)
 class Prompt:
-    """`later`: user turns that follow, once the one before is answered (MT-Bench)."""
+    """later: user turns that follow, once the one before is answered (MT-Bench). tools and
+    template_kwargs go to the chat template. file, line: where it stands."""
 
     id: str
     messages: list[dict]
     later: tuple[str, ...] = ()
+    tools: list[dict] | None = None
+    template_kwargs: dict = field(default_factory=dict)
+    file: str = ""
+    line: int = 0
 
     def ids(self, target: TargetInfo, thinking: bool | None = None) -> list[int]:
-        """Through the target's chat template; as plain text when it has none."""
-        if getattr(target.tokenizer, "chat_template", None):
-            return target.chat_ids(self.messages, thinking)
-        return target.tokenizer.encode("\n".join(m["content"] for m in self.messages))
+        """Through the target's chat template; as plain text when it has none. Raises `UserError`
+        where the template refuses it."""
+        try:
+            return target.chat_ids(self.messages, thinking, tools=self.tools, **self.template_kwargs)
+        except RowProblem as problem:
+            raise UserError(f"{self.where}: {problem}") from None
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}:{self.line}" if self.file else f"prompt {self.id}"
+
+    @property
+    def content(self) -> str:
+        """What makes it this prompt: messages, tools, template arguments."""
+        return json.dumps([self.messages, self.tools, self.template_kwargs], sort_keys=True, default=str)
 
 
-def prompts_path(name: str | Path) -> Path:
-    """`embedded:train` and `embedded:heldout` are the shipped prompts."""
-    if str(name).startswith(f"{EMBEDDED}:"):
-        return _EMBEDDED / f"{str(name).partition(':')[2]}.jsonl"
-    return Path(name)
+def to_prompt(conversation: Conversation, default_id: str, file: str = "", line: int = 0) -> Prompt:
+    """The prompt of a conversation; a logged last answer is the target's to give."""
+    return Prompt(
+        conversation.id or default_id,
+        conversation.prompt,
+        tools=conversation.tools,
+        template_kwargs=conversation.template_kwargs,
+        file=file,
+        line=line,
+    )
 
 
 def read_prompt(row: dict, where: str, default_id: str = "") -> Prompt:
-    """One line: `{"prompt"}`, `{"messages"}` or a task's row (`{"question"}`). Raises `UserError`,
-    beginning with `where`, when it is none of these."""
-    messages = row.get("messages")
-    if messages is None:
-        text = next((row[k] for k in TEXT_KEYS if k in row), None)
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: needs a text under one of {', '.join(TEXT_KEYS)}, or messages")
-        messages = [{"role": "user", "content": text}]
-    elif not (
-        isinstance(messages, list)
-        and messages
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        )
-    ):
-        raise UserError(f"{where}: 'messages' must be a list of {{role, content}} objects")
-    while len(messages) > 1 and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]  # a logged conversation: its last answer is ours to give
-    return Prompt(str(row.get("id", default_id)), messages)
+    """One row. Raises `UserError`, beginning with `where`, when it is in none of the formats."""
+    try:
+        return to_prompt(read_row(row), default_id)
+    except RowProblem as problem:
+        raise UserError(f"{where}: {problem}") from None
 
 
-def read_prompts(name: str | Path, limit: int | None = None) -> list[Prompt]:
-    """A JSONL file of what `read_prompt` takes.
+def read_prompts(
+    name: str | Path,
+    limit: int | None = None,
+    skipped: Skipped | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Prompt]:
+    """The prompts of whatever `read_rows` reads, in any of the known formats.
 
-    Raises `UserError` naming file and line when a line is none of these, or the file is empty.
+    skipped: what to do with rows that cannot be used (default: the first one is an error). say: gets
+    one line about what was found. Raises `UserError` naming file and line, or for no prompts at all.
     """
-    path = prompts_path(name)
-    prompts = []
-    for number, row in read_jsonl(path):
-        prompts.append(read_prompt(row, f"{path}:{number}", str(number)))
+    skipped = skipped or Skipped()
+    prompts: list[Prompt] = []
+    kinds: Counter[str] = Counter()
+    unused: set[str] = set()
+    tools = 0
+    files: dict[str, int] = {}
+    for row in read_rows(name):
+        skipped.seen += 1
+        try:
+            if row.value is None:
+                raise RowProblem(row.problem)
+            conversation = read_row(row.value)
+        except RowProblem as problem:
+            skipped.add(row.file, row.line, str(problem))
+            continue
+        number = files.setdefault(row.file, len(files))
+        default_id = str(row.line) if number == 0 else f"{Path(row.file).name}:{row.line}"
+        prompts.append(to_prompt(conversation, default_id, row.file, row.line))
+        kinds[conversation.kind] += 1
+        unused.update(conversation.unused)
+        tools += conversation.tools is not None
         if limit is not None and len(prompts) == limit:
             break
     if not prompts:
-        raise UserError(f"'{path}' holds no prompts")
-    return prompts
+        skipped.check()
+        raise UserError(f"'{rows_path(name)}' holds no prompts")
+    more = f", {tools:,} with tools" if tools else ""
+    names = ", ".join(f"{kind}" if len(kinds) == 1 else f"{count:,} {kind}" for kind, count in kinds.items())
+    left = f"; fields not used: {', '.join(sorted(unused)[:8])}" if unused else ""
+    say(f"{len(prompts):,} rows, {names}{more}{left}")
+    return with_unique_ids(prompts)
+
+
+def with_unique_ids(prompts: list[Prompt]) -> list[Prompt]:
+    """Ids that repeat get a part of the content's hash, so that they stay the same in another order;
+    equal rows are numbered."""
+    counts = Counter(p.id for p in prompts)
+    if len(counts) == len(prompts):
+        return prompts
+    copies: Counter[str] = Counter()
+    found = []
+    for p in prompts:
+        if counts[p.id] > 1:
+            name = f"{p.id}-{hashlib.sha256(p.content.encode()).hexdigest()[:8]}"
+            copies[name] += 1
+            p = replace(p, id=name if copies[name] == 1 else f"{name}-{copies[name]}")
+        found.append(p)
+    return found
+
+
+def usable(
+    prompts: list[Prompt],
+    target: TargetInfo,
+    thinking: bool | None,
+    skipped: Skipped,
+    check: bool = True,
+) -> list[tuple[Prompt, list[int]]]:
+    """Prompts with their token ids. One that the template refuses, or that leaves no room in the
+    context, is an error or skipped. check: whether these are all rows, so that the share can be
+    checked."""
+    found = []
+    for prompt in prompts:
+        try:
+            ids = target.chat_ids(prompt.messages, thinking, tools=prompt.tools, **prompt.template_kwargs)
+            if len(ids) >= target.max_positions:
+                raise RowProblem(
+                    f"prompt {prompt.id} has {len(ids)} tokens, the target's context holds "
+                    f"{target.max_positions}: shorten or remove it"
+                )
+            if not ids:
+                raise RowProblem(f"prompt {prompt.id} has no tokens")
+            if max(ids) >= target.vocab_size:
+                raise RowProblem(
+                    f"prompt {prompt.id} has token id {max(ids)}, the target's vocabulary ends at "
+                    f"{target.vocab_size - 1}: its tokenizer belongs to another model"
+                )
+        except RowProblem as problem:
+            if not skipped.allowed and not prompt.file:
+                raise UserError(f"{prompt.where}: {problem}") from None
+            skipped.add(prompt.file, prompt.line, str(problem))
+            continue
+        found.append((prompt, ids))
+    if check:
+        skipped.check()
+    return found

@@ -21,8 +21,9 @@ from typing import Any, Literal
 import httpx2 as httpx
 
 from draft_opd.data.collect import Request, gather, how_made
-from draft_opd.data.openai_client import Server, error_message, sampling_params
+from draft_opd.data.openai_client import Server, chat_body, error_message, sampling_params
 from draft_opd.data.prompts import Prompt
+from draft_opd.data.skipped import Skipped
 from draft_opd.data.trajectory import Trajectory
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.models.target_info import TargetInfo
@@ -73,6 +74,7 @@ def gather_from(
     samples: int = 1,
     seed: int = 0,
     thinking: bool | None = None,
+    skipped: Skipped | None = None,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Collected:
     """`gather` with servers that answer, each with as many requests as its `in_flight`.
@@ -90,6 +92,7 @@ def gather_from(
         about,
         samples=samples,
         thinking=thinking,
+        skipped=skipped,
         progress=progress,
     )
     if asked.dropped and not path.stat().st_size:
@@ -257,9 +260,8 @@ class _Asking:
             "return_token_ids": True,
         }
         if server.endpoint == "chat":
-            if self.thinking is not None:
-                body["chat_template_kwargs"] = {"enable_thinking": self.thinking}
-            return "/v1/chat/completions", {**body, "messages": request.messages}
+            given = self.text.chat.arguments(self.thinking)
+            return "/v1/chat/completions", {**body, **chat_body(request.prompt, given)}
         return "/v1/completions", {**body, "prompt": request.prompt_ids}
 
 
@@ -301,16 +303,17 @@ def read_answer(
     if not same:
         raise AnswerRejected("the server saw another prompt (its chat template, or its tokenizer)")
     ids = choice.get("token_ids") or choice.get("response_token_ids")
-    stops = text.stop_ids
     made = usage.get("completion_tokens")
     if ids:
         if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
             raise AnswerRejected("its token ids are no numbers")
         if isinstance(made, int) and not made - 1 <= len(ids) <= made:
             raise AnswerRejected("it has not as many token ids as it was made of")
+        if max(ids) >= text.vocab_size:
+            raise AnswerRejected("it has token ids that the target does not have")
         ids = list(ids)
-        if finish == "stop" and ids[-1] not in stops:
-            ids.append(_stop_token(text, choice))
+        if finish == "stop":
+            ids = _ended(text, choice, ids, made)
     else:
         ids = text.tokenizer.encode(answer_text, add_special_tokens=False)
         if text.tokenizer.decode(ids, skip_special_tokens=False) != answer_text:
@@ -319,9 +322,24 @@ def read_answer(
             ids.append(_stop_token(text, choice))
         if made != len(ids):
             raise AnswerRejected("its text tokenises to another number of tokens than it was made of")
-    if not ids or max(ids) >= text.vocab_size:
-        raise AnswerRejected("it has token ids that the target does not have" if ids else "it is empty")
+    if not ids:
+        raise AnswerRejected("it is empty")
     return ids, finish
+
+
+def _ended(text: TargetInfo, choice: dict, ids: list[int], made: object) -> list[int]:
+    """The ids of an answer that a stop token ended, with that token; nothing that was not generated.
+
+    Raises `AnswerRejected` where something else ended it.
+    """
+    reason = choice.get("stop_reason", choice.get("matched_stop"))
+    if isinstance(reason, str):  # a stop text
+        raise AnswerRejected("it ended by something else than the target's stop tokens")
+    if ids[-1] in text.stop_ids or ids[-1] == reason:
+        return ids
+    if made == len(ids):  # all that was generated is here
+        raise AnswerRejected("it ended by something else than the target's stop tokens")
+    return [*ids, _stop_token(text, choice)]
 
 
 def _stop_token(text: TargetInfo, choice: dict) -> int:

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from draft_opd.data.prompts import Prompt, read_prompt, read_prompts
+from draft_opd.data.prompts import Prompt, read_prompt, read_prompts, usable
+from draft_opd.data.skipped import Skipped
 from draft_opd.data.trajectory import read_jsonl
 from draft_opd.models.hub import EMBEDDED
+from draft_opd.models.target_info import TargetInfo
 from draft_opd.utils.errors import UserError, one_line
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -78,11 +80,13 @@ def load_tasks(
     limit: int | None = None,
     skip: int = 0,
     shuffle: int | None = None,
+    skipped: Skipped | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[Task]:
     """`names`: comma-separated, each a task, NAME=FILE.jsonl, or `embedded` (its held-out prompts);
     `prompts`: one file of any prompts; shuffle: seed of a random order, before skip and limit.
 
-    Everything is read before any model is loaded; raises `UserError`.
+    skipped, say: see `read_prompts`. Everything is read before any model is loaded; raises `UserError`.
     """
     if not names and not prompts:
         raise UserError("nothing to evaluate on: give --tasks or --prompts")
@@ -91,9 +95,9 @@ def load_tasks(
     tasks = []
     for name in filter(None, (names or "").split(",")):
         label, equals, path = name.partition("=")
-        tasks.append(Task(label, _rows(label, path if equals else None, count)))
+        tasks.append(Task(label, _rows(label, path if equals else None, count, skipped, say)))
     if prompts:
-        tasks.append(Task("prompts", read_prompts(prompts, count)))
+        tasks.append(Task("prompts", read_prompts(prompts, count, skipped, say)))
     if not tasks:
         raise UserError(f"--tasks '{names}' names no task")
     for name in (t.name for t in tasks):
@@ -125,12 +129,32 @@ def chosen(
     return found
 
 
-def _rows(label: str, path: str | None, count: int | None = None) -> list[Prompt]:
+def usable_tasks(
+    tasks: list[Task], target: TargetInfo, thinking: bool | None, skipped: Skipped
+) -> list[Task]:
+    """The same without prompts that the template refuses or that leave no room. Raises `UserError`
+    for a task of which nothing is left."""
+    found = []
+    for task in tasks:
+        prompts = [prompt for prompt, _ in usable(task.prompts, target, thinking, skipped)]
+        if not prompts:
+            raise UserError(f"no prompt of task '{task.name}' can be used: {skipped.lines()[0]}")
+        found.append(Task(task.name, prompts))
+    return found
+
+
+def _rows(
+    label: str,
+    path: str | None,
+    count: int | None = None,
+    skipped: Skipped | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Prompt]:
     """A task's prompts (the first `count`), from its file or the hub."""
     source = SOURCES.get(label)
     if path:
         if source is None:
-            return read_prompts(path, count)
+            return read_prompts(path, count, skipped, say)
         rows = itertools.islice(read_jsonl(Path(path)), count)
         return [_of_row(source, row, f"{path}:{n}", str(n)) for n, row in rows]
     if label == EMBEDDED:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from draft_opd.data.row_files import read_rows
 from draft_opd.utils.errors import UserError
 from draft_opd.utils.files import append
 
@@ -38,33 +39,12 @@ class Trajectory:
         return [*self.prompt_ids, *self.response_ids]
 
 
-LONGEST_LINE = 64 << 20  # bytes
-
-
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     """Yields (line number, object); `UserError` names the first line that is not one."""
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"'{path}' does not exist") from None
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read ({error.strerror})") from error
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        if len(line) > LONGEST_LINE:
-            raise UserError(f"{path}:{number}: the line has {len(line) >> 20} MB: give a JSON object a line")
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-            if b"\\u" in line:  # a lone surrogate is no UTF-8 text
-                json.dumps(row, ensure_ascii=False).encode("utf-8")
-        except UnicodeError:
-            raise UserError(f"{path}:{number}: not UTF-8 text") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: must be a JSON object, one a line")
-        yield number, row
+    for row in read_rows(path):
+        if row.value is None:
+            raise UserError(f"{row.where}: {row.problem}")
+        yield row.line, row.value
 
 
 NUMBER = ((int, float), "a number")
@@ -161,11 +141,15 @@ class TrajectoryWriter:
     def __init__(self, path: Path):
         self.path = path
         self.done: dict[str, list[int]] = {}
+        self.hashes: dict[str, str] = {}  # of the prompts, where they are known
         try:
             if path.exists():
                 self._repair()
                 for _, row in read_jsonl(path):
-                    self.done[str(row.get("id"))] = row.get("prompt_ids") or []
+                    name, meta = str(row.get("id")), row.get("meta")
+                    self.done[name] = row.get("prompt_ids") or []
+                    if isinstance(meta, dict) and isinstance(meta.get("prompt"), str):
+                        self.hashes[name] = meta["prompt"]
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise UserError(f"cannot write '{path}' ({error.strerror})") from error

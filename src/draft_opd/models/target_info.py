@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from draft_opd.models.chat_template import ChatTemplate
 from draft_opd.models.hub import find_target_files, is_drafter
 from draft_opd.utils.errors import UserError, one_line
 
@@ -49,6 +51,7 @@ class TargetInfo:
         self.architectures: list[str] = config.architectures or []
         self.max_positions: int = getattr(self.config, "max_position_embeddings", None) or 1 << 30
         self._generation = generation_config
+        self.chosen_stop_ids: frozenset[int] | None = None  # instead of what the files say
 
     @classmethod
     def from_pretrained(cls, path_or_id: str, *, trust_remote_code: bool = False) -> TargetInfo:
@@ -70,22 +73,36 @@ class TargetInfo:
             generation = None
         return cls(config, generation, tokenizer, str(path_or_id))
 
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """The chat template, and what it is given."""
+        return ChatTemplate(self.tokenizer)
+
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Token ids that end a response: the generation config's, else the tokenizer's."""
-        eos = getattr(self._generation, "eos_token_id", None)
-        if eos is None:
-            eos = self.config.eos_token_id
-        if eos is None and self.tokenizer is not None:
-            eos = self.tokenizer.eos_token_id
-        if eos is None:
-            return frozenset()
-        return frozenset([eos] if isinstance(eos, int) else eos)
+        """Token ids that end a response: `chosen_stop_ids`, or all that `stop_sources` names."""
+        return self.chosen_stop_ids or frozenset(i for ids in self.stop_sources.values() for i in ids)
 
-    def chat_ids(self, messages: list[dict], thinking: bool | None = None) -> list[int]:
-        """Messages through the chat template, ready for the response to begin."""
-        extra = {} if thinking is None else {"enable_thinking": thinking}
-        text = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **extra
-        )
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    @cached_property
+    def stop_sources(self) -> dict[str, list[int]]:
+        """Who says that a token ends a response: {source: token ids}. Files often disagree; a token
+        that one of them names ends it."""
+        found = {
+            "generation_config": getattr(self._generation, "eos_token_id", None),
+            "config": getattr(self.config, "eos_token_id", None),
+            "tokenizer": getattr(self.tokenizer, "eos_token_id", None),
+            "chat template's end of turn": self.chat.turn_end if self.tokenizer is not None else None,
+        }
+        lists = {k: [v] if isinstance(v, int) else list(v) for k, v in found.items() if v is not None}
+        return {k: [i for i in v if 0 <= i < self.vocab_size] for k, v in lists.items()}
+
+    def chat_ids(
+        self,
+        messages: list[dict],
+        thinking: bool | None = None,
+        tools: list[dict] | None = None,
+        **template_kwargs: Any,
+    ) -> list[int]:
+        """Messages through the chat template, ready for the response to begin. Raises `RowProblem`
+        where the template refuses them."""
+        return self.chat.ids(messages, thinking, tools, template_kwargs)

@@ -19,13 +19,17 @@ import json
 import shlex
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from draft_opd.data.conversation import read_row
 from draft_opd.data.openai_client import Server
-from draft_opd.data.prompts import Prompt, read_prompt
+from draft_opd.data.prompts import Prompt, to_prompt, usable
+from draft_opd.data.row_files import parse_line
 from draft_opd.data.server_collect import gather_from
+from draft_opd.data.skipped import Skipped
 from draft_opd.data.trajectory import read_trajectories
 from draft_opd.drafters import Drafter
 from draft_opd.models.hub import resolve_path
@@ -35,15 +39,22 @@ from draft_opd.serving.model_card import model_card
 from draft_opd.training.config import Recipe
 from draft_opd.training.inputs import check_online
 from draft_opd.training.trainer import Run
-from draft_opd.utils.errors import UserError
+from draft_opd.utils.errors import RowProblem, UserError
 from draft_opd.utils.files import make_folder, read_json, write_json, write_text
 
 
 class OnlineLoop:
     """See the module docstring; `run()` does the rounds that are missing."""
 
-    def __init__(self, recipe: Recipe, say: Callable[[str], None] = lambda _: None):
-        """Raises `UserError` for a recipe without `online`, or a drafter that does not fit."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        say: Callable[[str], None] = lambda _: None,
+        skipped: Skipped | None = None,
+    ):
+        """skipped: what to do with lines that cannot be used. Raises `UserError` for a recipe without
+        `online`, or a drafter that does not fit."""
+        self.skipped = skipped or Skipped()
         check_online(recipe)
         held_out = read_trajectories(recipe.data.heldout, limit=recipe.data.heldout_limit)
         self.recipe, self.say, self.options = recipe, say, recipe.online
@@ -93,19 +104,27 @@ class OnlineLoop:
         return found, number, passed
 
     def _usable(self, line: bytes, number: int) -> Prompt | None:
+        """None for a held-out prompt, and for a line that cannot be used where those are skipped."""
+        self.skipped.seen += 1
         try:
-            prompt = read_prompt(json.loads(line), f"line {number}")
-            ids = prompt.ids(self.target, self.options.thinking)
-        except Exception:  # whatever a template raises: the log is not ours to mend
+            row = parse_line(self.options.prompts, number, line)
+            if row.value is None:
+                raise RowProblem(row.problem)
+            prompt = to_prompt(read_row(row.value), str(number), row.file, number)
+        except RowProblem as problem:
+            self.skipped.add(self.options.prompts, number, str(problem))
             return None
-        if tuple(ids) in self.held_out or len(ids) >= self.target.max_positions:
+        kept = usable([prompt], self.target, self.options.thinking, self.skipped, check=False)
+        if not kept or tuple(kept[0][1]) in self.held_out:
             return None
-        return Prompt(str(number), prompt.messages)
+        return replace(prompt, id=str(number))
 
     def _round(self, index: int, place: Path, before: dict) -> dict | None:
         """Returns what `round.json` holds; None where no prompts are left."""
         o, start = self.options, before["drafter"]
         prompts, line, passed = self._prompts(before["next_line"])
+        self.skipped.check()
+        self.skipped.write(self.out)
         if not prompts:
             self.say(f"round {index}: no usable prompts behind line {before['next_line']}")
             return None

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import httpx2 as httpx
 import torch
 
-from draft_opd.data.openai_client import Server
+from draft_opd.data.openai_client import Server, chat_body, sampling_params
 from draft_opd.data.prompts import Prompt
 from draft_opd.data.trajectory import Trajectory
+from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.verification import verify_greedy
 from draft_opd.drafters import Drafter
 from draft_opd.evaluation.regret import regret
@@ -54,10 +55,9 @@ def ask(
         for i, prompt in enumerate(prompts):
             body = {
                 "model": server.model,
-                "messages": prompt.messages,
+                **chat_body(prompt, {}),
                 "max_tokens": max_new_tokens,
-                "temperature": 0.0,
-                "repetition_penalty": 1.0,
+                **sampling_params(Sampling()),
                 "return_token_ids": True,
             }
             try:

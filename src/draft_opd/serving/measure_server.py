@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import httpx2 as httpx
 
-from draft_opd.data.openai_client import Server, error_message, sampling_params
+from draft_opd.data.openai_client import Server, chat_body, error_message, sampling_params
 from draft_opd.data.prompts import Prompt
 from draft_opd.data.tasks import Task
 from draft_opd.decoding.sampling import Sampling
@@ -85,6 +85,7 @@ def ask_all(
     max_new_tokens: int,
     sampling: Sampling,
     thinking: bool | None = None,
+    template_kwargs: dict | None = None,
     seed: int = 0,
 ) -> tuple[list[Reply], float]:
     """All prompts (and the turns behind them), `in_flight` at a time: replies in the prompts'
@@ -97,8 +98,9 @@ def ask_all(
         "stream_options": {"include_usage": True},
         **sampling_params(sampling),
     }
+    given = dict(template_kwargs or {})
     if thinking is not None:
-        common["chat_template_kwargs"] = {"enable_thinking": thinking}
+        given["enable_thinking"] = thinking
 
     async def everything() -> list[list[Reply]]:
         gate = asyncio.Semaphore(in_flight)
@@ -113,7 +115,7 @@ def ask_all(
                                 {"role": "assistant", "content": replies[-1].content},
                                 {"role": "user", "content": more},
                             ]
-                        body = {**common, "messages": messages}
+                        body = {**common, **chat_body(prompt, given, messages)}
                         replies.append(await _ask(client, body, server.url))
                     return replies
 

@@ -255,11 +255,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), stage: str | No
     for pair in overrides:
         key, equals, text = pair.partition("=")
         if not equals or not key:
-            raise UserError(f"'{pair}' is not KEY=VALUE")
+            raise UserError(f"'{one_line(pair, 80)}' is not KEY=VALUE")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise UserError(f"the value in '{pair}' is not valid YAML") from None
+            raise UserError(f"the value in '{one_line(pair, 80)}' is not valid YAML") from None
         *parents, last = key.split(".")
         node = tree
         for name in parents:

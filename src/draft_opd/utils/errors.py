@@ -15,6 +15,10 @@ class UserError(Exception):
     """
 
 
+class RowProblem(Exception):
+    """Why one row of data cannot be used, in words that hold nothing of its text."""
+
+
 class Failure(Exception):
     """Work that could not go on, through no fault of the input: status 1, the same one line."""
 
