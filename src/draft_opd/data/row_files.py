@@ -17,6 +17,7 @@ from draft_opd.utils.errors import UserError, one_line
 LONGEST_LINE = 64 << 20  # bytes
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 PACKED = (".gz", ".zst")
+OURS = ("collect.json", "skipped.jsonl")  # what `collect` writes beside trajectories
 _EMBEDDED = Path(__file__).parent.parent / EMBEDDED
 
 
@@ -47,7 +48,7 @@ def read_rows(name: str | Path) -> Iterator[Row]:
     """
     path = rows_path(name)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if _kind(p) in SUFFIXES)
+        files = sorted(p for p in path.rglob("*") if _kind(p) in SUFFIXES and p.name not in OURS)
         if not files:
             raise UserError(f"'{path}' holds no file of rows ({', '.join(SUFFIXES)}, also .gz and .zst)")
         for file in files:
