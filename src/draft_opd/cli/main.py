@@ -48,7 +48,7 @@ from draft_opd.cli.serving import check_serving, online
 from draft_opd.cli.training import ablate, opd, sft
 from draft_opd.models.hub import check_models
 from draft_opd.utils.console import Screen, facts
-from draft_opd.utils.errors import Failure, UserError
+from draft_opd.utils.errors import Failure, UserError, is_out_of_memory, one_line
 
 app = typer.Typer(
     name="draft-opd",
@@ -238,6 +238,9 @@ def run(arguments: list[str]) -> int:
         # Typer's own complaints (unknown option, missing value): one line instead of a box.
         if callable(getattr(error, "format_message", None)):
             return _complain(error.format_message() or "see --help")
+        if is_out_of_memory(error):
+            hint = "lower --batch-size, --max-new-tokens, --concurrency or --limit, or take a smaller --dtype"
+            return _complain(f"out of memory ({one_line(error, 120)}): {hint}", 1)
         if type(error).__name__ == "Abort":
             sys.stderr.write("stopped\n")
             return 1

@@ -69,6 +69,11 @@ class Optim(Section):
     warmup: float = Field(0.04, ge=0, le=1, description="part of the steps")
     weight_decay: float = Field(0.0, ge=0, description="decoupled")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="of AdamW, each from 0 to under 1")
+    extension: Literal["rewarm", "rescale", "constant"] = Field(
+        "rewarm",
+        description="schedule of steps that `--resume steps=N` adds. rewarm: a warm-up and cosine of "
+        "their own; rescale: as if N had been asked for at the beginning; constant: a tenth of the peak",
+    )
     clip: float = Field(1.0, gt=0, description="gradient norm")
     nonfinite: Literal["stop", "skip"] = Field(
         "stop",
@@ -170,7 +175,10 @@ class Recipe(Section):
     out: str = Field(description="run folder")
     data: Data = Field(description="trajectories")
     model: Model = Field(Model(), description="a new drafter (stage 1)")
-    steps: int = Field(ge=1, description="optimiser steps")
+    steps: int = Field(ge=1, description="optimiser steps; may grow on --resume")
+    extended_from: list[int] = Field(
+        [], description="steps that the run had before it was lengthened; --resume writes it"
+    )
     batch_size: int = Field(16, ge=1, description="trajectories a forward, of all processes")
     accumulate: int = Field(1, ge=1, description="forwards an optimiser step")
     seed: int = Field(0, ge=0, lt=2**32, description="of weights, data order, anchors and sampling")

@@ -14,7 +14,7 @@ from draft_opd.training.tracking import check_tracker
 from draft_opd.utils.errors import UserError
 
 Rows = list[Trajectory]
-MAY_CHANGE = ("out:", "tracker:", "parallel.", "keep_checkpoints:")  # on --resume
+MAY_CHANGE = ("out:", "tracker:", "parallel.", "keep_checkpoints:", "optim.extension:")  # on --resume
 
 
 @dataclass
@@ -151,12 +151,19 @@ def as_resolved(recipe: Recipe, before: dict) -> Recipe:
     knew no patience.
     """
     before["version"] = VERSION
+    before.setdefault("extended_from", [])
+    if isinstance(before.get("optim"), dict):
+        before["optim"].setdefault("extension", "rewarm")
     optim, evaluation = before.get("optim"), before.get("evaluation")
     if not isinstance(optim, dict) or not isinstance(evaluation, dict):
         return recipe
     optim.setdefault("muon_dtype", "bfloat16")
     evaluation.setdefault("patience", None)
-    update: dict = {}
+    update: dict = {"extended_from": before["extended_from"]}
+    steps = before.get("steps")
+    if isinstance(steps, int) and recipe.steps > steps:  # the run is lengthened
+        update["extended_from"] = before["extended_from"] = [*before["extended_from"], steps]
+        before["steps"] = recipe.steps
     if recipe.precision == "auto" and "precision" in before:
         update["precision"] = before["precision"]
     if recipe.optim.muon_dtype == "auto":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,22 @@ from draft_opd.training.config import Optim
 from draft_opd.training.distributed import distribute_like, gather_full_tensors
 from draft_opd.training.muon import Muon
 
+TAIL = 0.1  # of the peak, where steps are added at a constant rate
 
-def learning_rate(step: int, steps: int, o: Optim) -> float:
-    """Linear warm-up, then cosine to `final_ratio` of the peak, for step 0..steps-1."""
+
+def learning_rate(step: int, steps: int, o: Optim, extended_from: Sequence[int] = ()) -> float:
+    """Linear warm-up, then cosine to `final_ratio` of the peak, for step 0..steps-1.
+
+    extended_from: numbers of steps that the run had before it was lengthened, ascending; what was
+    added follows `o.extension`.
+    """
+    bounds = [n for n in extended_from if n < steps]
+    if bounds and o.extension != "rescale":
+        begin = max((n for n in bounds if n <= step), default=0)
+        if begin and o.extension == "constant":
+            return o.learning_rate * TAIL
+        end = min((n for n in bounds if n > step), default=steps)
+        step, steps = step - begin, end - begin
     warm = max(1, round(o.warmup * steps))
     if step < warm:
         return o.learning_rate * (step + 1) / warm

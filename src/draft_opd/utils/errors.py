@@ -19,6 +19,17 @@ class RowProblem(Exception):
     """Why one row of data cannot be used, in words that hold nothing of its text."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left; by name, so that torch need not be loaded."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in text
+        or "out of memory" in text
+    )
+
+
 class Failure(Exception):
     """Work that could not go on, through no fault of the input: status 1, the same one line."""
 
