@@ -6,16 +6,14 @@ from itertools import chain
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 import draft_opd as d
-from draft_opd.cli.main import run
 from draft_opd.drafters import dflash
 from draft_opd.training.anchors import random_anchors
 from draft_opd.training.batches import BatchSource, batch_at, batch_order
 from draft_opd.training.blocks import attach_drafts, pack_anchors
-from draft_opd.training.config import Optim, load_recipe
+from draft_opd.training.config import load_recipe
 from draft_opd.training.inputs import truncate
 from draft_opd.training.optimizer import learning_rate
 from draft_opd.training.rollouts import hindsight_rollout, live_rollout
@@ -280,47 +278,3 @@ def test_schedules(recipe_for, tmp_path):
     rates = [learning_rate(s, 100, recipe.optim) for s in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == 1.0
     assert rates[-1] < 0.001 and rates[10:] == sorted(rates[10:], reverse=True)
-
-
-@pytest.mark.parametrize("extension", ["rewarm", "rescale", "constant"])
-def test_a_finished_run_is_lengthened_with_its_optimiser(recipe_for, tmp_path, extension, capsys):
-    """Its metrics go on, the schedule of what was added is the one asked for, and the run can be
-    lengthened again; shortened it cannot be."""
-    pairs = ["steps=4", "evaluation.every=10", "optim.learning_rate=0.001", "optim.warmup=0.5"]
-    recipe = recipe_for("sft", tmp_path / "run", *pairs, f"optim.extension={extension}")
-    path = tmp_path / "r.yaml"
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    words = ["sft", "--config", str(path), "--json"]
-    assert run(words) == 0
-    for steps in (8, 10):
-        assert run([*words, f"steps={steps}", "--resume"]) == 0
-        assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == steps
-    rates = [m["lr"] for m in metrics(tmp_path / "run") if "lr" in m]
-    assert len(rates) == 10
-    o = Optim(learning_rate=0.001, warmup=0.5, extension=extension)
-    if extension == "constant":
-        assert rates[4:] == [0.0001] * 6
-    elif extension == "rewarm":
-        assert rates == pytest.approx([learning_rate(k, n, o) for n in (4, 4, 2) for k in range(n)])
-    else:
-        assert rates[4:8] == pytest.approx([learning_rate(k, 8, o) for k in range(4, 8)])
-        assert rates[8:] == pytest.approx([learning_rate(k, 10, o) for k in range(8, 10)])
-    saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
-    assert saved["extended_from"] == [4, 8] and saved["steps"] == 10
-    assert run([*words, "steps=6", "--resume"]) == 2
-    assert "steps: 10 -> 6" in capsys.readouterr().err
-
-
-def test_a_step_that_does_not_fit_is_one_line(recipe_for, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "r.yaml"
-    path.write_text(yaml.safe_dump(recipe_for("sft", tmp_path / "run").model_dump(mode="json")))
-
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("draft_opd.training.stage_sft.sft_loss", full)
-        assert run(["sft", "--config", str(path)]) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "step 1 ran out of memory (8 texts of up to" in error and "lower batch_size" in error
-    assert run(["sft", "--config", str(path), "--resume"]) == 0  # nothing was lost

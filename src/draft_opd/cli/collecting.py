@@ -40,8 +40,23 @@ from draft_opd.utils.errors import UserError
 
 def collect(
     target: TargetName,
-    prompts: Annotated[str, typer.Option(help="JSONL; or embedded:train, embedded:heldout.")],
     out: Annotated[Path, typer.Option(help="Folder for trajectories.jsonl.")],
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows of prompts or chats: a file, a folder, ORG/NAME[:SPLIT] of the hub, embedded:train, "
+            "embedded:heldout."
+        ),
+    ] = None,
+    from_answers: Annotated[
+        str | None, typer.Option(help="Instead: conversations whose logged answers become trajectories.")
+    ] = None,
+    score: Annotated[
+        bool, typer.Option("--score", help="With --from-answers: how far they are from the target's own.")
+    ] = False,
+    every_turn: Annotated[
+        bool, typer.Option("--every-turn", help="Answer every assistant turn, on the history as logged.")
+    ] = False,
     server: Annotated[
         list[str] | None,
         typer.Option(help="URL of a vLLM or SGLang server that answers instead; may be repeated."),
@@ -90,7 +105,26 @@ def collect(
     screen = Screen(json)
     sampling = to_sampling(temperature, top_k, top_p)
     skipped = to_skipped(skip_invalid, max_skip_share)
-    asked = read_prompts(prompts, limit + skip if limit else None, skipped, screen.say)[skip:]
+    if (prompts is None) == (from_answers is None):
+        raise UserError("give --prompts, or --from-answers")
+    if score and not from_answers:
+        raise UserError("--score goes with --from-answers")
+    if from_answers:
+        if server or drafter or every_turn or samples > 1:
+            raise UserError("--from-answers asks nobody: leave --server, --drafter and the like out")
+        check_models(target, weights=score)
+        chat = (template, template_kwargs, stop_ids)
+        model_options = (target, device, dtype, trust_remote_code)
+        value = _from_answers(screen, model_options, from_answers, out, limit, skipped, thinking, chat, score)
+        screen.result(value, facts(value["path"], value))
+        return
+    count = limit + skip if limit else None
+    if every_turn:
+        from draft_opd.data.answers import every_turn as turns
+
+        asked = turns(prompts, count, skipped)[skip:]
+    else:
+        asked = read_prompts(prompts, count, skipped, screen.say)[skip:]
     if exclude:
         held = {p.content for p in read_prompts(exclude)}
         kept = [p for p in asked if p.content not in held]
@@ -143,3 +177,29 @@ def collect(
         for reason, count in found.dropped.items():
             screen.say(f"{count} dropped: {reason}")
     screen.result(value, facts(value["path"], value))
+
+
+def _from_answers(screen, model_options, name, out, limit, skipped, thinking, chat, score) -> dict:
+    """Writes trajectories of logged answers."""
+    from draft_opd.data.answers import answer_trajectories, scored
+    from draft_opd.data.collect import summary
+    from draft_opd.data.trajectory import write_trajectories
+    from draft_opd.models.target_info import TargetInfo
+
+    if score:
+        info = to_target(*model_options)
+    else:
+        info = TargetInfo.from_pretrained(model_options[0], trust_remote_code=model_options[3])
+    set_chat(info, *chat)
+    rows = answer_trajectories(info, name, skipped, limit=limit, thinking=thinking)
+    figures: dict = {}
+    if score:
+        rows, figures = scored(info, rows)
+    path = write_trajectories(out, rows, {"target": info.name, "source": "answers", **figures})
+    skipped.write(out)
+    for line in skipped.lines():
+        screen.say(line)
+    screen.say("these answers are logged text, not the target's own: SFT on them is SFT on foreign text")
+    value = summary(path)
+    value |= {"source": "answers", **figures}
+    return {**value, "skipped": dict(skipped.reasons)} if skipped.rows else value

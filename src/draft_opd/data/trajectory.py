@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from draft_opd.data.row_files import read_rows
 from draft_opd.utils.errors import UserError
-from draft_opd.utils.files import append
+from draft_opd.utils.files import append, make_folder, write_json, write_lines
 
 if TYPE_CHECKING:
     from draft_opd.models.target import Target
@@ -130,6 +130,17 @@ def check_trajectories(rows: Iterable[Trajectory], target: Target, where: str) -
                 f"{where}: trajectory {t.id} has {len(t.ids)} tokens, the target's context holds "
                 f"{room}: shorten it (in a recipe: data.max_length)"
             )
+
+
+def write_trajectories(out: Path, rows: Iterable[Trajectory], about: dict) -> Path:
+    """`trajectories.jsonl` and `collect.json` of finished trajectories. Raises `UserError` for a folder
+    that holds some already."""
+    path = make_folder(out) / "trajectories.jsonl"
+    if path.exists():
+        raise UserError(f"'{path}' exists already: choose another --out")
+    write_json(out / "collect.json", about)
+    write_lines(path, (json.dumps({"id": t.id, **asdict(t)}) for t in rows))
+    return path
 
 
 class TrajectoryWriter:

@@ -24,17 +24,11 @@ from draft_opd.decoding.verification import (
     matching_prefix,
 )
 from draft_opd.drafters.base import Drafter
-from draft_opd.models.target import Target
+from draft_opd.models.target import Target, pad_rows
 
 # Limits of one forward of `trace_all_positions`: queries of a row (at least), queries in all, logits. A dense
 # mask also computes attention between blocks that do not see each other, so larger forwards waste work.
 ROW, QUERIES, LOGITS = 64, 256, 1 << 24
-
-
-def pad_rows(rows: Sequence[Sequence[int]], device: torch.device, fill: int = 0) -> Tensor:
-    """Right-pads lists of ids to a tensor [rows, longest]."""
-    width = max(map(len, rows))
-    return torch.tensor([[*r, *[fill] * (width - len(r))] for r in rows], device=device)
 
 
 def draft_given_text(text: Tensor, draft_probs: Tensor, target_probs: Tensor) -> Tensor:

@@ -335,6 +335,12 @@ class Target(TargetInfo):
         }
 
 
+def pad_rows(rows: Sequence[Sequence[int]], device: torch.device, fill: int = 0) -> Tensor:
+    """Right-pads lists of ids to a tensor [rows, longest]."""
+    width = max(map(len, rows))
+    return torch.tensor([[*r, *[fill] * (width - len(r))] for r in rows], device=device)
+
+
 def _output(hidden: Tensor, found: dict[int, Tensor], layers: Sequence[int]) -> TargetOutput:
     features = torch.cat([found[i] for i in layers], -1) if layers else None
     return TargetOutput(hidden, features)

@@ -1,0 +1,170 @@
+"""Answers that one already has: logged conversations as trajectories, and every turn of one as a prompt.
+
+Such text is not the target's own. A drafter can be trained on it (SFT on foreign text), but the rounds that
+decoding would have had do not follow from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from draft_opd.data.conversation import ASSISTANT, Conversation, read_row
+from draft_opd.data.prompts import Prompt
+from draft_opd.data.row_files import read_rows
+from draft_opd.data.skipped import Skipped
+from draft_opd.data.trajectory import Trajectory
+from draft_opd.models.target import Target, pad_rows
+from draft_opd.models.target_info import TargetInfo
+from draft_opd.utils.errors import RowProblem, UserError
+
+SCORED = 2**26  # logits computed at a time
+
+
+def read_conversations(
+    name: str | Path, limit: int | None, skipped: Skipped
+) -> Iterator[tuple[str, int, str, Conversation]]:
+    """(file, line, id, conversation) of every row; see `read_prompts`."""
+    ids: set[str] = set()
+    for count, row in enumerate(read_rows(name)):
+        if count == limit:
+            break
+        skipped.seen += 1
+        try:
+            if row.value is None:
+                raise RowProblem(row.problem)
+            found = read_row(row.value)
+        except RowProblem as problem:
+            skipped.add(row.file, row.line, str(problem))
+            continue
+        unique = found.id or str(row.line)
+        unique = unique if unique not in ids else f"{unique}-{row.line}"
+        ids.add(unique)
+        yield row.file, row.line, unique, found
+
+
+def turns_of(conversation: Conversation) -> list[int]:
+    """Indices of the messages that are answers."""
+    return [i for i, m in enumerate(conversation.messages) if i and m["role"] == ASSISTANT]
+
+
+def every_turn(name: str | Path, limit: int | None, skipped: Skipped) -> list[Prompt]:
+    """A prompt for every assistant turn of every conversation, each on the history as it was logged;
+    a conversation without answers is one prompt."""
+    found = []
+    for file, line, row_id, c in read_conversations(name, limit, skipped):
+        ends = turns_of(c)
+        if not c.messages or c.messages[-1]["role"] != ASSISTANT:
+            ends.append(len(c.messages))
+        for k, end in enumerate(ends, 1):
+            label = row_id if len(ends) == 1 else f"{row_id}/turn-{k}"
+            found.append(
+                Prompt(label, c.messages[:end], (), c.tools, c.template_kwargs, file=file, line=line)
+            )
+    if not found:
+        skipped.check()
+        raise UserError(f"'{name}' holds no conversations")
+    return found
+
+
+def answer_ids(
+    target: TargetInfo, conversation: Conversation, turn: int, thinking: bool | None = None
+) -> tuple[list[int], list[int], str]:
+    """(prompt ids, answer ids with their stop token, how it ended) of one logged answer.
+
+    The conversation is rendered with and without the answer; what was added is the answer. Where no
+    token stands across the seam, both are tokens of one text. Raises `RowProblem` where the template
+    writes the history otherwise once the answer follows.
+    """
+    chat, messages = target.chat, conversation.messages
+    answer = messages[turn]
+    if not chat.source:
+        prompt_ids = chat.ids(messages[:turn], thinking, conversation.tools)
+        ids = target.tokenizer.encode(answer["content"], add_special_tokens=False)
+        stop = sorted(target.stop_ids)[:1]
+        return prompt_ids, [*ids, *stop], "stop" if stop else "length"
+    given = (thinking, conversation.tools, conversation.template_kwargs)
+    before = chat.text(messages[:turn], *given)
+    whole = chat.text(messages[: turn + 1], *given, answer_follows=False)
+    if not whole.startswith(before):
+        raise RowProblem("the chat template writes the history otherwise once the answer follows")
+    prompt_ids, ids = _split(target, before, whole[len(before) :])
+    for k, token in enumerate(ids):
+        if token in target.stop_ids:
+            return prompt_ids, ids[: k + 1], "stop"
+    return prompt_ids, ids, "length"
+
+
+def _split(target: TargetInfo, before: str, answer: str) -> tuple[list[int], list[int]]:
+    tokenizer = target.tokenizer
+    prompt_ids = tokenizer.encode(before, add_special_tokens=False)
+    together = tokenizer.encode(before + answer, add_special_tokens=False)
+    if together[: len(prompt_ids)] == prompt_ids:
+        return prompt_ids, together[len(prompt_ids) :]
+    # A token would stand across the seam. The target answers behind the prompt's own tokens.
+    return prompt_ids, tokenizer.encode(answer, add_special_tokens=False)
+
+
+def answer_trajectories(
+    target: TargetInfo,
+    name: str | Path,
+    skipped: Skipped,
+    *,
+    limit: int | None = None,
+    thinking: bool | None = None,
+) -> list[Trajectory]:
+    """A trajectory for every logged answer. Conversations without one, and answers that cannot be
+    cut out exactly, are errors or skipped. Raises `UserError` where nothing is left."""
+    found = []
+    for file, line, row_id, conversation in read_conversations(name, limit, skipped):
+        turns = turns_of(conversation)
+        if not turns:
+            skipped.add(file, line, "there is no answer")
+        for k, turn in enumerate(turns, 1):
+            try:
+                prompt_ids, ids, finish = answer_ids(target, conversation, turn, thinking)
+                if not ids:
+                    raise RowProblem("an answer is empty")
+                if len(prompt_ids) + len(ids) > target.max_positions:
+                    room, size = target.max_positions, len(prompt_ids) + len(ids)
+                    raise RowProblem(f"{size} tokens, the target's context holds {room}")
+            except RowProblem as problem:
+                skipped.add(file, line, str(problem))
+                continue
+            label = row_id if len(turns) == 1 else f"{row_id}/turn-{k}"
+            found.append(Trajectory(prompt_ids, ids, label, finish, meta={"source": "answers"}))
+    skipped.check()
+    if not found:
+        raise UserError(f"'{name}' holds no answers")
+    return found
+
+
+@torch.no_grad()
+def scored(target: Target, rows: list[Trajectory], batch_size: int = 8) -> tuple[list[Trajectory], dict]:
+    """The same with `meta` {"nll", "not_argmax"}, and over all: the share of answer tokens that the
+    target would not have said greedily, and the mean of -log p (nats)."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    made: dict[int, Trajectory] = {}
+    tokens, wrong, total = 0, 0, 0.0
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        hidden = target.trajectories(pad_rows([rows[i].ids for i in chosen], target.device)).hidden
+        for place, i in enumerate(chosen):
+            row, at = rows[i], len(rows[i].prompt_ids) - 1
+            said = torch.tensor(row.response_ids, device=target.device)
+            states = hidden[place, at : at + len(said)]
+            nll, misses = 0.0, 0
+            for part in range(0, len(said), max(1, SCORED // target.vocab_size)):
+                piece = slice(part, part + max(1, SCORED // target.vocab_size))
+                logits = target.logits(states[piece]).float()
+                nll += torch.nn.functional.cross_entropy(logits, said[piece], reduction="sum").item()
+                misses += int((logits.argmax(-1) != said[piece]).sum())
+            made[i] = replace(
+                row, meta={**row.meta, "nll": nll / len(said), "not_argmax": misses / len(said)}
+            )
+            tokens, wrong, total = tokens + len(said), wrong + misses, total + nll
+    figures = {"tokens": tokens, "not_argmax": wrong / tokens, "mean_nll": total / tokens}
+    return [made[i] for i in range(len(rows))], figures
