@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -328,3 +329,13 @@ def test_collecting_a_log_with_broken_rows(tmp_path, capsys):
     assert [r["line"] for r in named] == [5, 10] and all(
         r.keys() == {"file", "line", "reason"} for r in named
     )
+
+
+def test_every_example_of_the_page_is_read(target):
+    """docs/data.md: each block is one row."""
+    page = (HERE.parent / "docs" / "data.md").read_text()
+    blocks = re.findall(r"```json\n(.*?)\n```", page, re.S)
+    assert len(blocks) == 8
+    for block in blocks:
+        prompt = to_prompt(read_row(json.loads(block)), "1")
+        assert target.chat_ids(prompt.messages, **prompt.template_kwargs)

@@ -332,6 +332,11 @@ class Target(TargetInfo):
             "vocab_size": self.vocab_size,
             "context": self.max_positions,
             "stop_ids": sorted(self.stop_ids),
+            "stop_ids_by": self.stop_sources,
+            "stop_ids_inside_turns": self.stops_inside_turns,
+            "thinking_switch": self.chat.thinking_switch if self.tokenizer is not None else None,
+            "template_variables": sorted(self.chat.variables) if self.tokenizer is not None else [],
+            "decoding": "layers walked" if self.walk else "by the model's own forward",
         }
 
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from draft_opd.models.chat_template import ChatTemplate
 from draft_opd.models.hub import find_target_files, is_drafter
-from draft_opd.utils.errors import UserError, one_line
+from draft_opd.utils.errors import RowProblem, UserError, one_line
 
 
 def find_target(path_or_id: str, weights: bool = True) -> str:
@@ -95,6 +95,22 @@ class TargetInfo:
         }
         lists = {k: [v] if isinstance(v, int) else list(v) for k, v in found.items() if v is not None}
         return {k: [i for i in v if 0 <= i < self.vocab_size] for k, v in lists.items()}
+
+    @cached_property
+    def stops_inside_turns(self) -> list[int]:
+        """Stop tokens that the template also writes before a turn's end, where an answer calls a tool:
+        they would cut such an answer. `chosen_stop_ids` may leave them out."""
+        if self.tokenizer is None or not self.chat.source:
+            return []
+        call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        question: dict = {"role": "user", "content": "?"}
+        try:
+            before, whole = (self.chat.text(m, answer_follows=False) for m in ([question], [question, turn]))
+        except RowProblem:
+            return []
+        ids = self.tokenizer.encode(whole.removeprefix(before), add_special_tokens=False)
+        return sorted({i for i in ids[:-1] if i in self.stop_ids and i != self.chat.turn_end})
 
     def chat_ids(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from draft_opd.data.trajectory import Trajectory
 from draft_opd.training.checkpoint import Checkpoints, State
 from draft_opd.training.config import Recipe
 from draft_opd.training.distributed import gather_full_tensors
+from draft_opd.utils.errors import Failure, is_out_of_memory
 from draft_opd.utils.files import make_folder, write_json, write_lines, write_text
 
 IN_A_ROW = 10  # skipped steps: then a run that may skip stops as well
@@ -70,3 +72,21 @@ def norm_of(parameters: list[nn.Parameter], limit: float) -> Tensor:
     if bool(torch.isfinite(full)):
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return full
+
+
+@contextmanager
+def memory_errors(step: int, accumulate: int, rows_of: Callable[[int], list[Trajectory]]) -> Iterator[None]:
+    """Turns out-of-memory errors of a step (0-based) into a `Failure` that says what to lower. The last
+    checkpoint stays."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        forwards = [rows_of(step * accumulate + i) for i in range(accumulate)]
+        longest = max(len(t.ids) for rows in forwards for t in rows)
+        raise Failure(
+            f"step {step + 1} ran out of memory ({max(map(len, forwards))} texts of up to {longest} tokens a "
+            "forward): lower batch_size (and raise accumulate), data.max_length or opd.max_anchors "
+            "(sft.anchors), or set gradient_checkpointing: true, in a run of its own"
+        ) from error

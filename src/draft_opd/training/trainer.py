@@ -45,7 +45,7 @@ from draft_opd.training.stage import StageContext, StepOutput, TrainingStage
 from draft_opd.training.stage_opd import OpdStage
 from draft_opd.training.stage_sft import SftStage
 from draft_opd.training.stopwatch import Stopwatch
-from draft_opd.utils.errors import Failure, Stopped, UserError, is_out_of_memory
+from draft_opd.utils.errors import Failure, Stopped, UserError
 from draft_opd.utils.files import lock_folder, make_folder, recover_folder
 
 Stage = Literal["sft", "opd"]
@@ -276,12 +276,8 @@ class Run:
     def _next(self) -> None:
         """The next step and what is kept of it."""
         p, began = self.progress, time.perf_counter()
-        try:
+        with nonfinite.memory_errors(p.step, self.recipe.accumulate, self._rows):
             line = self.step(p.step)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise Failure(self._too_large()) from error
         p.skipped = p.skipped + 1 if "skipped" in line else 0
         p.supervised += line.get("supervised", 0)
         p.step += 1
@@ -291,17 +287,6 @@ class Run:
         self._record({"step": p.step, **line, "seconds": seconds})
         if self.group.world > 1:
             self.stopping = self.group.any_rank(self._asked_to_stop())
-
-    def _too_large(self) -> str:
-        """What to say where a step does not fit the memory; the last checkpoint stays."""
-        r, first = self.recipe, self.progress.step * self.recipe.accumulate
-        rows = [t for i in range(first, first + r.accumulate) for t in self._rows(i)]
-        longest = max(len(t.ids) for t in rows)
-        return (
-            f"step {self.progress.step + 1} ran out of memory ({len(rows) // r.accumulate} texts of up to "
-            f"{longest} tokens a forward): lower batch_size (and raise accumulate), data.max_length or "
-            "opd.max_anchors (sft.anchors), or set gradient_checkpointing: true, in a run of its own"
-        )
 
     def step(self, step: int) -> dict:
         """The update of that step (0-based) from the drafter as it is; returns its figures.
