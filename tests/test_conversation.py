@@ -3,12 +3,15 @@
 import gzip
 import json
 import re
+import time
 from datetime import datetime
 from pathlib import Path
 
 import pytest
+from forked import Process
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from servers import served
 
 import draft_opd as d
 from draft_opd.cli.main import run
@@ -339,3 +342,35 @@ def test_every_example_of_the_page_is_read(target):
     for block in blocks:
         prompt = to_prompt(read_row(json.loads(block)), "1")
         assert target.chat_ids(prompt.messages, **prompt.template_kwargs)
+
+
+@pytest.mark.slow
+def test_ten_thousand_rows_across_a_kill(tmp_path):
+    """A mixed log with 200 broken rows, a server, and a SIGKILL in the middle: every good row is answered
+    once, every broken one is named."""
+    rows = []
+    for i in range(10_000):
+        text = f"A row begins with {i}, {i + 2}. What comes next?"
+        if i % 50 == 7:
+            rows.append(["{", "3", '{"txt": 1}', '{"prompt": ""}'][i // 50 % 4])
+        elif i % 3 == 0:
+            rows.append(json.dumps({"conversations": [{"from": "human", "value": text}]}))
+        elif i % 3 == 1:
+            rows.append(json.dumps({"instruction": "Go on.", "input": text, "output": "x"}))
+        else:
+            rows.append(json.dumps({"messages": [{"role": "user", "content": text}]}))
+    (tmp_path / "log.jsonl").write_text("\n".join(rows))
+    with served() as url:
+        words = ["collect", "--target", "embedded", "--prompts", str(tmp_path / "log.jsonl"), "--server", url]
+        words += ["--out", str(tmp_path / "out"), "--max-new-tokens", "2", "--skip-invalid"]
+        path = tmp_path / "out" / "trajectories.jsonl"
+        process = Process(*words, log=tmp_path / "log")
+        while not path.exists() or path.read_bytes().count(b"\n") < 2_000:
+            time.sleep(0.2)
+        process.kill()
+        process.wait()
+        assert Process(*words, log=tmp_path / "log").wait() == 0, (tmp_path / "log").read_text()
+    found = d.read_trajectories(path)
+    assert len(found) == 9_800 and len({t.id for t in found}) == 9_800
+    named = [json.loads(x) for x in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [r["line"] for r in named] == [i + 1 for i in range(10_000) if i % 50 == 7]
