@@ -48,7 +48,7 @@ def read(side: str, path: str) -> None:
 
         rows = (read_row(row.value) for row in read_rows(path))
     elif side == "json":
-        rows = map(json.loads, Path(path).open("rb"))
+        rows = map(json.loads, Path(path).open("rb"))  # noqa: SIM115 - the process ends with it
     else:
         from datasets import load_dataset
 

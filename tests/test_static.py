@@ -158,6 +158,24 @@ def test_a_round_is_one_graph(trained_folder, heldout, sampling):
     assert torch.equal(batches[0].anchors, batches[1].anchors)
 
 
+def test_compiled_features_are_those_of_the_tapped_layers():
+    """For two choices of layers, one after the other: hooks set after compiling would never fire."""
+    target = d.Target.from_pretrained("embedded", device="cpu", prepacked=False)
+    ids = torch.arange(3, 11).view(1, 8)
+    torch._dynamo.reset()
+
+    def features(layers: tuple[int, ...], extend) -> torch.Tensor:
+        cache = target.cache(64)
+        target.trajectories(ids[:, :5], cache=cache)
+        cache.set_bound(32, static=True)
+        with torch.inference_mode():
+            return extend(ids[:, 5:], torch.arange(5, 8)[None], cache, layers).features
+
+    whole = torch.compile(target.extend, fullgraph=True, dynamic=False, backend="eager")
+    for layers in ((0, 2), (1, 4, 6)):
+        assert torch.equal(features(layers, whole), features(layers, target.extend))
+
+
 @pytest.mark.slow
 def test_inductor_compiles_a_round(trained_folder, heldout):
     """Kernels that the compiler makes give the same tokens."""
