@@ -225,6 +225,48 @@ def test_one_reader_for_files_of_every_kind(tmp_path):
     assert sum(1 for _ in read_rows(tmp_path)) == 12
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"prompt": "a"}]\n[{"prompt": "b"}]', "goes on behind its JSON array"),
+        ('[{"prompt": "a \\ud800"}]', "b.json:1: not UTF-8 text"),
+        ('[{"prompt": "a"}', "not a valid JSON array"),
+    ],
+)
+def test_a_broken_array_loses_nothing_in_silence(tmp_path, content, message):
+    (tmp_path / "b.json").write_text(content)
+    with pytest.raises(d.UserError, match=message):
+        read_prompts(tmp_path / "b.json")
+
+
+def test_a_corrupt_archive_is_one_line(tmp_path):
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 999)[:40] + b"xxxx")
+    with pytest.raises(d.UserError, match="cannot be read"):
+        read_prompts(tmp_path / "c.jsonl.gz")
+
+
+def test_a_log_that_grows_keeps_its_ids(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"id": "x", "prompt": "a"}\n')
+    before = [p.id for p in read_prompts(path)]
+    path.write_text('{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}\n{"id": "x", "prompt": "b"}\n')
+    after = [p.id for p in read_prompts(path)]
+    assert after[:1] == before == ["x"] and len(set(after)) == 3
+
+
+def test_rows_settings_reach_every_decoding(target, trained):
+    """`eval` measures the prompt that a row means: its template arguments too."""
+    from draft_opd.data.tasks import Task
+    from draft_opd.evaluation.measure import measure, sides_of
+
+    row = {"prompt": "A row begins with 3, 5.", "chat_template_kwargs": {"enable_thinking": False}}
+    prompt = to_prompt(read_row(row), "1")
+    answers = measure(target, sides_of({"x": ("x", trained)}), Task("t", [prompt]), max_new_tokens=4)
+    for side in answers.values():
+        assert side[0].made.prompt_ids == prompt.ids(target)
+    assert prompt.ids(target) != target.chat_ids(prompt.messages)
+
+
 def test_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     from pyarrow import parquet
@@ -341,7 +383,7 @@ def test_every_example_of_the_page_is_read(target):
     assert len(blocks) == 8
     for block in blocks:
         prompt = to_prompt(read_row(json.loads(block)), "1")
-        assert target.chat_ids(prompt.messages, **prompt.template_kwargs)
+        assert target.chat.ids(prompt.messages, kwargs=prompt.template_kwargs)
 
 
 @pytest.mark.slow

@@ -110,19 +110,23 @@ def collect(
     if score and not from_answers:
         raise UserError("--score goes with --from-answers")
     if from_answers:
-        if server or drafter or every_turn or samples > 1:
-            raise UserError("--from-answers asks nobody: leave --server, --drafter and the like out")
+        if server or drafter or every_turn or samples > 1 or temperature or skip:
+            raise UserError("--from-answers asks nobody: leave --server, --drafter, --skip and the like out")
         check_models(target, weights=score)
         chat = (template, template_kwargs, stop_ids)
         model_options = (target, device, dtype, trust_remote_code)
-        value = _from_answers(screen, model_options, from_answers, out, limit, skipped, thinking, chat, score)
+        value = _from_answers(
+            screen, model_options, from_answers, out, limit, skipped, thinking, chat, score, exclude
+        )
         screen.result(value, facts(value["path"], value))
         return
     count = limit + skip if limit else None
     if every_turn:
         from draft_opd.data.answers import every_turn as turns
 
-        asked = turns(prompts, count, skipped)[skip:]
+        if skip:
+            raise UserError("--skip does not go with --every-turn: --limit counts conversations")
+        asked = turns(prompts, count, skipped)
     else:
         asked = read_prompts(prompts, count, skipped, screen.say)[skip:]
     if exclude:
@@ -179,10 +183,11 @@ def collect(
     screen.result(value, facts(value["path"], value))
 
 
-def _from_answers(screen, model_options, name, out, limit, skipped, thinking, chat, score) -> dict:
+def _from_answers(screen, model_options, name, out, limit, skipped, thinking, chat, score, exclude) -> dict:
     """Writes trajectories of logged answers."""
     from draft_opd.data.answers import answer_trajectories, scored
     from draft_opd.data.collect import summary
+    from draft_opd.data.prompts import read_prompts
     from draft_opd.data.trajectory import write_trajectories
     from draft_opd.models.target_info import TargetInfo
 
@@ -192,6 +197,12 @@ def _from_answers(screen, model_options, name, out, limit, skipped, thinking, ch
         info = TargetInfo.from_pretrained(model_options[0], trust_remote_code=model_options[3])
     set_chat(info, *chat)
     rows = answer_trajectories(info, name, skipped, limit=limit, thinking=thinking)
+    if exclude:
+        held = {tuple(p.ids(info, thinking)) for p in read_prompts(exclude)}
+        kept = [t for t in rows if tuple(t.prompt_ids) not in held]
+        screen.say(f"{len(rows) - len(kept):,} answers left out: their prompts stand in '{exclude}' too")
+        if not (rows := kept):
+            raise UserError(f"--exclude {exclude} leaves no answers")
     figures: dict = {}
     if score:
         rows, figures = scored(info, rows)

@@ -237,11 +237,15 @@ def evaluate_server(
     for which in filter(None, servers):
         which.check()
     from draft_opd.evaluation.result import EvaluationResult, mean_of
+    from draft_opd.models.target_info import TargetInfo
     from draft_opd.serving.measure_server import measure_server
     from draft_opd.utils.machine import machine
 
-    options = {"max_new_tokens": longest, "sampling": sampling, "thinking": thinking, "seed": seed}
+    options = {"max_new_tokens": longest, "sampling": sampling, "seed": seed}
     options["template_kwargs"] = to_template_kwargs(template_kwargs)
+    if thinking is not None:  # by the name that this target's template has for it
+        info = TargetInfo.from_pretrained(target)
+        options["template_kwargs"] |= info.chat.arguments(thinking)
     with screen.progress("eval", len(chosen) * len(sizes)) as update:
         count = itertools.count(1)
         rows = [

@@ -83,6 +83,8 @@ def check_serving(
 
     skipped = to_skipped(skip_invalid, max_skip_share)
     asked = read_prompts(prompts, limit, skipped)
+    for line in skipped.lines():
+        Screen(json).say(line)
     check_models(target, *([drafter] if drafter else []))
     from draft_opd.data.openai_client import Server
     from draft_opd.drafters import Drafter

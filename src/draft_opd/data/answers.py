@@ -6,6 +6,7 @@ decoding would have had do not follow from it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ def read_conversations(
 ) -> Iterator[tuple[str, int, str, Conversation]]:
     """(file, line, id, conversation) of every row; see `read_prompts`."""
     ids: set[str] = set()
+    files: dict[str, int] = {}
     for count, row in enumerate(read_rows(name)):
         if count == limit:
             break
@@ -40,8 +42,11 @@ def read_conversations(
         except RowProblem as problem:
             skipped.add(row.file, row.line, str(problem))
             continue
-        unique = found.id or str(row.line)
-        unique = unique if unique not in ids else f"{unique}-{row.line}"
+        first = files.setdefault(row.file, len(files)) == 0
+        unique = found.id or (str(row.line) if first else f"{Path(row.file).name}:{row.line}")
+        if unique in ids:
+            names = (f"{unique}-{k}" for k in itertools.count(2))
+            unique = next(name for name in names if name not in ids)
         ids.add(unique)
         yield row.file, row.line, unique, found
 
@@ -52,13 +57,14 @@ def turns_of(conversation: Conversation) -> list[int]:
 
 
 def every_turn(name: str | Path, limit: int | None, skipped: Skipped) -> list[Prompt]:
-    """A prompt for every assistant turn of every conversation, each on the history as it was logged;
-    a conversation without answers is one prompt."""
+    """A prompt for every assistant turn of the first `limit` conversations, each on the history as it
+    was logged; a conversation without answers is one prompt."""
     found = []
     for file, line, row_id, c in read_conversations(name, limit, skipped):
         ends = turns_of(c)
         if not c.messages or c.messages[-1]["role"] != ASSISTANT:
             ends.append(len(c.messages))
+        skipped.seen += max(0, len(ends) - 1)  # the unit is a turn
         for k, end in enumerate(ends, 1):
             label = row_id if len(ends) == 1 else f"{row_id}/turn-{k}"
             found.append(
@@ -121,6 +127,7 @@ def answer_trajectories(
     found = []
     for file, line, row_id, conversation in read_conversations(name, limit, skipped):
         turns = turns_of(conversation)
+        skipped.seen += max(0, len(turns) - 1)  # the unit is an answer
         if not turns:
             skipped.add(file, line, "there is no answer")
         for k, turn in enumerate(turns, 1):

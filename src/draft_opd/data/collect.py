@@ -111,7 +111,7 @@ def gather(
 
 def _gather(target, prompts, path, answer, about, samples, thinking, skipped, progress) -> Path:
     writer = TrajectoryWriter(path)
-    about = {"target": target.name, **about}
+    about = {"target": target.name, "stop_ids": sorted(target.stop_ids), **about}
     made = path.with_name("collect.json")
     try:
         if writer.done:
@@ -228,6 +228,8 @@ def _check_made(path: Path, about: dict) -> None:
             before = None
         if not isinstance(before, dict):
             raise UserError(f"'{path}' is damaged: remove it, or use another --out")
+        if before.get("source"):
+            raise UserError(f"'{path.parent}' holds logged answers, not the target's own: use another --out")
         changed = [k for k in about if k in before and before[k] != about[k]]
         if changed:
             changes = "; ".join(f"{k} {before.get(k)} before, {about[k]} now" for k in changed)

@@ -46,7 +46,13 @@ REFUSED = {
     "continue_final_message": "an answer to be continued",
 }
 # Fields of a row that go to the chat template.
-TEMPLATE_KEYS = ("enable_thinking", "thinking", "reasoning_effort", "documents", "date_string")
+TEMPLATE_KEYS: dict[str, type] = {
+    "enable_thinking": bool,
+    "thinking": bool,
+    "reasoning_effort": str,
+    "documents": list,
+    "date_string": str,
+}
 # Known fields that change no prompt, beside those that are simply named in the summary.
 HARMLESS = {"id", "custom_id", "method", "url", "model", "stream", "n", "user", "metadata", "seed"}
 
@@ -90,7 +96,9 @@ def read_row(row: dict) -> Conversation:
             raise RowProblem(f"the field '{key}' holds {what}, which is not supported")
     tools = _tools(row)
     kwargs = _object(row.pop("chat_template_kwargs", None), "chat_template_kwargs")
-    kwargs |= {k: row.pop(k) for k in TEMPLATE_KEYS if isinstance(row.get(k), (bool, str, list))}
+    if taken := sorted({"messages", "tools", "add_generation_prompt", "chat_template"} & kwargs.keys()):
+        raise RowProblem(f"'chat_template_kwargs' must not hold {', '.join(taken)}")
+    kwargs |= {k: row.pop(k) for k, kind in TEMPLATE_KEYS.items() if isinstance(row.get(k), kind)}
     if row.get("response_format") not in (None, {"type": "text"}):
         raise RowProblem("the field 'response_format' constrains the answer, which is not supported")
     if row.get("tool_choice") not in (None, "auto"):
@@ -149,7 +157,9 @@ def _trl(row: dict) -> Read:
     messages = _messages(row["prompt"], "prompt")
     if isinstance(row.get("completion"), list):
         messages += _messages(row["completion"], "completion")
-    return messages, ("prompt", "completion")
+    else:
+        messages = _answered(messages, row)
+    return messages, ("prompt", *ANSWER_KEYS)
 
 
 def _alpaca(row: dict) -> Read:
@@ -161,7 +171,10 @@ def _alpaca(row: dict) -> Read:
             raise RowProblem("the field 'input' must be a text")
         text = f"{text}\n\n{more}"
     messages = []
-    for pair in row.get("history") or ():
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise RowProblem("the field 'history' must be a list of pairs of texts")
+    for pair in history:
         if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(x, str) for x in pair)):
             raise RowProblem("the field 'history' must be a list of pairs of texts")
         messages += [{"role": USER, "content": pair[0]}, {"role": ASSISTANT, "content": pair[1]}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -36,7 +37,7 @@ class Prompt:
         """Through the target's chat template; as plain text when it has none. Raises `UserError`
         where the template refuses it."""
         try:
-            return target.chat_ids(self.messages, thinking, tools=self.tools, **self.template_kwargs)
+            return target.chat.ids(self.messages, thinking, self.tools, self.template_kwargs)
         except RowProblem as problem:
             raise UserError(f"{self.where}: {problem}") from None
 
@@ -104,8 +105,8 @@ def read_prompts(
         tools += conversation.tools is not None
         if limit is not None and len(prompts) == limit:
             break
+    skipped.check()
     if not prompts:
-        skipped.check()
         raise UserError(f"'{rows_path(name)}' holds no prompts")
     more = f", {tools:,} with tools" if tools else ""
     names = ", ".join(f"{kind}" if len(kinds) == 1 else f"{count:,} {kind}" for kind, count in kinds.items())
@@ -115,18 +116,16 @@ def read_prompts(
 
 
 def with_unique_ids(prompts: list[Prompt]) -> list[Prompt]:
-    """Ids that repeat get a part of the content's hash, so that they stay the same in another order;
-    equal rows are numbered."""
-    counts = Counter(p.id for p in prompts)
-    if len(counts) == len(prompts):
-        return prompts
-    copies: Counter[str] = Counter()
+    """The first row keeps its id, so that a log may grow. Later ones with the same id get a part of
+    their content's hash; equal rows are numbered."""
+    seen: set[str] = set()
     found = []
     for p in prompts:
-        if counts[p.id] > 1:
+        if p.id in seen:
             name = f"{p.id}-{hashlib.sha256(p.content.encode()).hexdigest()[:8]}"
-            copies[name] += 1
-            p = replace(p, id=name if copies[name] == 1 else f"{name}-{copies[name]}")
+            numbered = (f"{name}-{k}" for k in itertools.count(2))
+            p = replace(p, id=name if name not in seen else next(n for n in numbered if n not in seen))
+        seen.add(p.id)
         found.append(p)
     return found
 
@@ -144,7 +143,7 @@ def usable(
     found = []
     for prompt in prompts:
         try:
-            ids = target.chat_ids(prompt.messages, thinking, tools=prompt.tools, **prompt.template_kwargs)
+            ids = target.chat.ids(prompt.messages, thinking, prompt.tools, prompt.template_kwargs)
             if len(ids) >= target.max_positions:
                 raise RowProblem(
                     f"prompt {prompt.id} has {len(ids)} tokens, the target's context holds "

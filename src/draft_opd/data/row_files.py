@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -52,11 +53,11 @@ def read_rows(name: str | Path) -> Iterator[Row]:
         if not files:
             raise UserError(f"'{path}' holds no file of rows ({', '.join(SUFFIXES)}, also .gz and .zst)")
         for file in files:
-            yield from _file_rows(file)
+            yield from file_rows(file)
     elif not path.exists() and _is_hub_id(str(name)):
         yield from _hub_rows(str(name))
     else:
-        yield from _file_rows(path)
+        yield from file_rows(path)
 
 
 def _kind(path: Path) -> str:
@@ -64,7 +65,7 @@ def _kind(path: Path) -> str:
     return name.suffix
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
+def file_rows(path: Path) -> Iterator[Row]:
     if _kind(path) == ".parquet":
         yield from _table_rows(path)
         return
@@ -74,7 +75,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
             yield from (_listed(path, file) if start == b"[" else _lines(path, file))
     except FileNotFoundError:
         raise UserError(f"'{path}' does not exist") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"'{path}' cannot be read ({one_line(getattr(error, 'strerror', None) or error)})"
         ) from error
@@ -90,7 +91,8 @@ def _open(path: Path) -> IO[bytes]:
             raise UserError(f"'{path}' needs `pip install zstandard`, or unpack it") from None
         import io
 
-        return io.BufferedReader(zstandard.open(path, "rb"))
+        reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
+        return io.BufferedReader(reader)
     return path.open("rb")
 
 
@@ -120,6 +122,15 @@ def parse_line(file: str, number: int, line: bytes) -> Row:
     return _object(file, number, value)
 
 
+def _is_text(value: Any) -> bool:
+    """Whether all of it can be written: a lone surrogate is no UTF-8 text."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeError:
+        return False
+    return True
+
+
 def _object(file: str, number: int, value: Any) -> Row:
     if isinstance(value, dict):
         return Row(file, number, value)
@@ -135,10 +146,18 @@ def _listed(path: Path, file: IO[bytes]) -> Iterator[Row]:
             while text[at : at + 1] in (" ", "\n", "\r", "\t", ","):
                 at += 1
             if text[at : at + 1] == "]":
+                if text[at + 1 :].strip():
+                    raise UserError(
+                        f"'{path}' goes on behind its JSON array: give one array, or a row a line"
+                    )
                 return
             value, at = decoder.raw_decode(text, at)
             number += 1
-            yield _object(str(path), number, value)
+            yield (
+                _object(str(path), number, value)
+                if _is_text(value)
+                else Row(str(path), number, None, "not UTF-8 text")
+            )
     except UnicodeError:
         raise UserError(f"'{path}' is not UTF-8 text") from None
     except (ValueError, RecursionError) as error:

@@ -237,7 +237,8 @@ class _Asking:
         if status >= 500:
             raise InvalidResponse(error_message(answer))
         if status in (400, 413, 422):  # this prompt, perhaps; the others may pass
-            return error_message(answer)
+            words, texts = error_message(answer), [m["content"][:20] for m in request.prompt.messages]
+            return f"HTTP {status}" if any(x and x in words for x in texts) else words
         if status != 200:
             raise UserError(f"server {server.url}{path}: {error_message(answer)}")
         try:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from draft_opd.data.prompts import Prompt, read_prompt, read_prompts, usable
+from draft_opd.data.conversation import read_row
+from draft_opd.data.prompts import Prompt, read_prompts, to_prompt, usable
+from draft_opd.data.row_files import file_rows
 from draft_opd.data.skipped import Skipped
-from draft_opd.data.trajectory import read_jsonl
 from draft_opd.models.hub import EMBEDDED
 from draft_opd.models.target_info import TargetInfo
-from draft_opd.utils.errors import UserError, one_line
+from draft_opd.utils.errors import RowProblem, UserError, one_line
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 FUNCTION = "Write a solution to the following problem and make sure that it passes the tests:\n"
@@ -135,6 +136,7 @@ def usable_tasks(
     """The same without prompts that the template refuses or that leave no room. Raises `UserError`
     for a task of which nothing is left."""
     found = []
+    skipped.seen = max(skipped.seen, sum(len(t.prompts) for t in tasks) + len(skipped.rows))
     for task in tasks:
         prompts = [prompt for prompt, _ in usable(task.prompts, target, thinking, skipped)]
         if not prompts:
@@ -155,8 +157,17 @@ def _rows(
     if path:
         if source is None:
             return read_prompts(path, count, skipped, say)
-        rows = itertools.islice(read_jsonl(Path(path)), count)
-        return [_of_row(source, row, f"{path}:{n}", str(n)) for n, row in rows]
+        skipped, prompts = skipped or Skipped(), []
+        for row in itertools.islice(file_rows(Path(path)), count):
+            skipped.seen += 1
+            try:
+                if row.value is None:
+                    raise RowProblem(row.problem)
+                made = _of_row(source, row.value, str(row.line))
+                prompts.append(replace(made, file=row.file, line=row.line))
+            except RowProblem as problem:
+                skipped.add(row.file, row.line, str(problem))
+        return prompts
     if label == EMBEDDED:
         return read_prompts(f"{EMBEDDED}:heldout", count)
     if source is None:
@@ -179,13 +190,14 @@ def _rows(
             f"task '{label}' cannot be loaded from the hub ({source.hub[0]}: {line}); download it, "
             f"and give its rows: {label}=FILE.jsonl"
         ) from error
-    return [_of_row(source, row, f"{source.hub[0]}, row {n}", str(n)) for n, row in enumerate(rows)]
+    return [replace(_of_row(source, row, str(n)), file=source.hub[0], line=n) for n, row in enumerate(rows)]
 
 
-def _of_row(source: Source, row: dict, where: str, number: str) -> Prompt:
-    """One row of the task's data; a line of prompts that are ready is taken as it is."""
+def _of_row(source: Source, row: dict, number: str) -> Prompt:
+    """One row of the task's data; a line of prompts that are ready is taken as it is. Raises
+    `RowProblem`."""
     try:
         first, *more = source.turns(row)
     except (KeyError, TypeError, ValueError):
-        return read_prompt(row, where, number)
+        return to_prompt(read_row(row), number)
     return Prompt(number, [{"role": "user", "content": first}], tuple(more))

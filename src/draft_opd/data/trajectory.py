@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from draft_opd.data.row_files import read_rows
+from draft_opd.data.row_files import file_rows
 from draft_opd.utils.errors import UserError
 from draft_opd.utils.files import append, make_folder, write_json, write_lines
 
@@ -41,7 +41,7 @@ class Trajectory:
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     """Yields (line number, object); `UserError` names the first line that is not one."""
-    for row in read_rows(path):
+    for row in file_rows(Path(path)):
         if row.value is None:
             raise UserError(f"{row.where}: {row.problem}")
         yield row.line, row.value

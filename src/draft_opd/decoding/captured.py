@@ -18,7 +18,7 @@ from draft_opd.drafters.base import Drafter
 from draft_opd.models.target import Target
 
 GRAPHS = 24  # of one batch
-WORKSPACES = 2  # batches that a target keeps
+WORKSPACES = 6  # batches that a target keeps: every side of a comparison has one
 WARM_UPS = 2  # rounds before a capture: allocators, autotuning, lazily loaded kernels
 PIECE = 1024  # capacities are multiples of it, so that a batch serves the next prompts too
 
@@ -33,6 +33,10 @@ class GraphRunner:
         self.captures = 0
 
     def __call__(self, batch: StaticBatch, rows: int, slots: int, count: int) -> None:
+        with torch.cuda.device(batch.target.device):
+            self._run(batch, rows, slots, count)
+
+    def _run(self, batch: StaticBatch, rows: int, slots: int, count: int) -> None:
         key = (rows, slots, count)
         if key not in self.graphs:
             while len(self.graphs) >= self.most:
@@ -54,7 +58,7 @@ class GraphRunner:
                     state.copy_(value)
         torch.cuda.current_stream(batch.target.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream):
             batch.round(rows, slots, count)
         self.pool = self.pool or graph.pool()
         torch.cuda.synchronize(batch.target.device)

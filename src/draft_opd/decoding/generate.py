@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from draft_opd.decoding.captured import workspace
 from draft_opd.decoding.draft_length import DraftLengthController, Length, length_and_controller
@@ -121,7 +122,7 @@ def _decode_static(
     if pace:
         pace.keep_few()  # each length is a graph of its own
     began = entered = _synchronize(target.device)
-    first = True
+    first, capturing = True, getattr(run, "seconds", 0.0)
 
     def choose() -> int:
         nonlocal entered
@@ -129,8 +130,9 @@ def _decode_static(
         return pace.choose(length) if pace else length
 
     def record(drafted: int, accepted: Iterable[int]) -> None:
-        nonlocal first
-        now = time.perf_counter()
+        nonlocal first, entered, capturing
+        now, spent = time.perf_counter(), getattr(run, "seconds", 0.0)
+        entered, capturing = entered + spent - capturing, spent  # capturing is no decoding
         clock.captured += now - entered
         if first:
             clock.first_token += now - began
@@ -138,7 +140,7 @@ def _decode_static(
         if pace:
             pace.record(drafted, accepted, now - entered)
 
-    decode_rows(batch, prompts, job.keys, job.commit, run=run, choose=choose, record=record)
+    decode_rows(batch, prompts, job.keys, job.commit, run=run, choose=choose, record=record, most=count)
     clock.prefill += _synchronize(target.device) - began - clock.captured
 
 
@@ -286,11 +288,16 @@ def speculate(
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
     job = _Job(target, drafter, sampling, results, limits, stops, seeds, on_round)
     clock = timing or Timing()
-    if target.capturable and not tree:
+    if target.capturable and not tree and not is_sharded(drafter):
         _decode_static(job, length, rows, pace, clock)
     else:
         _decode_dynamic(job, length, tree, pace, clock, timing is not None)
     return results
+
+
+def is_sharded(drafter: Drafter | None) -> bool:
+    """Whether its weights come and go (FSDP2), so that no graph can hold their addresses."""
+    return drafter is not None and any(isinstance(p.data, DTensor) for p in drafter.parameters())
 
 
 def _draft_length(target: Target, drafter: Drafter | None, asked: int | None) -> int:

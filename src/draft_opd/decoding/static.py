@@ -155,8 +155,9 @@ def decode_rows(
     run: Run = eager,
     choose: Callable[[], int] | None = None,
     record: Callable[[int, Iterable[int]], None] = lambda *_: None,
+    most: int | None = None,
 ) -> None:
-    """Decodes prompts, `batch.rows` at a time; ended rows are refilled.
+    """Decodes prompts, `most` (default: `batch.rows`) at a time; ended rows are refilled.
 
     on_table(prompt's index, line of the table): takes a round's result and says whether the prompt has
     ended. choose: tokens drafted in the next round (default: `batch.longest`); record: what came of it.
@@ -166,9 +167,10 @@ def decode_rows(
     waiting = list(range(len(prompts)))[::-1]
     prompt_of: list[int | None] = [None] * batch.rows
     reached = [0] * batch.rows  # the anchor of each row
+    most = min(most or batch.rows, batch.rows)
     while True:
-        free = [row for row, prompt in enumerate(prompt_of) if prompt is None]
-        if waiting and (len(free) == batch.rows or len(free) >= max(1, batch.rows // 8)):
+        free = [row for row, prompt in enumerate(prompt_of[:most]) if prompt is None]
+        if waiting and (len(free) == most or len(free) >= max(1, most // 8)):
             chosen = [waiting.pop() for _ in free[: len(waiting)]]
             rows = free[: len(chosen)]
             batch.admit(rows, [prompts[i] for i in chosen], [keys[i] for i in chosen])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from draft_opd.data.prompts import Prompt
@@ -166,7 +166,7 @@ def _converse(
             answer_ids = done[BASELINE][-1].made.token_ids
             answer_text = target.tokenizer.decode(answer_ids, skip_special_tokens=True)
             messages += [{"role": "assistant", "content": answer_text}, {"role": "user", "content": more}]
-        ids = Prompt(prompt.id, messages).ids(target, thinking)
+        ids = replace(prompt, messages=messages).ids(target, thinking)
         if turn and len(ids) >= target.max_positions:
             break
         for side in sides:

@@ -124,8 +124,12 @@ class ChatTemplate:
                 chat_template=self._dated,
                 **given,
             )
-        except jinja2.TemplateError as error:  # the template's own words
-            raise RowProblem(f"the chat template refuses it ({one_line(error, 120)})") from None
+        except jinja2.TemplateError as error:  # the template's own words, if they hold none of the row's
+            words = one_line(error, 120)
+            texts = (str(m.get("content") or "").strip() for m in messages)
+            if any(text and (text[:20] in words or words[:20] in text) for text in texts):
+                words = type(error).__name__
+            raise RowProblem(f"the chat template refuses it ({words})") from None
         except Exception as error:  # noqa: BLE001 - its words may hold the row's text
             raise RowProblem(f"the chat template fails on it ({type(error).__name__})") from None
 

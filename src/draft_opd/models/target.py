@@ -155,11 +155,11 @@ class Target(TargetInfo):
     @property
     def capturable(self) -> bool:
         """Whether rounds can be CUDA graphs. Not: experts that route on the host, frequencies that
-        follow the longest position, a target in parts."""
+        follow the longest position, a target in parts, a decoder that is not walked."""
         rope = getattr(self.config, "rope_parameters", None) or {}
         kinds = [r.get("rope_type") for r in (rope, *rope.values()) if isinstance(r, dict)]
         fixed = not {"dynamic", "longrope"} & set(kinds)
-        possible = fixed and not self.sharded and not self.is_mixture
+        possible = fixed and self.walk is not None and not self.sharded and not self.is_mixture
         return self.captured and possible and self.device.type == "cuda"
 
     @property

@@ -10,6 +10,7 @@ from draft_opd.evaluation.result import (
     BatchRate,
     Difference,
     EvaluationResult,
+    RoundParts,
     SideResult,
     TaskResult,
 )
@@ -73,6 +74,12 @@ def comparison_table(differences: Sequence[Difference]) -> Table:
     return Table("Differences, paired by prompt", columns, rows)
 
 
+def _parts(cost: RoundParts) -> tuple[float | None, ...]:
+    """Draft, verify, rest and the whole of a round; captured rounds have no parts."""
+    whole = cost.draft + cost.verify + cost.rest + cost.captured
+    return (None, None, None, whole) if cost.captured else (cost.draft, cost.verify, cost.rest, whole)
+
+
 def best_length(advice: Advice) -> str:
     """Half a sentence."""
     if not advice.best:
@@ -86,13 +93,13 @@ def length_table(advice: Advice) -> Table:
         [
             str(r.draft_length),
             number(r.tau),
-            *(number(ms, 2) for ms in (r.milliseconds.draft, r.milliseconds.verify, r.milliseconds.rest)),
+            *(number(ms, 2) for ms in _parts(r.milliseconds)),
             times(r.speedup),
             times(r.measured.speedup if r.measured else None),
         ]
         for r in advice.lengths
     ]
-    columns = ["K", "τ", "draft, ms", "verify, ms", "rest, ms", "predicted", "measured"]
+    columns = ["K", "τ", "draft, ms", "verify, ms", "rest, ms", "a round, ms", "predicted", "measured"]
     return Table(f"{advice.drafter}: here {best_length(advice)}", columns, rows)
 
 
@@ -165,8 +172,7 @@ def round_table(sides: Sequence[SideResult]) -> Table | None:
         [
             s.side,
             t.task,
-            *(number(x, 2) for x in (per.draft, per.verify, per.rest)),
-            number(per.draft + per.verify + per.rest + per.captured, 2),
+            *(number(x, 2) for x in _parts(per)),
             number(first.target, 1),
             number(first.speculative, 1),
         ]

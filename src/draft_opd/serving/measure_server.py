@@ -84,7 +84,6 @@ def ask_all(
     *,
     max_new_tokens: int,
     sampling: Sampling,
-    thinking: bool | None = None,
     template_kwargs: dict | None = None,
     seed: int = 0,
 ) -> tuple[list[Reply], float]:
@@ -98,9 +97,7 @@ def ask_all(
         "stream_options": {"include_usage": True},
         **sampling_params(sampling),
     }
-    given = dict(template_kwargs or {})
-    if thinking is not None:
-        given["enable_thinking"] = thinking
+    given = template_kwargs or {}
 
     async def everything() -> list[list[Reply]]:
         gate = asyncio.Semaphore(in_flight)
