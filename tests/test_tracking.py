@@ -57,8 +57,8 @@ def test_a_tracker_may_change_on_resume_and_leaves_no_trace_if_absent(
         Run("sft", recipe_for("sft", tmp_path / "r", "tracker=wandb"), target=target)
     assert not (tmp_path / "r").exists()
     Run("sft", recipe_for("sft", tmp_path / "r"), target=target).train()
-    with pytest.raises(d.UserError, match="the recipe changed: steps"):
-        Run("sft", recipe_for("sft", tmp_path / "r", "steps=6"), target=target, resume=True)
+    with pytest.raises(d.UserError, match="the recipe changed: batch_size"):
+        Run("sft", recipe_for("sft", tmp_path / "r", "batch_size=3"), target=target, resume=True)
     monkeypatch.undo()
     recipe = recipe_for("sft", tmp_path / "r", "tracker=tensorboard")
     Run("sft", recipe, target=target, resume=True)

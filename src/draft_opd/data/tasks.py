@@ -11,14 +11,17 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from draft_opd.data.conversation import read_row
 from draft_opd.data.prompts import Prompt, read_prompts, to_prompt, usable
 from draft_opd.data.row_files import file_rows
 from draft_opd.data.skipped import Skipped
 from draft_opd.models.hub import EMBEDDED
-from draft_opd.models.target_info import TargetInfo
 from draft_opd.utils.errors import RowProblem, UserError, one_line
+
+if TYPE_CHECKING:
+    from draft_opd.models.target_info import TargetInfo
 
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 FUNCTION = "Write a solution to the following problem and make sure that it passes the tests:\n"
