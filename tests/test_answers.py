@@ -109,3 +109,19 @@ def test_every_turn_is_answered_on_the_history(tmp_path):
     prompts = every_turn(path, None, Skipped())
     assert [p.id for p in prompts] == ["c1/turn-1", "c1/turn-2", "2"]
     assert [len(p.messages) for p in prompts] == [1, 3, 1]
+
+
+def test_a_history_may_be_the_targets_own(tmp_path, capsys, target):
+    """The second turn stands behind the target's answer to the first; going on asks nothing again."""
+    (tmp_path / "log.jsonl").write_text(json.dumps(CHAT) + "\n" + '{"prompt": "alone"}')
+    words = ["collect", "--target", "embedded", "--prompts", str(tmp_path / "log.jsonl"), "--every-turn"]
+    words += ["--history", "regenerated", "--out", str(tmp_path / "out"), "--max-new-tokens", "12"]
+    assert run(words) == 0
+    before = (tmp_path / "out" / "trajectories.jsonl").read_bytes()
+    first, alone, second = d.read_trajectories(tmp_path / "out")
+    assert [t.id for t in (first, alone, second)] == ["c1/turn-1", "2", "c1/turn-2"] or first.id == "2"
+    rows = {t.id: t for t in (first, alone, second)}
+    answer = target.tokenizer.decode(rows["c1/turn-1"].response_ids, skip_special_tokens=True)
+    messages = [CHAT["messages"][0], {"role": "assistant", "content": answer}, CHAT["messages"][2]]
+    assert rows["c1/turn-2"].prompt_ids == target.chat_ids(messages)
+    assert run(words) == 0 and (tmp_path / "out" / "trajectories.jsonl").read_bytes() == before

@@ -386,6 +386,22 @@ def test_every_example_of_the_page_is_read(target):
         assert target.chat.ids(prompt.messages, kwargs=prompt.template_kwargs)
 
 
+def test_filters_leave_out_what_was_asked(tmp_path, capsys):
+    rows = ["Short?", "A row begins with 3, 5, 7. " * 6, "Short?", "Other?"]
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": r}) for r in rows))
+    words = ["collect", "--target", "embedded", "--prompts", str(tmp_path / "p.jsonl"), "--json"]
+    words += ["--out", str(tmp_path / "out"), "--max-new-tokens", "2", "--max-prompt-tokens", "40"]
+    assert run([*words, "--drop-duplicates"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["left_out"] == {"longer than --max-prompt-tokens": 1, "the same prompt again": 1}
+    assert value["trajectories"] == 2 and value["finish_reasons"] == {"length": 2}
+    words[words.index("--out") + 1] = str(tmp_path / "other")
+    for _ in range(2):  # the second time nothing is asked again
+        assert run([*words, "--drop-truncated"]) == 2
+        assert "holds no trajectories" in capsys.readouterr().err
+    assert (tmp_path / "other" / "truncated.jsonl").read_text().count("\n") == 3
+
+
 @pytest.mark.slow
 def test_ten_thousand_rows_across_a_kill(tmp_path):
     """A mixed log with 200 broken rows, a server, and a SIGKILL in the middle: every good row is answered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -55,8 +56,11 @@ def collect(
         bool, typer.Option("--score", help="With --from-answers: how far they are from the target's own.")
     ] = False,
     every_turn: Annotated[
-        bool, typer.Option("--every-turn", help="Answer every assistant turn, on the history as logged.")
+        bool, typer.Option("--every-turn", help="Answer every assistant turn of the conversations.")
     ] = False,
+    history: Annotated[
+        str, typer.Option(help="With --every-turn: 'logged', or 'regenerated' (the target's own answers).")
+    ] = "logged",
     server: Annotated[
         list[str] | None,
         typer.Option(help="URL of a vLLM or SGLang server that answers instead; may be repeated."),
@@ -77,6 +81,14 @@ def collect(
     exclude: Annotated[
         str | None, typer.Option(help="Rows (a held-out set) whose prompts are left out, by content.")
     ] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Leave out longer prompts.")] = None,
+    drop_duplicates: Annotated[
+        bool, typer.Option("--drop-duplicates", help="Ask prompts of equal content once.")
+    ] = False,
+    drop_truncated: Annotated[
+        bool,
+        typer.Option("--drop-truncated", help="Answers that reach the limit go to truncated.jsonl."),
+    ] = False,
     skip_invalid: SkipInvalid = False,
     max_skip_share: MaxSkipShare = 0.1,
     template: Template = None,
@@ -97,6 +109,7 @@ def collect(
         (samples, "--samples"),
         (max_new_tokens, "--max-new-tokens"),
         (in_flight, "--in-flight"),
+        (max_prompt_tokens, "--max-prompt-tokens"),
     ):
         at_least(value, 1, option)
     at_least(skip, 0, "--skip")
@@ -105,6 +118,8 @@ def collect(
     screen = Screen(json)
     sampling = to_sampling(temperature, top_k, top_p)
     skipped = to_skipped(skip_invalid, max_skip_share)
+    if history not in ("logged", "regenerated"):
+        raise UserError(f"--history {history}: choose logged or regenerated")
     if (prompts is None) == (from_answers is None):
         raise UserError("give --prompts, or --from-answers")
     if score and not from_answers:
@@ -124,8 +139,8 @@ def collect(
     if every_turn:
         from draft_opd.data.answers import every_turn as turns
 
-        if skip:
-            raise UserError("--skip does not go with --every-turn: --limit counts conversations")
+        if skip or (exclude and history != "logged"):
+            raise UserError("leave --skip (and --exclude, if --history is not logged) out of --every-turn")
         asked = turns(prompts, count, skipped)
     else:
         asked = read_prompts(prompts, count, skipped, screen.say)[skip:]
@@ -139,6 +154,7 @@ def collect(
     check_models(target, *([drafter] if drafter else []), weights=not server)
     from draft_opd.data.collect import collect as run
     from draft_opd.data.collect import summary
+    from draft_opd.data.skipped import Filters
 
     common = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
     if endpoint != "completions" and not server:
@@ -161,24 +177,43 @@ def collect(
         set_chat(model, template, template_kwargs, stop_ids)
         helper = to_drafter(drafter, model) if drafter else None
         start = partial(run, model, batch_size=batch_size, drafter=helper)
+    filters = Filters(max_prompt_tokens, not drop_duplicates, not drop_truncated)
+    dropped: Counter[str] = Counter()
     with screen.progress("collect", len(asked) * samples) as update:
-        found = start(
-            asked,
-            out,
-            samples=samples,
-            thinking=thinking,
-            skipped=skipped,
-            **common,
-            progress=lambda done, _, tokens: update(done, f"{tokens} tokens"),
-        )
-    value = summary(found.path if server else found)
+
+        def ask(chosen: list) -> Path:
+            found = start(
+                chosen,
+                out,
+                samples=samples,
+                thinking=thinking,
+                skipped=skipped,
+                filters=filters,
+                **common,
+                progress=lambda done, _, tokens: update(done, f"{tokens} tokens"),
+            )
+            if server:
+                dropped.update(found.dropped)
+            return found.path if server else found
+
+        if every_turn and history == "regenerated":
+            from draft_opd.data.answers import regenerate
+
+            tokenizer = (text if server else model).tokenizer
+            decode = partial(tokenizer.decode, skip_special_tokens=True)
+            path = regenerate(prompts, limit, to_skipped(skip_invalid, max_skip_share), ask, decode)
+        else:
+            path = ask(asked)
+    value = summary(path)
+    if filters.left_out:
+        value["left_out"] = dict(filters.left_out)
     if skipped.rows:
         value["skipped"] = dict(skipped.reasons)
         for line in skipped.lines():
             screen.say(line)
     if server:
-        value["dropped"] = dict(found.dropped)
-        for reason, count in found.dropped.items():
+        value["dropped"] = dict(dropped)
+        for reason, count in dropped.items():
             screen.say(f"{count} dropped: {reason}")
     screen.result(value, facts(value["path"], value))
 

@@ -7,7 +7,7 @@ decoding would have had do not follow from it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from draft_opd.data.conversation import ASSISTANT, Conversation, read_row
 from draft_opd.data.prompts import Prompt
 from draft_opd.data.row_files import read_rows
 from draft_opd.data.skipped import Skipped
-from draft_opd.data.trajectory import Trajectory
+from draft_opd.data.trajectory import Trajectory, read_trajectories
 from draft_opd.models.target import Target, pad_rows
 from draft_opd.models.target_info import TargetInfo
 from draft_opd.utils.errors import RowProblem, UserError
@@ -56,24 +56,70 @@ def turns_of(conversation: Conversation) -> list[int]:
     return [i for i, m in enumerate(conversation.messages) if i and m["role"] == ASSISTANT]
 
 
+def ends_of(conversation: Conversation) -> list[int]:
+    """Where the target is to answer: before every logged answer, and behind a last question."""
+    messages = conversation.messages
+    open_end = [len(messages)] if messages[-1]["role"] != ASSISTANT else []
+    return turns_of(conversation) + open_end
+
+
+def _turn(row_id: str, k: int, count: int) -> str:
+    return row_id if count == 1 else f"{row_id}/turn-{k + 1}"
+
+
 def every_turn(name: str | Path, limit: int | None, skipped: Skipped) -> list[Prompt]:
     """A prompt for every assistant turn of the first `limit` conversations, each on the history as it
     was logged; a conversation without answers is one prompt."""
     found = []
     for file, line, row_id, c in read_conversations(name, limit, skipped):
-        ends = turns_of(c)
-        if not c.messages or c.messages[-1]["role"] != ASSISTANT:
-            ends.append(len(c.messages))
+        ends = ends_of(c)
         skipped.seen += max(0, len(ends) - 1)  # the unit is a turn
-        for k, end in enumerate(ends, 1):
-            label = row_id if len(ends) == 1 else f"{row_id}/turn-{k}"
-            found.append(
-                Prompt(label, c.messages[:end], (), c.tools, c.template_kwargs, file=file, line=line)
-            )
+        for k, end in enumerate(ends):
+            label = _turn(row_id, k, len(ends))
+            found.append(Prompt(label, c.messages[:end], (), c.tools, c.template_kwargs, file, line))
+    skipped.check()
     if not found:
-        skipped.check()
         raise UserError(f"'{name}' holds no conversations")
     return found
+
+
+def regenerate(
+    name: str | Path,
+    limit: int | None,
+    skipped: Skipped,
+    ask: Callable[[list[Prompt]], Path],
+    decode: Callable[[list[int]], str],
+) -> Path:
+    """The same on a history that the target answered itself, turn by turn; returns what `ask` wrote.
+
+    ask(prompts): collects these, into one file. decode: an answer's text. A conversation whose answer is
+    missing ends there.
+    """
+    rows = list(read_conversations(name, limit, skipped))
+    skipped.check()
+    if not rows:
+        raise UserError(f"'{name}' holds no conversations")
+    histories = {row_id: list(c.messages) for _, _, row_id, c in rows}
+    path = Path()
+    for k in itertools.count():
+        asked = []
+        for file, line, row_id, c in rows:
+            ends = ends_of(c)
+            if k < len(ends) and row_id in histories:
+                label, messages = _turn(row_id, k, len(ends)), histories[row_id][: ends[k]]
+                asked.append(
+                    (Prompt(label, messages, (), c.tools, c.template_kwargs, file, line), row_id, ends[k])
+                )
+        if not asked:
+            return path
+        path = ask([prompt for prompt, _, _ in asked])
+        made = {t.id: t.response_ids for t in read_trajectories(path)}
+        for prompt, row_id, end in asked:
+            if prompt.id not in made:
+                del histories[row_id]
+            elif end < len(histories[row_id]):
+                histories[row_id][end] = {"role": ASSISTANT, "content": decode(made[prompt.id])}
+    return path
 
 
 def answer_ids(

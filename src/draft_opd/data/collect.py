@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from draft_opd.data.prompts import Prompt, usable
-from draft_opd.data.skipped import Skipped
+from draft_opd.data.skipped import Filters, Skipped
 from draft_opd.data.trajectory import Trajectory, TrajectoryWriter, read_trajectories
 from draft_opd.decoding.generate import speculate
 from draft_opd.decoding.sampling import Sampling
@@ -91,6 +91,7 @@ def gather(
     samples: int = 1,
     thinking: bool | None = None,
     skipped: Skipped | None = None,
+    filters: Filters | None = None,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Path:
     """Writes `out/trajectories.jsonl`; what is already there is not asked for again.
@@ -99,18 +100,29 @@ def gather(
     another process is writing. `collect.json` says so and, once all was asked, how many answered.
     A prompt is known by its content, and its token ids are those that were stored: a template that shows the
     date shows the date of the first time. skipped: what to do with prompts that cannot be used; they go to
-    `out/skipped.jsonl`. `progress(done, total, tokens)` is called after every write. Raises `UserError`
-    when the folder holds trajectories of other prompts under the same ids, or a prompt cannot be used.
+    `out/skipped.jsonl`. filters: what is left out on request, counted there. `progress(done, total,
+    tokens)` is called after every write. Raises `UserError` when the folder holds trajectories of other
+    prompts under the same ids, or a prompt cannot be used.
     """
     path = make_folder(out) / "trajectories.jsonl"
     with lock_folder(out):
         return _gather(
-            target, prompts, path, answer, about, samples, thinking, skipped or Skipped(), progress
+            target,
+            prompts,
+            path,
+            answer,
+            about,
+            samples,
+            thinking,
+            skipped or Skipped(),
+            filters or Filters(),
+            progress,
         )
 
 
-def _gather(target, prompts, path, answer, about, samples, thinking, skipped, progress) -> Path:
+def _gather(target, prompts, path, answer, about, samples, thinking, skipped, filters, progress) -> Path:
     writer = TrajectoryWriter(path)
+    aside = TrajectoryWriter(path.with_name("truncated.jsonl")) if not filters.truncated else None
     about = {"target": target.name, "stop_ids": sorted(target.stop_ids), **about}
     made = path.with_name("collect.json")
     try:
@@ -119,16 +131,26 @@ def _gather(target, prompts, path, answer, about, samples, thinking, skipped, pr
         if target.chat.uses_date:
             about["date"] = _pin_date(target, made)
         settings = json.dumps([target.chat.kwargs, thinking, target.chat.source], default=str)
-        todo, seen, hashes = [], set(), {}
+        todo, seen, hashes, contents = [], set(), {}, set()
+        gone = aside.done if aside else {}
         for prompt, ids in usable(prompts, target, thinking, skipped):
             content = hashlib.sha256((prompt.content + settings).encode()).hexdigest()[:16]
+            if filters.longest_prompt and len(ids) > filters.longest_prompt:
+                filters.left_out["longer than --max-prompt-tokens"] += 1
+                continue
+            if not filters.duplicates and content in contents:
+                filters.left_out["the same prompt again"] += 1
+                continue
+            contents.add(content)
             for sample in range(samples):
                 name = prompt.id if samples == 1 else f"{prompt.id}-{sample}"
                 if name in seen:
                     raise UserError(f"two prompts have the id '{name}': make ids unique")
                 seen.add(name)
                 hashes[name] = content
-                if name not in writer.done:
+                if name in gone:
+                    filters.left_out["truncated"] += 1
+                elif name not in writer.done:
                     todo.append(Request(name, ids, prompt))
                 elif writer.hashes.get(name, content) != content or (
                     name not in writer.hashes and writer.done[name] != ids
@@ -140,7 +162,12 @@ def _gather(target, prompts, path, answer, about, samples, thinking, skipped, pr
         counts = {"done": len(seen) - len(todo), "tokens": 0}
 
         def emit(batch: list[Trajectory]) -> None:
-            writer.write([replace(t, meta={**t.meta, "prompt": hashes[t.id]}) for t in batch])
+            batch = [replace(t, meta={**t.meta, "prompt": hashes[t.id]}) for t in batch]
+            ended = [t for t in batch if aside is None or t.finish_reason != "length"]
+            if aside and len(ended) < len(batch):
+                aside.write(t for t in batch if t.finish_reason == "length")
+                filters.left_out["truncated"] += len(batch) - len(ended)
+            writer.write(ended)
             counts["done"] += len(batch)
             counts["tokens"] += sum(len(t.response_ids) for t in batch)
             if progress:
@@ -154,6 +181,8 @@ def _gather(target, prompts, path, answer, about, samples, thinking, skipped, pr
         write_json(made, {**about, "ended": ended})
     finally:
         writer.close()
+        if aside:
+            aside.close()
     return path
 
 
@@ -170,6 +199,7 @@ def collect(
     seed: int = 0,
     drafter: Drafter | None = None,
     skipped: Skipped | None = None,
+    filters: Filters | None = None,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Path:
     """`gather` with a target that decodes here."""
@@ -197,6 +227,7 @@ def collect(
         samples=samples,
         thinking=thinking,
         skipped=skipped,
+        filters=filters,
         progress=progress,
     )
 

@@ -23,7 +23,7 @@ import httpx2 as httpx
 from draft_opd.data.collect import Request, gather, how_made
 from draft_opd.data.openai_client import Server, chat_body, error_message, sampling_params
 from draft_opd.data.prompts import Prompt
-from draft_opd.data.skipped import Skipped
+from draft_opd.data.skipped import Filters, Skipped
 from draft_opd.data.trajectory import Trajectory
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.models.target_info import TargetInfo
@@ -75,6 +75,7 @@ def gather_from(
     seed: int = 0,
     thinking: bool | None = None,
     skipped: Skipped | None = None,
+    filters: Filters | None = None,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Collected:
     """`gather` with servers that answer, each with as many requests as its `in_flight`.
@@ -93,6 +94,7 @@ def gather_from(
         samples=samples,
         thinking=thinking,
         skipped=skipped,
+        filters=filters,
         progress=progress,
     )
     if asked.dropped and not path.stat().st_size:

@@ -15,6 +15,20 @@ MAX_SHARE = 0.1
 
 
 @dataclass
+class Filters:
+    """What a collection leaves out on request. left_out: how many, by reason.
+
+    longest_prompt: in tokens. duplicates: whether prompts of equal content are asked again. truncated:
+    whether answers that reached the limit are kept; else they go to `truncated.jsonl`.
+    """
+
+    longest_prompt: int | None = None
+    duplicates: bool = True
+    truncated: bool = True
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
 class Skipped:
     """What to do with a row that cannot be used. allowed: go on (`--skip-invalid`); max_share: the
     largest share of all rows that may be lost."""
