@@ -8,6 +8,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from draft_opd.models.gqa_attention import FEW, grouped
@@ -16,15 +17,22 @@ from draft_opd.models.gqa_attention import FEW, grouped
 FLEX_MINIMUM = 1024
 
 
-class Rotary(LlamaRotaryEmbedding):
-    """Frequencies stay float32 whatever the drafter is cast to: rounded, far positions drift."""
+class Rotary:
+    """Cosines and sines of rotary positions. Not a part of the module: frequencies stay float32 whatever
+    the drafter is cast to, since rounded ones drift at far positions."""
 
-    def _apply(self, fn, recurse=True):
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, value in kept.items():
-            self._buffers[name] = value.to(self._buffers[name].device)
-        return self
+    def __init__(self, config: PretrainedConfig):
+        self._embedding = LlamaRotaryEmbedding(config=config)
+
+    @property
+    def inv_freq(self) -> Tensor:
+        return self._embedding.inv_freq
+
+    def __call__(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """like: for device and type; positions [batch, m] -> two of [batch, m, head_dim]."""
+        if self.inv_freq.device != like.device:
+            self._embedding.to(like.device)
+        return self._embedding(like, positions)
 
 
 class ProjectedAttention(nn.Module):

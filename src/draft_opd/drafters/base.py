@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from draft_opd.drafters.registry import FAMILIES, family_of
+from draft_opd.models.cpu_linear import prepack
 from draft_opd.models.hub import find_drafter_files
 from draft_opd.utils.errors import UserError, one_line
 from draft_opd.utils.files import replace_folder
@@ -123,6 +124,7 @@ class Drafter(nn.Module):
         """Checks the target and takes from it what the drafter's files leave open. Must come before
         the drafter is used; may be repeated. Raises `UserError` as `check_target` does."""
         self.check_target(target)
+        prepack(self)
 
     def build_cache(self, target: Target, ids: Tensor, features: Tensor) -> DraftCache:
         """ids [batch, L], features [batch, L, F] of whole right-padded rows."""

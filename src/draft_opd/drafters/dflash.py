@@ -31,7 +31,6 @@ from draft_opd.drafters.target_config import (
     initialise,
     raise_mismatch,
 )
-from draft_opd.models.cpu_linear import prepack
 from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.target import Target
 from draft_opd.utils.errors import UserError
@@ -122,7 +121,6 @@ class DFlashDrafter(Drafter):
         self.norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.rotary = Rotary(config=config)
         initialise(self)
-        prepack(self)
 
     # -- configuration ----------------------------------------------------------------------
 

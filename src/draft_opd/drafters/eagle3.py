@@ -28,7 +28,6 @@ from draft_opd.drafters.target_config import (
     raise_mismatch,
 )
 from draft_opd.drafters.tree_expansion import best_children
-from draft_opd.models.cpu_linear import prepack
 from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.target import Target
 from draft_opd.utils.errors import UserError
@@ -91,7 +90,6 @@ class Eagle3Drafter(Drafter):
         self.register_buffer("t2d", t2d)
         self.rotary = Rotary(config=config)
         initialise(self)
-        prepack(self)
 
     # -- configuration ----------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 # A smaller matrix stays in the cache, and a call costs as much as a product of few rows.
 LARGE = 1 << 18
@@ -113,7 +114,7 @@ def prepack(module: nn.Module) -> None:
     if not available():
         return
     for part in module.modules():
-        if type(part) is nn.Linear and part.weight.is_cpu:
+        if type(part) is nn.Linear and part.weight.is_cpu and not isinstance(part.weight, DTensor):
             part.__class__ = PrepackedLinear
             part._kept = {}
             large = part.weight.numel() >= LARGE

@@ -40,13 +40,11 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
 def use_grouped(model: PreTrainedModel) -> bool:
     """Lets a model that attends with SDPA attend like this; whether it takes boolean masks."""
     if getattr(model.config, "_attn_implementation", None) != "sdpa":
         return False
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
     return True

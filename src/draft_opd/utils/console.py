@@ -120,11 +120,11 @@ def ending(stop: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, before[number])
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence]) -> Table:
-    """First column left, the others right."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence], wrap: bool = False) -> Table:
+    """First column left, the others right. wrap: long cells go on in the next line."""
     made = Table(title=escape(title) or None, title_justify="left")
     for i, name in enumerate(columns):
-        made.add_column(name, justify="right" if i else "left", no_wrap=bool(i))
+        made.add_column(name, justify="right" if i else "left", no_wrap=wrap != bool(i))
     for row in rows:
         made.add_row(*(escape(cell if isinstance(cell, str) else _figure(cell)) for cell in row))
     return made
@@ -132,7 +132,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence]) -> Table
 
 def facts(title: str, values: dict) -> Table:
     """Two columns: name, value."""
-    return table(title, ["", ""], [[k, _figure(v)] for k, v in values.items()])
+    return table(title, ["", ""], [[k, _figure(v)] for k, v in values.items()], wrap=True)
 
 
 def _figure(value: object) -> str:
