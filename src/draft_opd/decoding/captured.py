@@ -7,6 +7,7 @@ are too many.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict
 
@@ -16,10 +17,12 @@ from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.static import StaticBatch
 from draft_opd.drafters.base import Drafter
 from draft_opd.models.target import Target
+from draft_opd.utils.errors import is_out_of_memory, one_line
 
 GRAPHS = 24  # of one batch
 WORKSPACES = 6  # batches that a target keeps: every side of a comparison has one
 WARM_UPS = 2  # rounds before a capture: allocators, autotuning, lazily loaded kernels
+log = logging.getLogger(__name__)
 PIECE = 1024  # capacities are multiples of it, so that a batch serves the next prompts too
 
 
@@ -30,7 +33,7 @@ class GraphRunner:
         self.most, self.pool = most, None
         self.graphs: OrderedDict[tuple[int, int, int], torch.cuda.CUDAGraph] = OrderedDict()
         self.seconds = self.megabytes = 0.0
-        self.captures = 0
+        self.captures, self.failed = 0, False
 
     def __call__(self, batch: StaticBatch, rows: int, slots: int, count: int) -> None:
         with torch.cuda.device(batch.target.device):
@@ -38,10 +41,22 @@ class GraphRunner:
 
     def _run(self, batch: StaticBatch, rows: int, slots: int, count: int) -> None:
         key = (rows, slots, count)
-        if key not in self.graphs:
+        if key not in self.graphs and not self.failed:
             while len(self.graphs) >= self.most:
                 self.graphs.popitem(last=False)
-            self.graphs[key] = self._capture(batch, *key)
+            state = [(x, x.clone()) for x in (batch.anchors, batch.last, batch.table)]
+            try:
+                self.graphs[key] = self._capture(batch, *key)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                self.failed = True
+                log.warning("rounds cannot be captured (%s): decoding goes on without", one_line(error, 120))
+                for now, before in state:
+                    now.copy_(before)
+        if self.failed:
+            batch.round(*key)
+            return
         self.graphs.move_to_end(key)
         self.graphs[key].replay()
 
