@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from draft_opd.data.conversation import ASSISTANT, Conversation, read_row
-from draft_opd.data.prompts import Prompt
+from draft_opd.data.conversation import ASSISTANT, Conversation
+from draft_opd.data.prompts import Prompt, conversations_in
 from draft_opd.data.row_files import read_rows
 from draft_opd.data.skipped import Skipped
 from draft_opd.data.trajectory import Trajectory, read_trajectories
@@ -30,20 +30,8 @@ def read_conversations(
 ) -> Iterator[tuple[str, int, str, Conversation]]:
     """(file, line, id, conversation) of every row; see `read_prompts`."""
     ids: set[str] = set()
-    files: dict[str, int] = {}
-    for count, row in enumerate(read_rows(name)):
-        if count == limit:
-            break
-        skipped.seen += 1
-        try:
-            if row.value is None:
-                raise RowProblem(row.problem)
-            found = read_row(row.value)
-        except RowProblem as problem:
-            skipped.add(row.file, row.line, str(problem))
-            continue
-        first = files.setdefault(row.file, len(files)) == 0
-        unique = found.id or (str(row.line) if first else f"{Path(row.file).name}:{row.line}")
+    for row, place, found in conversations_in(itertools.islice(read_rows(name), limit), skipped):
+        unique = found.id or place
         if unique in ids:
             names = (f"{unique}-{k}" for k in itertools.count(2))
             unique = next(name for name in names if name not in ids)

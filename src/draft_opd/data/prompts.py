@@ -6,13 +6,13 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from draft_opd.data.conversation import Conversation, read_row
-from draft_opd.data.row_files import read_rows, rows_path
+from draft_opd.data.row_files import Row, read_rows, rows_path
 from draft_opd.data.skipped import Skipped
 from draft_opd.utils.errors import RowProblem, UserError
 
@@ -71,6 +71,23 @@ def read_prompt(row: dict, where: str, default_id: str = "") -> Prompt:
         raise UserError(f"{where}: {problem}") from None
 
 
+def conversations_in(rows: Iterable[Row], skipped: Skipped) -> Iterator[tuple[Row, str, Conversation]]:
+    """Rows that can be used: the row, the id that its place gives it, and its conversation."""
+    files: dict[str, int] = {}
+    for row in rows:
+        skipped.seen += 1
+        try:
+            if row.value is None:
+                raise RowProblem(row.problem)
+            conversation = read_row(row.value)
+        except RowProblem as problem:
+            skipped.add(row.file, row.line, str(problem))
+            continue
+        first = files.setdefault(row.file, len(files)) == 0
+        place = str(row.line) if first else f"{Path(row.file).name}:{row.line}"
+        yield row, place, conversation
+
+
 def read_prompts(
     name: str | Path,
     limit: int | None = None,
@@ -87,18 +104,7 @@ def read_prompts(
     kinds: Counter[str] = Counter()
     unused: set[str] = set()
     tools = 0
-    files: dict[str, int] = {}
-    for row in read_rows(name):
-        skipped.seen += 1
-        try:
-            if row.value is None:
-                raise RowProblem(row.problem)
-            conversation = read_row(row.value)
-        except RowProblem as problem:
-            skipped.add(row.file, row.line, str(problem))
-            continue
-        number = files.setdefault(row.file, len(files))
-        default_id = str(row.line) if number == 0 else f"{Path(row.file).name}:{row.line}"
+    for row, default_id, conversation in conversations_in(read_rows(name), skipped):
         prompts.append(to_prompt(conversation, default_id, row.file, row.line))
         kinds[conversation.kind] += 1
         unused.update(conversation.unused)

@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 
 import torch
+from torch import Tensor
 
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.static import StaticBatch
@@ -44,26 +45,28 @@ class GraphRunner:
         if key not in self.graphs and not self.failed:
             while len(self.graphs) >= self.most:
                 self.graphs.popitem(last=False)
-            state = [(x, x.clone()) for x in (batch.anchors, batch.last, batch.table)]
+            kept = [(state, state.clone()) for state in (batch.anchors, batch.last, batch.table)]
             try:
-                self.graphs[key] = self._capture(batch, *key)
+                self.graphs[key] = self._capture(batch, kept, *key)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
                 self.failed = True
                 log.warning("rounds cannot be captured (%s): decoding goes on without", one_line(error, 120))
-                for now, before in state:
-                    now.copy_(before)
+                for state, value in kept:
+                    state.copy_(value)
         if self.failed:
             batch.round(*key)
             return
         self.graphs.move_to_end(key)
         self.graphs[key].replay()
 
-    def _capture(self, batch: StaticBatch, rows: int, slots: int, count: int) -> torch.cuda.CUDAGraph:
+    def _capture(
+        self, batch: StaticBatch, kept: list[tuple[Tensor, Tensor]], rows: int, slots: int, count: int
+    ) -> torch.cuda.CUDAGraph:
+        """kept: states that a round moves on, and what they hold now."""
         began, before = time.perf_counter(), torch.cuda.memory_reserved(batch.target.device)
         # A warm-up moves rows on. What it writes to the caches lies behind what was committed.
-        kept = [(state, state.clone()) for state in (batch.anchors, batch.last, batch.table)]
         stream = torch.cuda.Stream(batch.target.device)
         stream.wait_stream(torch.cuda.current_stream(batch.target.device))
         with torch.cuda.stream(stream):
