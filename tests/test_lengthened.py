@@ -8,6 +8,7 @@ import yaml
 from processes import metrics
 
 from draft_opd.cli.main import run
+from draft_opd.training import stage_sft
 from draft_opd.training.config import Optim
 from draft_opd.training.optimizer import learning_rate
 
@@ -61,3 +62,31 @@ def test_a_step_that_does_not_fit_is_one_line(recipe_for, tmp_path, monkeypatch,
     error = capsys.readouterr().err.splitlines()[-1]
     assert "step 1 ran out of memory (8 texts of up to" in error and "lower batch_size" in error
     assert run(["sft", "--config", str(path), "--resume"]) == 0  # nothing was lost
+
+
+def test_batch_size_auto_finds_what_fits(recipe_for, tmp_path, monkeypatch, capsys):
+    """16 trajectories a step in forwards that the memory holds; resuming takes what was found."""
+    recipe = recipe_for("sft", tmp_path / "run").model_dump(mode="json") | {"batch_size": "auto"}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    whole = stage_sft.sft_loss
+
+    def small(target, drafter, batch, *rest, **options):
+        if len(batch.ids) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return whole(target, drafter, batch, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_sft, "sft_loss", small)
+        assert run(["sft", "--config", str(path)]) == 0
+    saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert (saved["batch_size"], saved["accumulate"]) == (4, 4 * recipe["accumulate"])
+    assert run(["sft", "--config", str(path), f"steps={recipe['steps'] + 1}", "--resume"]) == 0
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["batch_size"] == 4
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(stage_sft, "sft_loss", full)
+    assert run(["sft", "--config", str(path), f"out={tmp_path / 'other'}"]) == 1
+    assert "one text of" in capsys.readouterr().err.splitlines()[-1]

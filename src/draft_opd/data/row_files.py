@@ -6,6 +6,7 @@ Rows are read one after the other, so that a long log is never held.
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
@@ -58,6 +59,27 @@ def read_rows(name: str | Path) -> Iterator[Row]:
         yield from _hub_rows(str(name))
     else:
         yield from file_rows(path)
+
+
+def rows_behind(name: str | Path, first: int) -> Iterator[tuple[int, Row]]:
+    """Rows behind the `first` lines (of anything but lines: rows), each with the lines up to it.
+
+    A file of lines may be a log that grows: a last line that is being written is left for later.
+    """
+    path = rows_path(name)
+    if path.is_dir() or path.suffix in PACKED or _kind(path) == ".parquet" or not path.exists():
+        yield from itertools.islice(enumerate(read_rows(name), 1), first, None)
+        return
+    try:
+        with path.open("rb") as file:
+            if file.peek(64).lstrip()[:1] == b"[":  # type: ignore[attr-defined]
+                yield from itertools.islice(enumerate(_listed(path, file), 1), first, None)
+                return
+            for number, line in enumerate(file, 1):
+                if number > first and line.endswith(b"\n") and line.strip():
+                    yield number, parse_line(str(path), number, line)
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read ({error.strerror})") from None
 
 
 def _kind(path: Path) -> str:

@@ -46,20 +46,32 @@ class GraphRunner:
             while len(self.graphs) >= self.most:
                 self.graphs.popitem(last=False)
             kept = [(state, state.clone()) for state in (batch.anchors, batch.last, batch.table)]
-            try:
-                self.graphs[key] = self._capture(batch, kept, *key)
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                self.failed = True
-                log.warning("rounds cannot be captured (%s): decoding goes on without", one_line(error, 120))
-                for state, value in kept:
-                    state.copy_(value)
+            self._try_capture(batch, kept, key)
         if self.failed:
             batch.round(*key)
             return
         self.graphs.move_to_end(key)
         self.graphs[key].replay()
+
+    def _try_capture(self, batch: StaticBatch, kept: list, key: tuple[int, int, int]) -> None:
+        """A graph of that shape; without compiled layers, or without graphs, where that is all there is."""
+        if batch.fused and not self.captures:
+            log.warning("compiling layers: the first rounds wait for about a minute")
+        try:
+            self.graphs[key] = self._capture(batch, kept, *key)
+            return
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            what = "layers cannot be compiled" if batch.fused else "rounds cannot be captured"
+            log.warning("%s (%s): decoding goes on without", what, one_line(error, 120))
+        for state, value in kept:
+            state.copy_(value)
+        if batch.fused:
+            batch.fused = False
+            self._try_capture(batch, kept, key)
+        else:
+            self.failed = True
 
     def _capture(
         self, batch: StaticBatch, kept: list[tuple[Tensor, Tensor]], rows: int, slots: int, count: int
@@ -87,15 +99,20 @@ class GraphRunner:
 
 
 def workspace(
-    target: Target, drafter: Drafter | None, sampling: Sampling, rows: int, slots: int
+    target: Target,
+    drafter: Drafter | None,
+    sampling: Sampling,
+    rows: int,
+    slots: int,
+    fused: bool = False,
 ) -> tuple[StaticBatch, GraphRunner]:
-    """A batch of that many rows with at least so many slots a row, and its graphs.
+    """A batch of that many rows with at least so many slots a row, and its graphs; see `StaticBatch`.
 
     The target keeps the last ones: a drafter's weights may change in place (training), but not move.
     """
     longest = drafter.draft_length if drafter else 0
     weights = next(drafter.parameters()) if drafter else target.head.weight
-    key = (id(drafter), weights.data_ptr(), weights.dtype, sampling, rows)
+    key = (id(drafter), weights.data_ptr(), weights.dtype, sampling, rows, fused)
     kept: OrderedDict = target.workspaces
     if key in kept and kept[key][0].capacity < slots:
         del kept[key]
@@ -103,7 +120,7 @@ def workspace(
         while len(kept) >= WORKSPACES:
             kept.popitem(last=False)
         capacity = -(-slots // PIECE) * PIECE
-        batch = StaticBatch(target, drafter, sampling, rows, capacity, longest)
+        batch = StaticBatch(target, drafter, sampling, rows, capacity, longest, fused)
         kept[key] = (batch, GraphRunner())
     kept.move_to_end(key)
     return kept[key]

@@ -26,6 +26,9 @@ from draft_opd.models.target import Target
 from draft_opd.models.target_info import check_prompt
 from draft_opd.utils.errors import UserError
 
+# Tokens a row from which layers are compiled: a guess, until a GPU has measured what a round gains.
+FUSE_FROM = 1 << 14
+
 # Called after every round with the row's index, the tokens committed and the round.
 OnRound = Callable[[int, list[int], Round], None]
 
@@ -102,6 +105,12 @@ class _Job:
         return ended is not None
 
 
+def pays_to_fuse(prompts: int, rows: int, limit: int) -> bool:
+    """Whether so many prompts of `limit` tokens, `rows` at a time, are enough rounds to wait for a
+    compiler. By what was asked and not by the clock, so that a text does not depend on the clock."""
+    return -(-prompts // rows) * limit >= FUSE_FROM
+
+
 def _decode_static(
     job: _Job,
     length: int,
@@ -116,7 +125,8 @@ def _decode_static(
     longest = max(len(p) + n for p, n in zip(prompts, job.limits, strict=True))
     slots = longest + 2 * length + 2  # a row that has ended stands up to a round behind its end
     if run is None:
-        batch, run = workspace(target, job.drafter, job.sampling, padded_rows(count), slots)
+        fused = pays_to_fuse(len(prompts), count, max(job.limits))
+        batch, run = workspace(target, job.drafter, job.sampling, padded_rows(count), slots, fused)
     else:
         batch = StaticBatch(target, job.drafter, job.sampling, count, slots, length)
     if pace:

@@ -45,7 +45,7 @@ class StaticBatch:
     """Rows that decode together. A row that is not alive writes its own slots only, and stays.
 
     rows: the most at a time; capacity: slots a row; longest: tokens drafted a round at most (0 without
-    a drafter).
+    a drafter); fused: rounds run compiled layers, see `FusedLayers`.
     """
 
     target: Target
@@ -54,6 +54,7 @@ class StaticBatch:
     rows: int
     capacity: int
     longest: int
+    fused: bool = False
     cache: PositionCache | None = None
     context: DraftCache | None = None
     _steps: dict[int, DecodeStep] = field(default_factory=dict)
@@ -124,7 +125,7 @@ class StaticBatch:
         """One round of the first `rows` rows; the result is in `table` [rows, 2 + longest], see
         `DecodeStep`. Reads no value of a tensor and moves no storage."""
         step, anchors, last = self._step(rows), self.anchors[:rows], self.last[:rows]
-        step.set_bound(slots, static=True)
+        step.set_bound(slots, static=True, fused=self.fused)
         noise = None
         if self.noise is not None:
             n = self.noise

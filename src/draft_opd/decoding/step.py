@@ -36,11 +36,11 @@ class DecodeStep:
     def __post_init__(self):
         self.layers = self.drafter.target_layers if self.drafter else ()
 
-    def set_bound(self, slots: int, filled: bool = False, static: bool = False) -> None:
-        """How many slots the next round may look at; `filled`: every row's block ends there."""
+    def set_bound(self, slots: int, filled: bool = False, static: bool = False, fused: bool = False) -> None:
+        """How many slots the next round may look at; see `DraftCache.set_bound`."""
         for cache in (self.cache, self.context):
             if cache is not None:
-                cache.set_bound(slots, filled, static)
+                cache.set_bound(slots, filled, static, fused)
 
     def select(self, rows: Tensor) -> None:
         """Keeps only the given batch rows."""

@@ -150,6 +150,16 @@ class BlockMask:
         return self._made["sparse", kind]
 
 
+@dataclass
+class DenseMask:
+    """A mask that has been made already [batch, 1, queries, keys], in the place of a `BlockMask`."""
+
+    mask: Tensor
+
+    def dense(self, _kind: str) -> Tensor:
+        return self.mask
+
+
 @cache
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
@@ -157,7 +167,7 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=True)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visibility: BlockMask, kind: str) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, visibility: BlockMask | DenseMask, kind: str) -> Tensor:
     """q [batch, heads, A * size, d]; k, v [batch, kv_heads, context + A * size, d] -> like q.
 
     SDPA with a dense mask; flex_attention on CUDA when there are many blocks.

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from draft_opd.drafters.registry import FAMILIES, family_of
 from draft_opd.models.cpu_linear import prepack
+from draft_opd.models.fused_layers import FusedLayers
 from draft_opd.models.hub import find_drafter_files
 from draft_opd.utils.errors import UserError, one_line
 from draft_opd.utils.files import replace_folder
@@ -37,9 +38,12 @@ class DraftCache(Protocol):
     def reserve(self, capacity: int) -> None:
         """Makes room for positions 0..capacity - 1, so that the storage need not move."""
 
-    def set_bound(self, slots: int | None, filled: bool = False, static: bool = False) -> None:
+    def set_bound(
+        self, slots: int | None, filled: bool = False, static: bool = False, fused: bool = False
+    ) -> None:
         """The next drafts look at so many positions at most. `filled`: every row reaches just so
-        far. `static`: where they reach is known to the device only, and no value may be read."""
+        far. `static`: where they reach is known to the device only, and no value may be read.
+        `fused`: layers may be compiled ones, if the family has any."""
 
     # For decoding in storage that never moves:
 
@@ -79,6 +83,7 @@ class Drafter(nn.Module):
     layout: str = ""  # the layout of the files it was read from
     has_trees: ClassVar[bool] = False
     sees_drafts: ClassVar[bool] = False  # an offset is conditioned on the tokens before it
+    fused: FusedLayers | None = None  # made when a context first asks for compiled layers
     soft_labels: ClassVar[bool] = False  # SFT learns the target's distribution, not its token
 
     # -- what a family implements ---------------------------------------------------------

@@ -20,7 +20,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RMSNorm,
 )
 
-from draft_opd.drafters.attention import BlockMask, ProjectedAttention, Rotary, attend
+from draft_opd.drafters.attention import BlockMask, DenseMask, ProjectedAttention, Rotary, attend
 from draft_opd.drafters.base import Choose, Drafter
 from draft_opd.drafters.layouts import dflash as layout
 from draft_opd.drafters.registry import register
@@ -31,6 +31,7 @@ from draft_opd.drafters.target_config import (
     initialise,
     raise_mismatch,
 )
+from draft_opd.models.fused_layers import FusedLayers, LayerSlots
 from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.target import Target
 from draft_opd.utils.errors import UserError
@@ -250,8 +251,16 @@ class DFlashDrafter(Drafter):
             pairs = ((context.keys, k), (context.values, v))
             return tuple(torch.cat([c[layer][:, :, :visible], own], 2) for c, own in pairs)
 
+        fused = in_place and context.fused
+        if fused and self.fused is None:
+            self.fused = FusedLayers(self.layers, _over_slots)
         for i, layer in enumerate(self.layers):
-            x = self.run(layer, x, partial(join, layer=i), rotary, visibility)
+            if fused:
+                mask = visibility.dense(layer.self_attn.kind)
+                storage = (context.positions, context.keys[i], context.values[i])
+                x = self.fused(i, x, *rotary, mask, *storage)
+            else:
+                x = self.run(layer, x, partial(join, layer=i), rotary, visibility)
         return self.norm(x).view(batch, count, size, -1)[:, :, 1:]
 
     def replay(self, target, context, anchors, ids, drafted) -> Tensor:
@@ -288,6 +297,12 @@ class DFlashDrafter(Drafter):
 
     def sglang_flags(self) -> dict[str, int | str]:
         return {"algorithm": "DFLASH", "num-draft-tokens": self.block_size}
+
+
+def _over_slots(layer, x, cos, sin, mask, slots, keys, values) -> Tensor:
+    """A layer over its part of a cache whose storage does not move, for `FusedLayers`."""
+    join = LayerSlots(keys, values, slots, mask.shape[-1]).update
+    return layer(x, join, (cos, sin), DenseMask(mask))
 
 
 def find_mask_token(target: Target) -> int:

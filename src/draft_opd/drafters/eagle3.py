@@ -28,6 +28,7 @@ from draft_opd.drafters.target_config import (
     raise_mismatch,
 )
 from draft_opd.drafters.tree_expansion import best_children
+from draft_opd.models.fused_layers import FusedLayers
 from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.target import Target
 from draft_opd.utils.errors import UserError
@@ -280,6 +281,9 @@ class Eagle3Drafter(Drafter):
         slot = torch.arange(visible, device=ids.device)
         # Slot 0 has no token before it; engines have no such slot.
         seen = (slot >= 1) & (slot < anchors[..., None])
+        fused = context.static and context.fused
+        if fused and self.fused is None:
+            self.fused = FusedLayers([layer], _with_rotary)
         hidden, tokens, own = self._fused_before(context, anchors), ids, []
         positions = anchors
         while True:
@@ -288,7 +292,10 @@ class Eagle3Drafter(Drafter):
             rotary = self.rotary(x, positions - 1)
             new = [t[:, :, :, None] for t in attention.keys_values(x, rotary)]
             own = [torch.cat(pair, 3) for pair in zip(own, new, strict=True)] if own else new
-            hidden = self.run(layer, hidden, x, rotary, far, seen, *own)
+            if fused:
+                hidden = self.fused(0, hidden, x, *rotary, *far, seen, *own)
+            else:
+                hidden = self.run(layer, hidden, x, rotary, far, seen, *own)
             normed = self.norm(hidden)
             tokens, parents = yield normed
             hidden = normed if self.flags["norm_output"] else hidden
@@ -343,6 +350,11 @@ class Eagle3Drafter(Drafter):
                 hidden = steps.send((found, parent))
         depths = torch.cat([torch.full_like(t, k) for k, t in enumerate(tokens)], 1)
         return torch.cat(tokens, 1), torch.cat(parents, 1), depths
+
+
+def _with_rotary(layer, hidden, x, cos, sin, keys, values, *rest) -> Tensor:
+    """The layer with tensors only, for `FusedLayers`."""
+    return layer(hidden, x, (cos, sin), (keys, values), *rest)
 
 
 def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:

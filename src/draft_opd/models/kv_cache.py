@@ -38,7 +38,7 @@ class PositionCache(Cache):
         self.capacity = capacity
         self.bound: int | None = None
         self.filled = False
-        self.static = False
+        self.static = self.fused = False
         self.positions: Tensor | None = None
         self.visible = 0
         self.branch = False
@@ -52,11 +52,13 @@ class PositionCache(Cache):
         cache.keys, cache.values = keys, values
         return cache
 
-    def set_bound(self, slots: int | None, filled: bool = False, static: bool = False) -> None:
+    def set_bound(
+        self, slots: int | None, filled: bool = False, static: bool = False, fused: bool = False
+    ) -> None:
         """The next forwards look at so many slots at most; None: that is to be found out. `filled`:
         every row's tokens reach exactly that far. `static`: positions are known to the device only, and
-        are not compared on any."""
-        self.bound, self.filled, self.static = slots, filled, static
+        are not compared on any. `fused`: layers may be compiled ones."""
+        self.bound, self.filled, self.static, self.fused = slots, filled, static, fused
 
     def snapshot(self) -> None:
         """What `rollback` needs: nothing, since what lies behind a row's length is never looked at."""

@@ -14,7 +14,6 @@ that was killed goes on where it stopped.
 
 from __future__ import annotations
 
-import itertools
 import json
 import shlex
 import subprocess
@@ -27,7 +26,7 @@ import torch
 from draft_opd.data.conversation import read_row
 from draft_opd.data.openai_client import Server
 from draft_opd.data.prompts import Prompt, to_prompt, usable
-from draft_opd.data.row_files import parse_line
+from draft_opd.data.row_files import Row, rows_behind
 from draft_opd.data.server_collect import gather_from
 from draft_opd.data.skipped import Skipped
 from draft_opd.data.trajectory import read_trajectories
@@ -85,17 +84,11 @@ class OnlineLoop:
         return {"kind": "online", "path": str(self.out), "served": str(self.served), "rounds": done}
 
     def _prompts(self, first: int) -> tuple[list[Prompt], int, int]:
-        """The next prompts from line `first` (0-based), the line behind them, and how many lines
-        were of no use: no prompt, too long, or held out. The file may be a log that grows; a last
-        line that is being written is left for later."""
-        path = Path(self.options.prompts)
-        try:
-            lines = path.read_bytes().split(b"\n")[:-1]
-        except OSError as error:
-            raise UserError(f"online.prompts: '{path}' cannot be read ({error.strerror})") from None
+        """The next prompts behind the `first` lines (or rows, see `rows_behind`), the line that they end
+        with, and how many lines were of no use: no prompt, too long, or held out."""
         found, passed, number = [], 0, first
-        for number, line in enumerate(itertools.islice(lines, first, None), first + 1):
-            prompt = self._usable(line, number)
+        for number, row in rows_behind(self.options.prompts, first):
+            prompt = self._usable(row, number)
             passed += prompt is None
             if prompt is not None:
                 found.append(prompt)
@@ -103,16 +96,15 @@ class OnlineLoop:
                 break
         return found, number, passed
 
-    def _usable(self, line: bytes, number: int) -> Prompt | None:
-        """None for a held-out prompt, and for a line that cannot be used where those are skipped."""
+    def _usable(self, row: Row, number: int) -> Prompt | None:
+        """None for a held-out prompt, and for a row that cannot be used where those are skipped."""
         self.skipped.seen += 1
         try:
-            row = parse_line(self.options.prompts, number, line)
             if row.value is None:
                 raise RowProblem(row.problem)
-            prompt = to_prompt(read_row(row.value), str(number), row.file, number)
+            prompt = to_prompt(read_row(row.value), str(number), row.file, row.line)
         except RowProblem as problem:
-            self.skipped.add(self.options.prompts, number, str(problem))
+            self.skipped.add(row.file, row.line, str(problem))
             return None
         kept = usable([prompt], self.target, self.options.thinking, self.skipped, check=False)
         if not kept or tuple(kept[0][1]) in self.held_out:

@@ -17,6 +17,7 @@ from draft_opd.utils.config import Section, first_problem
 from draft_opd.utils.errors import UserError, one_line
 
 EMBEDDED_RECIPES = Path(__file__).parent.parent / "embedded" / "recipes"
+AUTO_BATCH = 16  # trajectories a step of `batch_size: auto`, times `accumulate`
 VERSION: Literal[2] = 2  # of the keys below; a recipe without one is as draft-opd 0.1 wrote it
 # Keys of earlier versions and the only value that a recipe may still give them: it changes nothing.
 REMOVED_KEYS = {"opd.stride": 1, "opd.max_tokens": None, "opd.objective.clamp": 10.0}
@@ -179,7 +180,11 @@ class Recipe(Section):
     extended_from: list[int] = Field(
         [], description="steps that the run had before it was lengthened; --resume writes it"
     )
-    batch_size: int = Field(16, ge=1, description="trajectories a forward, of all processes")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        16,
+        description="trajectories a forward, of all processes. auto: 16 times accumulate a step, in as "
+        "few forwards as memory takes; decided once, when a run begins",
+    )
     accumulate: int = Field(1, ge=1, description="forwards an optimiser step")
     seed: int = Field(0, ge=0, lt=2**32, description="of weights, data order, anchors and sampling")
     precision: Literal["auto", "float32", "bfloat16"] = Field(

@@ -164,6 +164,8 @@ def as_resolved(recipe: Recipe, before: dict) -> Recipe:
     if isinstance(steps, int) and recipe.steps > steps:  # the run is lengthened
         update["extended_from"] = before["extended_from"] = [*before["extended_from"], steps]
         before["steps"] = recipe.steps
+    if recipe.batch_size == "auto":
+        update |= {key: before[key] for key in ("batch_size", "accumulate") if key in before}
     if recipe.precision == "auto" and "precision" in before:
         update["precision"] = before["precision"]
     if recipe.optim.muon_dtype == "auto":

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+from draft_opd.models.target import Target
 from draft_opd.training.config import Recipe
+from draft_opd.training.distributed import ParallelContext
 from draft_opd.utils.errors import UserError
 from draft_opd.utils.files import read_json
 from draft_opd.utils.machine import speed_over_float32, warn_if_slow
@@ -45,6 +47,15 @@ def warn_of(recipe: Recipe, device: torch.device) -> None:
     slow = [key for key, value in asked.items() if value == "bfloat16"]
     if slow:
         warn_if_slow(f"{' and '.join(slow)}: bfloat16", torch.bfloat16, device)
+
+
+def resolve_for_run(recipe: Recipe, target: Target, group: ParallelContext) -> tuple[Recipe, float | None]:
+    """`resolve`, the same in every process; of a run that is resumed the measurement that it has."""
+    if group.is_main_process:
+        warn_of(recipe, target.device)
+    before = measured_before(Path(recipe.out))
+    resolved, ratio = group.broadcast(resolve(recipe, target.device, target.hidden_size))
+    return resolved, before if ratio is None else ratio
 
 
 def measured_before(out: Path) -> float | None:

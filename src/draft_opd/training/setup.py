@@ -13,7 +13,7 @@ from draft_opd.data.trajectory import check_trajectories
 from draft_opd.drafters import FAMILIES, Drafter
 from draft_opd.models.hub import EMBEDDED
 from draft_opd.models.target import Target
-from draft_opd.training.config import Model, Recipe
+from draft_opd.training.config import AUTO_BATCH, Model, Recipe
 from draft_opd.training.distributed import ParallelContext
 from draft_opd.training.inputs import Rows
 from draft_opd.utils.config import first_problem
@@ -22,8 +22,9 @@ from draft_opd.utils.errors import UserError
 
 def check_shares(recipe: Recipe, train_set: Rows, held_out: Rows, processes: int) -> None:
     """Raises `UserError` where some process would have nothing to do."""
+    size = recipe.batch_size
     for name, count in (
-        ("batch_size", min(recipe.batch_size, len(train_set))),
+        ("batch_size", min(AUTO_BATCH if size == "auto" else size, len(train_set))),
         ("data.heldout", len(held_out)),
     ):
         if count < processes:
@@ -77,11 +78,19 @@ def new_drafter(model: Model, target: Target, counts: torch.Tensor) -> Drafter:
         raise UserError(f"model.options.{problem.key}: {message}") from None
 
 
-def first_drafter(model: Model, target: Target, train_set: Rows) -> Drafter:
-    """The drafter that training begins with; draft vocabularies follow the data."""
-    response_token_ids = [i for t in train_set for i in t.response_ids]
-    counts = torch.bincount(torch.tensor(response_token_ids), minlength=target.vocab_size)
-    return new_drafter(model, target, counts)
+def first_drafter(recipe: Recipe, resume_from: Path | None, target: Target, train_set: Rows) -> Drafter:
+    """The drafter that training begins with: of a checkpoint, of the recipe, or a new one, whose draft
+    vocabulary follows the data."""
+    folder = str(resume_from) if resume_from else recipe.drafter
+    if folder:
+        drafter = Drafter.from_pretrained(folder, device=target.device)
+        drafter.bind(target)
+    else:
+        response_token_ids = [i for t in train_set for i in t.response_ids]
+        counts = torch.bincount(torch.tensor(response_token_ids), minlength=target.vocab_size)
+        drafter = new_drafter(recipe.model, target, counts)
+    drafter.gradient_checkpointing = recipe.gradient_checkpointing
+    return drafter
 
 
 def fingerprints_of(target: Target, train_set: Rows, held_out: Rows) -> dict[str, str]:

@@ -14,9 +14,9 @@ from typing import BinaryIO, Literal
 import torch
 
 from draft_opd.decoding.rounds import by_accepted, tau_of
-from draft_opd.drafters.base import Drafter
 from draft_opd.models.target import Target
 from draft_opd.training import nonfinite
+from draft_opd.training.batch_size import Rows, fitting
 from draft_opd.training.batches import open_sources, rows_at
 from draft_opd.training.checkpoint import (
     Checkpoints,
@@ -30,7 +30,7 @@ from draft_opd.training.config import Recipe
 from draft_opd.training.distributed import ParallelContext, gather_full_tensors, no_grad_call, reduce_metric
 from draft_opd.training.inputs import Inputs, check_folder, read_inputs
 from draft_opd.training.optimizer import Optimizer, learning_rate
-from draft_opd.training.precision import autocast, measured_before, resolve, warn_of
+from draft_opd.training.precision import autocast, resolve_for_run
 from draft_opd.training.rollouts import ROWS, Rollouts
 from draft_opd.training.run_folder import Record, RunResult
 from draft_opd.training.setup import (
@@ -87,7 +87,7 @@ class Run:
         check_shares(recipe, self.train_set, self.held_out, self.group.size)
         self.target = target or (after.target if after else load_target(recipe, self.group))
         check_data(self.train_set, self.held_out, self.target)
-        self.recipe, bfloat16_speed = self._resolve(recipe)
+        self.recipe, bfloat16_speed = resolve_for_run(recipe, self.target, self.group)
         self._lock: BinaryIO | None = None
         self.checkpoints = Checkpoints(self.out, recipe.keep_checkpoints)
         self.group.barrier()  # all processes have read the folder before the first one changes it
@@ -102,18 +102,13 @@ class Run:
             after.sources if after else None,
         )
         self.clock = Stopwatch(self.target.device)
-        self.training = self._make_stage()
+        if self.recipe.batch_size == "auto":
+            self.recipe = fitting(self.recipe, self.train_set, self._attempt, self.group.world)
+        recipe = self.recipe
+        self._set_up_stage(recipe, partial(rows_at, self.train_set, recipe.batch_size, recipe.seed))
         self._begin_record(resume_from, bfloat16_speed)
 
     # -- setting up -------------------------------------------------------------------------
-
-    def _resolve(self, recipe: Recipe) -> tuple[Recipe, float | None]:
-        """The recipe with types for `auto`, the same in every process, and what decided it."""
-        if self.group.is_main_process:
-            warn_of(recipe, self.target.device)
-        before = measured_before(self.out)
-        resolved, ratio = self.group.broadcast(resolve(recipe, self.target.device, self.target.hidden_size))
-        return resolved, before if ratio is None else ratio
 
     def _open_folder(self, resume: bool) -> Path | None:
         """The checkpoint to go on from. The first process keeps others out of the folder."""
@@ -135,13 +130,7 @@ class Run:
         """Drafter, optimiser and progress: of a checkpoint, or those that a run begins with."""
         recipe = self.recipe
         torch.manual_seed(recipe.seed)
-        folder = str(resume_from) if resume_from else recipe.drafter
-        if folder:
-            self.drafter = Drafter.from_pretrained(folder, device=self.target.device)
-            self.drafter.bind(self.target)
-        else:
-            self.drafter = first_drafter(recipe.model, self.target, self.train_set)
-        self.drafter.gradient_checkpointing = recipe.gradient_checkpointing
+        self.drafter = first_drafter(recipe, resume_from, self.target, self.train_set)
         self.num_draft_tokens = self.drafter.checked_length(recipe.draft_length)
         self.wrapped_drafter = self.group.wrap(self.drafter)
         self.optimizer = Optimizer(self.drafter, recipe.optim)
@@ -152,11 +141,11 @@ class Run:
         check_fingerprints(self.out, self.progress.fingerprints, fingerprints)
         self.progress.fingerprints = fingerprints
 
-    def _make_stage(self) -> TrainingStage:
-        recipe, source = self.recipe, self.sources.train
+    def _set_up_stage(self, recipe: Recipe, rows: Rows) -> None:
+        """rows: the whole batch of a forward, by its index."""
         # Partials instead of bound methods: they avoid a reference cycle, so a discarded run frees
         # its memory at once.
-        self._rows = partial(rows_at, self.train_set, recipe.batch_size, recipe.seed)
+        source, self._rows = self.sources.train, rows
         self.rollouts = Rollouts(
             recipe,
             self.target,
@@ -171,7 +160,7 @@ class Run:
         self.rollouts.load(self.progress.traces)
         if self.progress.evaluated >= 0:
             self.rollouts.tau = self.progress.tau
-        return STAGES[self.stage](
+        self.training: TrainingStage = STAGES[self.stage](
             StageContext(
                 recipe,
                 self.target,
@@ -184,6 +173,16 @@ class Run:
                 self.clock,
             )
         )
+
+    def _attempt(self, recipe: Recipe, rows: Rows) -> None:
+        """A forward and backward pass, to see whether the memory holds it. Leaves nothing behind."""
+        fresh = recipe.opd.model_copy(update={"trace_every": 1})
+        self._set_up_stage(recipe.model_copy(update={"opd": fresh}), rows)
+        try:
+            self._forward(0)[0].backward()
+        finally:
+            self.optimizer.forget()
+            self.clock.take()
 
     def _begin_record(self, resume_from: Path | None, bfloat16_speed: float | None) -> None:
         about = {
