@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -59,7 +59,7 @@ def _table(title: str, model: type[BaseModel], path: str) -> list[str]:
         if any(_is_model(t) for t in _options(field.annotation)):
             shown, default = "section", ""
         else:
-            shown = " or ".join(_name(t) for t in _options(field.annotation)) + _bounds(field)
+            shown = " or ".join(_name(t) for t in _options(field.annotation)) + _bounds(field.metadata)
             default = _default(field)
         lines.append(f"| `{path}{name}` | {shown} | {default} | {_cell(field.description)} |")
     return [*lines, ""]
@@ -76,6 +76,9 @@ def _is_model(kind: Any) -> bool:
 
 
 def _name(kind: Any) -> str:
+    if get_origin(kind) is Annotated:
+        inner, *limits = get_args(kind)
+        return _name(inner) + _bounds([m for x in limits for m in x.metadata])
     if get_origin(kind) is Literal:
         return ", ".join(f"`{v}`" for v in get_args(kind))
     if get_origin(kind) is tuple:
@@ -84,10 +87,10 @@ def _name(kind: Any) -> str:
     return names.get(kind, "keys" if get_origin(kind) is dict else str(kind))
 
 
-def _bounds(field) -> str:
+def _bounds(metadata: list[Any]) -> str:
     found = [
         f" {sign} {getattr(m, key):g}"
-        for m in field.metadata
+        for m in metadata
         for key, sign in BOUNDS.items()
         if getattr(m, key, None) is not None
     ]

@@ -7,17 +7,20 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import pyarrow
 import pytest
+import zstandard
 from forked import Process
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from servers import served
 
 import draft_opd as d
 from draft_opd.cli.main import run
 from draft_opd.data.conversation import read_row
 from draft_opd.data.prompts import read_prompts, to_prompt
-from draft_opd.data.row_files import read_rows
+from draft_opd.data.row_files import read_rows, rows_behind
 from draft_opd.data.skipped import Skipped
 from draft_opd.models.chat_template import ChatTemplate
 from draft_opd.models.target_info import TargetInfo
@@ -214,15 +217,27 @@ def test_one_reader_for_files_of_every_kind(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps(rows, indent=2))
     with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
         file.write(lines)
-    for name in ("a.jsonl", "b.json", "c.jsonl.gz"):
+    table = pyarrow.Table.from_pylist(rows)
+    parquet.write_table(table, tmp_path / "d.parquet", row_group_size=3)
+    half = lines.index("\n", len(lines) // 2) + 1  # two frames, as `cat a.zst b.zst` gives
+    frames = [zstandard.compress(part.encode()) for part in (lines[:half], lines[half:])]
+    (tmp_path / "e.jsonl.zst").write_bytes(b"".join(frames))
+    names = ("a.jsonl", "b.json", "c.jsonl.gz", "d.parquet", "e.jsonl.zst")
+    for name in names:
+        behind = list(rows_behind(tmp_path / name, 1))
+        assert [(number, row.value) for number, row in behind] == list(enumerate(rows, 1))[1:]
         said: list[str] = []
         found = read_prompts(tmp_path / name, say=said.append)
         assert [(p.id, p.messages[0]["content"]) for p in found] == [(r["id"], r["prompt"]) for r in rows]
         assert said == ["4 rows, prompts"]
     # A folder of them: equal ids are told apart by content, equal rows by number.
     together = read_prompts(tmp_path)
-    assert len({p.id for p in together}) == 12
-    assert sum(1 for _ in read_rows(tmp_path)) == 12
+    assert len({p.id for p in together}) == 4 * len(names)
+    assert sum(1 for _ in read_rows(tmp_path)) == 4 * len(names)
+    assert [number for number, _ in rows_behind(tmp_path, 5)] == list(range(6, 4 * len(names) + 1))
+    # A line that is being written is left for later.
+    (tmp_path / "a.jsonl").write_text(lines + '{"prompt": "hal')
+    assert len(list(rows_behind(tmp_path / "a.jsonl", 0))) == 4
 
 
 @pytest.mark.parametrize(
@@ -268,9 +283,6 @@ def test_rows_settings_reach_every_decoding(target, trained):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    from pyarrow import parquet
-
     table = pyarrow.table({"conversations": [[{"from": "human", "value": "Hi"}]], "source": ["x"]})
     parquet.write_table(table, tmp_path / "a.parquet")
     said: list[str] = []
@@ -432,3 +444,14 @@ def test_ten_thousand_rows_across_a_kill(tmp_path):
     assert len(found) == 9_800 and len({t.id for t in found}) == 9_800
     named = [json.loads(x) for x in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert [r["line"] for r in named] == [i + 1 for i in range(10_000) if i % 50 == 7]
+
+
+def test_logged_answers_keep_the_date_that_their_prompts_show(tmp_path):
+    rows = tmp_path / "log.jsonl"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows.write_text(json.dumps({"messages": messages}) + "\n")
+    words = ["collect", "--target", "embedded", "--from-answers", str(rows), "--out", str(tmp_path / "out")]
+    assert run([*words, "--template", str(HERE / "templates" / "gpt-oss.jinja")]) == 0
+    date = json.loads((tmp_path / "out" / "collect.json").read_text())["date"]
+    (answer,) = d.read_trajectories(tmp_path / "out")
+    assert date[:10] in TargetInfo.from_pretrained("embedded").tokenizer.decode(answer.prompt_ids)

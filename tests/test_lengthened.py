@@ -66,7 +66,8 @@ def test_a_step_that_does_not_fit_is_one_line(recipe_for, tmp_path, monkeypatch,
 
 def test_batch_size_auto_finds_what_fits(recipe_for, tmp_path, monkeypatch, capsys):
     """16 trajectories a step in forwards that the memory holds; resuming takes what was found."""
-    recipe = recipe_for("sft", tmp_path / "run").model_dump(mode="json") | {"batch_size": "auto"}
+    recipe = recipe_for("sft", tmp_path / "run").model_dump(mode="json")
+    recipe |= {"batch_size": "auto", "steps": 1}
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(recipe))
     whole = stage_sft.sft_loss

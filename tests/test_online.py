@@ -117,7 +117,7 @@ def test_what_the_loop_refuses(capsys, recipe, family, tmp_path):
     assert run(["online", "--config", str(path), *SKIP, "online.promts=x"]) == 2
     assert "did you mean 'prompts'" in capsys.readouterr().err
     assert run(["online", "--config", str(path), *SKIP, f"online.prompts={tmp_path}/none.jsonl"]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
     (tmp_path / "traffic.jsonl").write_text("nothing\n")
     assert run(["online", "--config", str(path), *SKIP]) == 2
     assert "1 of 1 rows cannot be used" in capsys.readouterr().err

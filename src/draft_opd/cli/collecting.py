@@ -221,7 +221,7 @@ def collect(
 def _from_answers(screen, model_options, name, out, limit, skipped, thinking, chat, score, exclude) -> dict:
     """Writes trajectories of logged answers."""
     from draft_opd.data.answers import answer_trajectories, scored
-    from draft_opd.data.collect import summary
+    from draft_opd.data.collect import pin_date, summary
     from draft_opd.data.prompts import read_prompts
     from draft_opd.data.trajectory import write_trajectories
     from draft_opd.models.target_info import TargetInfo
@@ -231,6 +231,9 @@ def _from_answers(screen, model_options, name, out, limit, skipped, thinking, ch
     else:
         info = TargetInfo.from_pretrained(model_options[0], trust_remote_code=model_options[3])
     set_chat(info, *chat)
+    about = {"target": info.name, "source": "answers"}
+    if info.chat.uses_date:
+        about["date"] = pin_date(info, Path(out) / "collect.json")
     rows = answer_trajectories(info, name, skipped, limit=limit, thinking=thinking)
     if exclude:
         held = {tuple(p.ids(info, thinking)) for p in read_prompts(exclude)}
@@ -241,7 +244,7 @@ def _from_answers(screen, model_options, name, out, limit, skipped, thinking, ch
     figures: dict = {}
     if score:
         rows, figures = scored(info, rows)
-    path = write_trajectories(out, rows, {"target": info.name, "source": "answers", **figures})
+    path = write_trajectories(out, rows, {**about, **figures})
     skipped.write(out)
     for line in skipped.lines():
         screen.say(line)

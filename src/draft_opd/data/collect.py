@@ -129,7 +129,7 @@ def _gather(target, prompts, path, answer, about, samples, thinking, skipped, fi
         if writer.done:
             _check_made(made, about)
         if target.chat.uses_date:
-            about["date"] = _pin_date(target, made)
+            about["date"] = pin_date(target, made)
         settings = json.dumps([target.chat.kwargs, thinking, target.chat.source], default=str)
         todo, seen, hashes, contents = [], set(), {}, set()
         gone = aside.done if aside else {}
@@ -232,7 +232,7 @@ def collect(
     )
 
 
-def _pin_date(target: TargetInfo, made: Path) -> str:
+def pin_date(target: TargetInfo, made: Path) -> str:
     """The date that the template shows in this collection: of the first time."""
     try:
         before = read_json(made).get("date") if made.exists() else None

@@ -110,7 +110,7 @@ def _open(path: Path) -> IO[bytes]:
         try:
             import zstandard
         except ImportError:
-            raise UserError(f"'{path}' needs `pip install zstandard`, or unpack it") from None
+            raise UserError(f"'{path}' needs `pip install 'draft-opd[tasks]'`, or unpack it") from None
         import io
 
         reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)

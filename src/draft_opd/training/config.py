@@ -121,7 +121,7 @@ class Online(Section):
     """Training on what a server answers, round by round (`draft-opd online`)."""
 
     server: str = Field(description="URL of the vLLM or SGLang server that runs the drafter")
-    prompts: str = Field(description="JSONL that may grow: each round takes the next prompts")
+    prompts: str = Field(description="rows as `collect` reads them; JSONL may grow")
     rounds: int = Field(1, ge=1, description="of collecting, training and serving")
     prompts_per_round: int = Field(256, ge=1, description="new prompts a round")
     window: int = Field(1, ge=1, description="rounds whose trajectories are trained on")

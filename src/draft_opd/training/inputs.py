@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from draft_opd.data.row_files import rows_behind
 from draft_opd.data.trajectory import Trajectory, read_trajectories
 from draft_opd.models.hub import check_models
 from draft_opd.training.config import VERSION, Recipe, without_removed_keys
@@ -65,11 +66,10 @@ def check_online(recipe: Recipe) -> None:
     if not recipe.drafter:
         raise UserError("the loop starts from a trained drafter: set `drafter` in the recipe")
     check_models(recipe.target, recipe.drafter)
-    path = Path(recipe.online.prompts)
     try:
-        path.open("rb").close()
-    except OSError as error:
-        raise UserError(f"online.prompts: '{path}' cannot be read ({error.strerror})") from None
+        next(rows_behind(recipe.online.prompts, 0), None)
+    except UserError as error:
+        raise UserError(f"online.prompts: {error}") from None
 
 
 def _read(path: str, limit: int | None, max_length: int | None) -> Rows:
