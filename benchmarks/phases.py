@@ -322,7 +322,8 @@ class RoundCosts(Phase):
                     {"shape": shape, "context": context, "read_seconds": reading, **times, "static": static}
                 )
                 ms = [1000 * times[k]["median"] for k in times]
-                first = [1000 * static[0][k]["median"] for k in ("one", "round")]
+                names = ("one", "round", "one_fused", "round_fused")
+                first = [1000 * static[0][k]["median"] if k in static[0] else None for k in names]
                 rows.append([shape, context, *ms, *first, 1000 * reading])
             del target, drafter
         columns = [
@@ -334,6 +335,8 @@ class RoundCosts(Phase):
             "a round",
             "captured: 1 token",
             "captured: a round",
+            "fused: 1 token",
+            "fused: a round",
             "read the weights",
         ]
         return {"milliseconds": found, "table": _table(columns, rows)}
@@ -380,18 +383,24 @@ class RoundCosts(Phase):
         }
 
     def _static_times(self, target: Target, drafter: Drafter, context: int) -> list[dict]:
-        """The static step, captured on a GPU: target alone and with the drafter, by batch size. Rows
-        are not alive, so that they stay where they are: the work is the same."""
+        """The static step, captured on a GPU: target alone and with the drafter, by batch size, there
+        with compiled layers too. Rows are not alive, so that they stay where they are: the work is the
+        same."""
         s, found = self.setup, []
+        on_gpu = s.device.type == "cuda"
+        sides = {"one": (None, False), "round": (drafter, False)}
+        if on_gpu:
+            sides |= {"one_fused": (None, True), "round_fused": (drafter, True)}
         for rows in self.size.rows:
             line = {"rows": rows}
-            for name, helper in (("one", None), ("round", drafter)):
+            for name, (helper, fused) in sides.items():
                 length = helper.draft_length if helper else 0
-                batch = StaticBatch(target, helper, Sampling(), rows, context + 2 * length + 2, length)
+                capacity = context + 2 * length + 2
+                batch = StaticBatch(target, helper, Sampling(), rows, capacity, length, fused)
                 prompts = torch.randint(3, 250, (rows, context)).tolist()
                 batch.admit(range(rows), prompts, range(rows))
                 batch.alive.zero_()
-                run = GraphRunner() if s.device.type == "cuda" else eager
+                run = GraphRunner() if on_gpu else eager
                 slots = bucket_of(context + length + 1, batch.capacity)
 
                 def step(batch=batch, run=run, rows=rows, slots=slots, length=length):

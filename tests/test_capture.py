@@ -109,3 +109,18 @@ def test_attention_uses_no_slow_kernel(card, helper, prompts):
             batch.round(2, 384, helper.draft_length)
     names = {event.key for event in profile.key_averages()}
     assert "aten::_scaled_dot_product_attention_math" not in names
+
+
+def test_captured_rounds_of_compiled_layers(card, helper, prompts):
+    """The same tokens; layers are compiled once a kind, whatever the rows and buckets are."""
+    batches = [StaticBatch(card, helper, GREEDY, 4, 512, helper.draft_length, f) for f in (False, True)]
+    with torch.inference_mode():
+        for batch in batches:
+            runner = GraphRunner()
+            batch.admit(range(4), prompts[:4], range(4))
+            for rows, slots in ((4, 256), (4, 384), (2, 384)):
+                runner(batch, rows, slots, helper.draft_length)
+            assert runner.captures == 3 and not runner.failed
+    assert batches[1].fused, "fell back to layers that are not compiled"
+    assert torch.equal(batches[0].table, batches[1].table)
+    assert torch.equal(batches[0].anchors, batches[1].anchors)
