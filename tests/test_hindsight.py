@@ -12,10 +12,12 @@ import draft_opd as d
 from draft_opd.data.collect import decode_trajectories
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.verification import acceptance_probability, bonus_distribution
+from draft_opd.hindsight.lengths import Argmax
 from draft_opd.hindsight.occupancy import expected_rounds, expected_tau, occupancy
 from draft_opd.hindsight.trace import Conditional, draft_given_text, hindsight_traces
 from draft_opd.training.batches import BatchSource
-from draft_opd.training.rollouts import hindsight_rollout
+from draft_opd.training.rollouts import TraceCosts, hindsight_rollout
+from draft_opd.utils import machine
 
 V, K = 3, 2
 HOT = Sampling(temperature=1.0)
@@ -207,22 +209,71 @@ def same_distribution(counts: torch.Tensor) -> float:
     return float(torch.special.gammaincc(freedom, statistic / 2))
 
 
+def lengths_of(traces):
+    return [[(r.anchor, r.accepted) for r in trace] for trace in traces]
+
+
+@pytest.mark.parametrize("logits", [1, 40_000, 1 << 22])  # offsets one by one, a few, all at once
 @pytest.mark.parametrize("length", [1, 4, 15])
-def test_drafting_everywhere_finds_the_rounds_of_the_walk(target, trained, heldout, length):
-    """Whatever is drafted at once; and on rows that differ in length and have nothing to say."""
+def test_lengths_are_those_of_whole_traces(target, trained, heldout, monkeypatch, length, logits):
+    """Round by round and at every position; on rows that differ in length and have nothing to say."""
+    monkeypatch.setattr(machine, "_logits", lambda _: logits)
     rows = [*heldout[:5], replace(heldout[5], response_ids=[])]
     batch = BatchSource(target, trained.target_layers).batch(rows)
-    found = [
-        hindsight_rollout(target, trained, batch, length, whole=False, at_once=at_once)
-        for at_once in (False, True)
-    ]
-    assert found[0][-1] == [] and sum(map(len, found[0])) > 20
-    for one, other in zip(*found, strict=True):
-        assert [(r.anchor, r.accepted, len(r.drafted)) for r in one] == [
-            (r.anchor, r.accepted, len(r.drafted)) for r in other
-        ]
-        for a, b in zip(one, other, strict=True):
-            assert a.drafted[: a.accepted + 1] == b.drafted[: a.accepted + 1]
+    whole = lengths_of(hindsight_rollout(target, trained, batch, length))
+    assert whole[-1] == [] and sum(map(len, whole)) > 20
+    for at_once in (False, True):
+        found = hindsight_rollout(target, trained, batch, length, whole=False, at_once=at_once)
+        assert lengths_of(found) == whole
+        assert all(r.drafted == [] for trace in found for r in trace)
+
+
+def test_sampled_lengths_depend_on_the_text_and_the_seed_alone(target, trained, heldout):
+    """Both ways find the same, in any company; another seed draws other coins."""
+    sampling = Sampling(temperature=1.0, top_p=0.95)
+    source = BatchSource(target, trained.target_layers)
+
+    def lengths(rows, at_once, seed=3):
+        batch = source.batch(rows)
+        found = hindsight_rollout(target, trained, batch, 7, sampling, seed, whole=False, at_once=at_once)
+        return lengths_of(found)
+
+    rows = heldout[:4]
+    wanted = lengths(rows, False)
+    assert lengths(rows, True) == wanted
+    assert [lengths([t], False)[0] for t in rows] == wanted
+    assert lengths(rows, True, seed=4) != wanted
+
+
+def test_sampled_lengths_have_the_distribution_of_sampled_traces(target, trained, heldout):
+    """First rounds of one text: with drafts drawn, and by coins alone."""
+    sampling = Sampling(temperature=1.0)
+    text = replace(heldout[0], temperature=1.0, response_ids=heldout[0].response_ids[:6])
+    batch = BatchSource(target, trained.target_layers).batch([text] * 64)
+    counts = torch.zeros(2, 6, dtype=torch.float64)
+    for seed in range(12):
+        for side, whole in enumerate((True, False)):
+            for trace in hindsight_rollout(target, trained, batch, 5, sampling, seed, whole):
+                counts[side, trace[0].accepted] += 1
+    counts = counts[:, counts.sum(0) > 10]
+    assert counts.shape[1] > 1 and same_distribution(counts) > 0.001
+
+
+def test_ties_among_drafts_go_to_the_lowest_id(target, trained):
+    judge = Argmax(trained)
+    size = trained.head(target).weight.shape[0]
+    logits = torch.zeros(2, 1, size)
+    logits[:, :, [5, 9]] = 1.0
+    lowest = 5 if trained.vocabulary is None else int(trained.vocabulary[5])
+    text = torch.tensor([[lowest], [lowest + 4]])
+    assert judge(logits, text, None, None, 0).tolist() == [[True], [False]]
+
+
+def test_the_cheaper_way_to_trace_is_taken(heldout):
+    costs = TraceCosts(round=1.0, position=0.1)
+    rows = [replace(heldout[0], response_ids=[1] * n) for n in (100, 50)]
+    assert costs.choice(rows, tau=10.0) == "walk"  # 10 rounds against 15 s
+    assert costs.choice(rows, tau=5.0) == "everywhere"  # 20 rounds
 
 
 def test_near_the_end_of_the_context_both_draft_less(target, trained, heldout):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,10 +68,10 @@ def test_a_target_that_cannot_be_shared_is_named(together, forked, tmp_path):
     assert [forked.status(p) for p in processes] == [2, 2]
     for log in logs:
         line = log.read_text().splitlines()[-1]
-        assert line == (
-            "error: parallel.tensor: 2 processes cannot share this target (its "
-            "num_key_value_heads is 3): set parallel.target=shard instead"
-        )
+        # What stands in the way differs between releases of transformers.
+        reason = r"\(its (num_key_value_heads is 3|plan has \w+)\)"
+        message = f"error: parallel.tensor: 2 processes cannot share this target {reason}: "
+        assert re.fullmatch(message + "set parallel.target=shard instead", line)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(together, tmp_path):

@@ -17,7 +17,7 @@ class NoCache:
 
     def reserve(self, capacity): ...
 
-    def set_bound(self, slots, filled=False, static=False): ...
+    def set_bound(self, slots, filled=False, static=False, fused=False): ...
 
     def allocate(self, rows, capacity):
         return self
@@ -103,10 +103,6 @@ class BigramDrafter(Drafter):
         shape = (*ids.shape, draft_length)
         sampled = None if probs[0] is None else torch.cat(probs, 1).view(*shape, -1)
         return torch.stack(tokens, -1), sampled
-
-    def propose_until_mismatch(self, target, context, anchors, ids, text):
-        before = torch.cat([ids[..., None], text[..., :-1]], -1)
-        return self.logits(target, self._next(target, before)).argmax(-1)
 
     def position_decay(self, num_draft_tokens):
         return 4.0

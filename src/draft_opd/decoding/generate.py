@@ -25,6 +25,7 @@ from draft_opd.drafters.base import Drafter
 from draft_opd.models.target import Target
 from draft_opd.models.target_info import check_prompt
 from draft_opd.utils.errors import UserError
+from draft_opd.utils.machine import synchronized
 
 # Tokens a row from which layers are compiled: a guess, until a GPU has measured what a round gains.
 FUSE_FROM = 1 << 14
@@ -65,12 +66,6 @@ class Timing:
 
     def __add__(self, other: Timing) -> Timing:
         return Timing(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-
-def _synchronize(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 @dataclass
@@ -131,7 +126,7 @@ def _decode_static(
         batch = StaticBatch(target, job.drafter, job.sampling, count, slots, length)
     if pace:
         pace.keep_few()  # each length is a graph of its own
-    began = entered = _synchronize(target.device)
+    began = entered = synchronized(target.device)
     first, capturing = True, getattr(run, "seconds", 0.0)
 
     def choose() -> int:
@@ -151,7 +146,7 @@ def _decode_static(
             pace.record(drafted, accepted, now - entered)
 
     decode_rows(batch, prompts, job.keys, job.commit, run=run, choose=choose, record=record, most=count)
-    clock.prefill += _synchronize(target.device) - began - clock.captured
+    clock.prefill += synchronized(target.device) - began - clock.captured
 
 
 def _decode_dynamic(
@@ -166,7 +161,7 @@ def _decode_dynamic(
     target, drafter, sampling, results = job.target, job.drafter, job.sampling, job.results
     prompts = [r.prompt_ids for r in results]
     device = target.device
-    now = (lambda: _synchronize(device)) if timed else (lambda: 0.0)
+    now = (lambda: synchronized(device)) if timed else (lambda: 0.0)
 
     started = began = now()
     layers = drafter.target_layers if drafter else ()

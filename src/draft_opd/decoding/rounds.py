@@ -9,7 +9,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Round:
     """One round: `anchor` indexes prompt + response (the last committed token), `drafted` holds the
-    K proposed ids (-1 where nobody looked), `accepted` how many of them were committed."""
+    K proposed ids (-1 where nobody looked; none where only lengths were asked for), `accepted` how many of
+    them were committed."""
 
     anchor: int
     drafted: list[int]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -181,15 +181,13 @@ class Drafter(nn.Module):
         """
         raise NotImplementedError
 
-    def propose_until_mismatch(
+    def hidden_along_text(
         self, target: Target, context: DraftCache, anchors: Tensor, ids: Tensor, text: Tensor
-    ) -> Tensor:
-        """Argmax drafts at every anchor, up to and including the first that is not `text`.
-
-        anchors, ids [batch, A], text [batch, A, K]. Returns ids [batch, A, K]; behind that offset
-        they may be -1, for "not looked at".
-        """
-        raise NotImplementedError
+    ) -> Iterator[Tensor]:
+        """Hidden states for `logits` of blocks whose drafts agree with the text; anchors, ids
+        [batch, A], text [batch, A, K]. Yields [batch, A, m, H] of the next m offsets, K in all; who
+        asks may stop. By default all offsets at once."""
+        yield self.replay(target, context, anchors, ids, text)
 
     def head(self, target: Target) -> nn.Linear:
         """LM head [Vd, H] that turns `replay`'s hidden states into logits over `vocabulary`."""

@@ -38,7 +38,6 @@ from draft_opd.utils.errors import UserError
 
 # A layer's keys and values of a block -> those that the block sees, its own among them.
 Join = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-PIECE = 2**19  # logits computed at once where a draft is followed only until it goes wrong
 
 
 def default_target_layers(num_target_layers: int, count: int) -> tuple[int, ...]:
@@ -272,22 +271,6 @@ class DFlashDrafter(Drafter):
         drafted, probs = choose(self.logits(target, hidden.flatten(0, 1)))
         shape = anchors.shape
         return drafted.unflatten(0, shape), None if probs is None else probs.unflatten(0, shape)
-
-    def propose_until_mismatch(self, target, context, anchors, ids, text) -> Tensor:
-        hidden = self._blocks(target, context, anchors, ids, text.shape[2]).flatten(0, 1)
-        shape, text = text.shape, text.flatten(0, 1)
-        drafted = torch.full_like(text, -1)
-        rows = torch.arange(len(text), device=text.device)
-        # A weak drafter is wrong early, and with a large vocabulary the head is most of its cost.
-        piece = max(1, PIECE // (len(text) * target.vocab_size))
-        for start in range(0, text.shape[1], piece):
-            part = slice(start, start + piece)
-            found = self.logits(target, hidden[rows, part]).argmax(-1)
-            drafted[rows, part] = found
-            rows = rows[(found == text[rows, part]).all(1)]
-            if not len(rows):
-                break
-        return drafted.view(shape)
 
     def position_decay(self, num_draft_tokens: int) -> float:
         return default_decay(num_draft_tokens + 1)

@@ -324,18 +324,13 @@ class Eagle3Drafter(Drafter):
                 return torch.stack(drafted, 2), torch.stack(probs, 2) if probs else None
             hidden = steps.send((drafted[-1], None))
 
-    def propose_until_mismatch(self, target, context, anchors, ids, text) -> Tensor:
-        drafted = torch.full_like(text, -1)
-        right = torch.ones_like(anchors, dtype=torch.bool)
+    def hidden_along_text(self, target, context, anchors, ids, text):
         steps = self._steps(target, context, anchors, ids)
         hidden = next(steps)
         for k in range(text.shape[2]):
-            drafted[:, :, k] = self.logits(target, hidden).argmax(-1)
-            right &= drafted[:, :, k] == text[:, :, k]
-            if k + 1 == text.shape[2] or not right.any():
-                break
-            hidden = steps.send((drafted[:, :, k], None))
-        return drafted
+            yield hidden[:, :, None]
+            if k + 1 < text.shape[2]:
+                hidden = steps.send((text[:, :, k], None))
 
     def propose_tree(self, target, context, anchors, ids, widths):
         steps = self._steps(target, context, anchors[:, None], ids[:, None])

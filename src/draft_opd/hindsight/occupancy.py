@@ -18,11 +18,10 @@ from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.verification import acceptance_probability
 from draft_opd.drafters.base import Drafter
 from draft_opd.models.target import Target
+from draft_opd.utils.machine import logits_at_once
 
 if TYPE_CHECKING:
     from draft_opd.data.trajectory import Trajectory
-
-LOGITS = 1 << 24  # at a time
 
 
 @torch.no_grad()
@@ -47,7 +46,7 @@ def text_acceptance(
     rows = torch.arange(batch, device=ids.device)[:, None, None]
     text = ids[rows, where]
     alpha = torch.empty(batch, count, num_draft_tokens, device=ids.device)
-    step = max(1, LOGITS // (batch * num_draft_tokens * target.vocab_size))
+    step = max(1, logits_at_once(ids.device, target.vocab_size) // (batch * num_draft_tokens))
     for start in range(0, count, step):
         part = slice(start, start + step)
         at = anchors[:, part]

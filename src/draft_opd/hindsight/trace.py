@@ -20,15 +20,10 @@ from draft_opd.decoding.rounds import Round
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.verification import (
     acceptance_probability,
-    accepted_prefix,
     matching_prefix,
 )
 from draft_opd.drafters.base import Drafter
 from draft_opd.models.target import Target, pad_rows
-
-# Limits of one forward of `trace_all_positions`: queries of a row (at least), queries in all, logits. A dense
-# mask also computes attention between blocks that do not see each other, so larger forwards waste work.
-ROW, QUERIES, LOGITS = 64, 256, 1 << 24
 
 
 def draft_given_text(text: Tensor, draft_probs: Tensor, target_probs: Tensor) -> Tensor:
@@ -116,15 +111,11 @@ def trace_sequential(
     hidden: Tensor,
     sampling: Sampling | None = None,
     seed: int = 0,
-    whole: bool = True,
 ) -> list[list[Round]]:
-    """Traces of a batch. `ids` [batch, L], `hidden` [batch, L, H] (the target's states) and
-    `context` belong to the whole trajectories; the context is consumed.
-
-    Without `whole` an argmax draft is only followed until it goes wrong; later offsets may be -1.
+    """Traces of a batch with whole drafts. `ids` [batch, L], `hidden` [batch, L, H] (the target's states)
+    and `context` belong to the whole trajectories; the context is consumed.
     """
     sampling = sampling or Sampling()
-    follow = not whole and sampling.takes_argmax
     generator = torch.Generator(ids.device).manual_seed(seed)
     ends = [len(t.ids) - 1 for t in trajectories]  # index of the last token
     anchors = [len(t.prompt_ids) - 1 for t in trajectories]
@@ -141,15 +132,8 @@ def trace_sequential(
             known = where <= torch.tensor([[ends[i]] for i in active], device=ids.device)
             where = where.clamp_max(ids.shape[1] - 1)
             row, last = rows[:, None], ids[rows, at]
-            if follow:
-                drafted = drafter.propose_until_mismatch(
-                    target, context, at[:, None], last[:, None], ids[row, where][:, None]
-                )
-            else:
-                choose = text_chooser(
-                    target, sampling, ids[row, where], known, hidden[row, where - 1], generator
-                )
-                drafted, _ = drafter.propose(target, context, at[:, None], last[:, None], count, choose)
+            choose = text_chooser(target, sampling, ids[row, where], known, hidden[row, where - 1], generator)
+            drafted, _ = drafter.propose(target, context, at[:, None], last[:, None], count, choose)
             proposals = drafted[:, 0].tolist()
         else:
             proposals = [[] for _ in active]
@@ -166,53 +150,6 @@ def trace_sequential(
             context.select(torch.tensor(unfinished, dtype=torch.long, device=ids.device))
             active = [active[row] for row in unfinished]
             rows = torch.tensor(active, dtype=torch.long, device=ids.device)
-    return traces
-
-
-@torch.inference_mode()
-def trace_all_positions(
-    target: Target,
-    drafter: Drafter,
-    trajectories: Sequence[Trajectory],
-    ids: Tensor,
-    context: Any,
-    draft_length: int,
-) -> list[list[Round]]:
-    """What `trace_sequential` finds of argmax drafts that are not wanted whole, in fewer and larger forwards:
-    every position is drafted at, then the rounds follow from how far each draft is right.
-
-    It makes about τ times as many drafts as `trace_sequential`, but none waits for another: it is
-    faster where τ is small. A block at the end of the context is cut here, drafted shorter there.
-    """
-    starts = torch.tensor([len(t.prompt_ids) - 1 for t in trajectories], device=ids.device)
-    ends = torch.tensor([len(t.ids) - 1 for t in trajectories], device=ids.device)
-    count = int((ends - starts).max())
-    queries = max(ROW, QUERIES // len(ids)) // (draft_length + 1)
-    size = max(1, min(queries, LOGITS // (len(ids) * target.vocab_size)))
-    rows = torch.arange(len(ids), device=ids.device)[:, None, None]
-    offset = torch.arange(1, draft_length + 1, device=ids.device)
-    found, lengths = [], []
-    for first in range(0, count, size):
-        step = torch.arange(first, min(first + size, count), device=ids.device)
-        at = torch.minimum(starts[:, None] + step, (ends - 1).clamp_min(0)[:, None])
-        where = at[:, :, None] + offset
-        known = where <= ends[:, None, None]
-        text = ids[rows, where.clamp_max(ids.shape[1] - 1)]
-        drafted = drafter.propose_until_mismatch(target, context, at, ids.gather(1, at), text)
-        found.append(drafted)
-        lengths.append(accepted_prefix((drafted == text) & known))
-    if not found:
-        return [[] for _ in trajectories]
-    drafts, accepted_lengths = torch.cat(found, 1).tolist(), torch.cat(lengths, 1).tolist()
-    traces: list[list[Round]] = []
-    for t, draft, length in zip(trajectories, drafts, accepted_lengths, strict=True):
-        first = anchor = len(t.prompt_ids) - 1
-        traces.append([])
-        while anchor < len(t.ids) - 1:
-            room = min(draft_length, target.max_positions - 1 - anchor)
-            accepted = min(length[anchor - first], room)
-            traces[-1].append(Round(anchor, draft[anchor - first][:room], accepted))
-            anchor += accepted + 1
     return traces
 
 

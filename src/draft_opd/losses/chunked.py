@@ -12,8 +12,7 @@ from draft_opd.drafters.base import over_target
 from draft_opd.losses.closed_form import CLOSED
 from draft_opd.losses.divergences import Score
 from draft_opd.models.cpu_linear import multiplier
-
-LOGITS = {"cpu": 1 << 22, "cuda": 1 << 24}  # of a chunk: caches are small, launches are dear
+from draft_opd.utils.machine import logits_at_once
 
 
 @dataclass(frozen=True)
@@ -134,14 +133,14 @@ def chunked_score(
         labels: [tokens], when the score looks at one token.
         draft_temperature: divides the drafter's logits.
         vocabulary: [Vd] the target's ids of the draft vocabulary; other tokens have q = 0.
-        chunk: tokens at a time; by default about 4M logits on a CPU, 16M on CUDA.
+        chunk: tokens at a time; by default `logits_at_once`.
 
     Returns: [tokens] scores, float32 (float64 for float64 input), differentiable in `hidden` and,
     where it is trained, `weight`.
     """
     teacher_weight = weight if teacher_weight is None else teacher_weight
     size = len(teacher_weight)
-    chunk = chunk or max(16, LOGITS.get(hidden.device.type, LOGITS["cuda"]) // size)
+    chunk = chunk or logits_at_once(hidden.device, size)
     states = None if teacher_hidden is None else teacher_hidden.detach()
     scoring = _Scoring(
         score,

@@ -13,13 +13,14 @@ from draft_opd.decoding.rounds import Traces
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.verification import accepted_prefix
 from draft_opd.drafters.base import Drafter
-from draft_opd.hindsight.occupancy import LOGITS, occupancy, text_acceptance
+from draft_opd.hindsight.occupancy import occupancy, text_acceptance
 from draft_opd.hindsight.trace import text_chooser
 from draft_opd.losses.objectives import spec_of
 from draft_opd.models.target import Target
 from draft_opd.training.batches import Batch
 from draft_opd.training.blocks import Blocks, attach_drafts, pack_anchors, text_states
 from draft_opd.training.config import Opd
+from draft_opd.utils.machine import logits_at_once
 
 
 def random_anchors(batch: Batch, count: int | list[int], seed: str) -> list[list[int]]:
@@ -71,9 +72,10 @@ def choose_blocks(
     blocks = pack_anchors(batch, anchors, num_draft_tokens)
     if weight is not None:
         blocks = replace(blocks, weight=weight)
-    # A trace may hold -1 (not drafted) behind the first rejection; objectives with branches need it.
-    partly = any(-1 in r.drafted for row in rounds for r in row)
-    if options.anchors == "trace" and not (partly and spec_of(options.objective).needs_branches):
+    # A trace may not hold what was rejected. Objectives that read it draft again at these anchors: above
+    # temperature 0 another draw of the same distribution, given that a round begins there.
+    drafted = all(r.drafted and r.drafted[-1] >= 0 for row in rounds for r in row)
+    if options.anchors == "trace" and (drafted or spec_of(options.objective).conditioned_on == "text"):
         return attach_drafts(blocks, rounds)
     return draft_at(target, drafter, batch, blocks, sampling, seed)
 
@@ -143,7 +145,7 @@ def draft_at(
     ids = batch.ids.gather(1, blocks.anchors)
     rng = random.Random(f"{seed}/{batch.row_ids[0]}")  # other draws in other processes
     generator = torch.Generator(batch.device).manual_seed(rng.getrandbits(32))
-    step = max(1, LOGITS // (len(ids) * num_draft_tokens * target.vocab_size))
+    step = max(1, logits_at_once(ids.device, target.vocab_size) // (len(ids) * num_draft_tokens))
     found = []
     for start in range(0, ids.shape[1], step):
         part = slice(start, start + step)

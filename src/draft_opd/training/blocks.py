@@ -53,20 +53,24 @@ def pack_anchors(batch: Batch, anchors: Sequence[Sequence[int]], num_draft_token
 
 
 def attach_drafts(blocks: Blocks, rounds: Sequence[Sequence[Round]]) -> Blocks:
-    """The same blocks with what was drafted at each anchor; `rounds` [row][anchor]."""
-    drafted, accepted = torch.zeros_like(blocks.drafted.cpu()), blocks.accepted.cpu().clone()
-    num_draft_tokens = drafted.shape[2]
-    proposed = torch.full(accepted.shape, num_draft_tokens)
-    for i, row in enumerate(rounds):
-        for j, r in enumerate(row):
-            ids = torch.tensor(r.drafted, dtype=torch.long)
-            drafted[i, j, : len(ids)] = ids.clamp_min(0)  # -1: not drafted, never scored
-            proposed[i, j] = len(r.drafted)  # fewer where the context ends
-            accepted[i, j] = r.accepted
-    device = blocks.anchors.device
-    drafted, accepted, proposed = (x.to(device) for x in (drafted, accepted, proposed))
-    within = torch.arange(1, num_draft_tokens + 1, device=device) <= proposed[:, :, None]
-    return replace(blocks, drafted=drafted, accepted=accepted, valid=blocks.valid & within)
+    """The same blocks with what was drafted at each anchor; `rounds` [row][anchor]. What was not drafted
+    stays 0, and is never scored."""
+    count, size = blocks.anchors.shape[1], blocks.drafted.shape[2]
+    accepted = [[r.accepted for r in row] + [0] * (count - len(row)) for row in rounds]
+    found = replace(blocks, accepted=torch.tensor(accepted).view(-1, count).to(blocks.anchors.device))
+    if not any(r.drafted for row in rounds for r in row):
+        return found
+    # Fewer where the context ends, none where only lengths were asked for.
+    drafts = [[*r.drafted, *[-1] * (size - len(r.drafted))] for row in rounds for r in row]
+    proposed = [len(r.drafted) or size for row in rounds for r in row]
+    place = [i * count + j for i, row in enumerate(rounds) for j in range(len(row))]
+    drafted = torch.zeros(len(rounds) * count, size, dtype=torch.long)
+    drafted[place] = torch.tensor(drafts).clamp_min(0)
+    limit = torch.full((len(rounds) * count,), size)
+    limit[place] = torch.tensor(proposed)
+    within = torch.arange(size) < limit[:, None]
+    drafted, within = (x.view(-1, count, size).to(blocks.anchors.device) for x in (drafted, within))
+    return replace(found, drafted=drafted, valid=blocks.valid & within)
 
 
 def text_states(batch: Batch, blocks: Blocks) -> Tensor:

@@ -35,7 +35,7 @@ class Progress:
     """Where a run stands. Data order, anchors and random states follow from the step alone.
 
     evaluated: the last step whose held-out τ is known. fingerprints: hashes of target and data.
-    traces: those that later steps will replay, by forward; see `rollouts.Rollouts`.
+    traces: those that later steps will replay, by forward; trace_costs: see `rollouts.Rollouts`.
     """
 
     step: int = 0
@@ -49,6 +49,7 @@ class Progress:
     skipped: int = 0  # steps in a row that were not finite
     fingerprints: dict[str, str] = field(default_factory=dict)
     traces: list = field(default_factory=list)
+    trace_costs: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import ceil
+from typing import NamedTuple
 
 import torch
 
@@ -11,8 +12,10 @@ from draft_opd.data.trajectory import Trajectory
 from draft_opd.decoding.generate import speculate
 from draft_opd.decoding.rounds import Round, Traces
 from draft_opd.decoding.sampling import Sampling
+from draft_opd.decoding.static import padded_rows
 from draft_opd.drafters.base import Drafter
-from draft_opd.hindsight.trace import trace_all_positions, trace_sequential
+from draft_opd.hindsight.lengths import Argmax, Judge, Sampled, everywhere, walk
+from draft_opd.hindsight.trace import trace_sequential
 from draft_opd.losses.objectives import spec_of
 from draft_opd.models.target import Target
 from draft_opd.training.batches import Batch, BatchSource
@@ -20,9 +23,9 @@ from draft_opd.training.config import Recipe
 from draft_opd.training.distributed import ParallelContext
 from draft_opd.training.precision import autocast
 from draft_opd.training.stopwatch import Stopwatch
+from draft_opd.utils.machine import synchronized
 
-FEW = 3.0  # trajectories times τ below which drafting at every position is faster
-ROWS = 32  # trajectories that one trace forward looks at: more would only take memory
+ROWS = {"cpu": 32, "cuda": 128}  # trajectories that one trace forward looks at: more only take memory
 
 Rows = Callable[[int], list[Trajectory]]  # of all processes, by the forward's index
 
@@ -37,27 +40,19 @@ def hindsight_rollout(
     whole: bool = True,
     at_once: bool = False,
 ) -> Traces:
-    """Traces of the current drafter on stored text; see `trace_sequential`. `at_once`: by
-    `trace_all_positions`, for argmax drafts that are not wanted whole."""
+    """Traces of the current drafter on stored text. whole: with all that was drafted
+    (`trace_sequential`); else anchors and accepted lengths only, by `lengths.walk` or, `at_once`, by
+    `lengths.everywhere`, which find the same."""
     sampling = sampling or Sampling()
     with torch.inference_mode():
         context = drafter.build_cache(target, batch.ids, batch.features)
-        if at_once and not whole and sampling.takes_argmax:
-            return trace_all_positions(
-                target, drafter, batch.trajectories, batch.ids, context, num_draft_tokens
-            )
-        return trace_sequential(
-            target,
-            drafter,
-            batch.trajectories,
-            batch.ids,
-            context,
-            num_draft_tokens,
-            batch.hidden,
-            sampling,
-            seed,
-            whole,
-        )
+        rows = (target, drafter, batch.trajectories, batch.ids, context, num_draft_tokens)
+        if whole:
+            return trace_sequential(*rows, batch.hidden, sampling, seed)
+        judge: Judge = Argmax(drafter)
+        if not sampling.takes_argmax:
+            judge = Sampled(target, drafter, batch.trajectories, batch.ids, batch.hidden, sampling, seed)
+        return (everywhere if at_once else walk)(*rows, judge)
 
 
 def live_rollout(
@@ -86,10 +81,26 @@ def live_rollout(
     return fresh, [g.rounds for g in made]
 
 
+class TraceCosts(NamedTuple):
+    """Seconds of a round of `walk` (all rows), and of a position of `everywhere`, measured once a run
+    for a number of rows."""
+
+    round: float
+    position: float
+
+    def choice(self, rows: Sequence[Trajectory], tau: float) -> str:
+        """The faster way for these rows at that τ: "walk" or "everywhere"."""
+        lengths = [len(t.response_ids) for t in rows]
+        walking = self.round * max(lengths, default=0) / max(tau, 1.0)
+        return "everywhere" if self.position * sum(lengths) < walking else "walk"
+
+
 class Rollouts:
     """Batches with their traces, by the forward's index since the run began.
 
-    Traces of `trace_every` steps are made together; `state` is what is left of them.
+    Traces of `trace_every` steps are made together; `state` is what is left of them. costs: what
+    tracing takes, by the number of rows (the next power of two); a checkpoint keeps them, so that a
+    resumed run chooses what the run would have.
     `call(part, ...)` runs `part` with the drafter's weights at hand.
     """
 
@@ -109,6 +120,8 @@ class Rollouts:
         self.rows, self.num_draft_tokens, self.group, self.call = rows, num_draft_tokens, group, call
         self.clock, self.tau = clock, 1.0
         self._made: dict[int, Traces] = {}
+        self.costs: dict[int, TraceCosts] = {}
+        self.rows_at_once = ROWS.get(target.device.type, ROWS["cuda"])
 
     def batch(self, index: int) -> tuple[Batch, Traces]:
         """This process's part of the forward's batch. The drafter is in `eval` mode."""
@@ -154,7 +167,7 @@ class Rollouts:
         own = {i: self.group.shard_rows(rows) for i, rows in every.items()}
         most = sum(ceil(len(rows) / self.group.size) for rows in every.values())
         joint = [t for rows in own.values() for t in rows]
-        pieces = ceil(most / ROWS)
+        pieces = ceil(most / self.rows_at_once)
         made: Traces = []
         for k in range(pieces):
             part = slice(k * len(joint) // pieces, (k + 1) * len(joint) // pieces)
@@ -172,8 +185,14 @@ class Rollouts:
     def hindsight(self, batch: Batch, seed: int, whole: bool = False) -> Traces:
         """Traces of the current drafter on stored text."""
         kind = self.recipe.opd.trace
-        if kind == "auto":
-            kind = "everywhere" if len(batch.trajectories) * self.tau < FEW else "walk"
+        if kind == "auto" and not whole:
+            size = padded_rows(len(batch.trajectories))
+            if size not in self.costs:
+                self.costs[size] = self._measure(batch, seed)
+            kind = self.costs[size].choice(batch.trajectories, self.tau)
+        return self._traces(batch, seed, whole, kind == "everywhere")
+
+    def _traces(self, batch: Batch, seed: int, whole: bool, at_once: bool) -> Traces:
         return self.call(
             hindsight_rollout,
             self.target,
@@ -183,8 +202,20 @@ class Rollouts:
             self.recipe.sampling,
             seed,
             whole,
-            kind == "everywhere",
+            at_once,
         )
+
+    def _measure(self, batch: Batch, seed: int) -> TraceCosts:
+        """What both ways take here. On a GPU the second of two times: the first compiles."""
+        seconds = {}
+        for at_once in (False, True):
+            for _ in range(2 if self.target.device.type == "cuda" else 1):
+                began = synchronized(self.target.device)
+                traces = self._traces(batch, seed, False, at_once)
+                seconds[at_once] = synchronized(self.target.device) - began
+        positions = sum(len(t.response_ids) for t in batch.trajectories)
+        rounds = max(map(len, traces), default=0)
+        return TraceCosts(seconds[False] / max(1, rounds), seconds[True] / max(1, positions))
 
     # -- what a checkpoint keeps ------------------------------------------------------------
 

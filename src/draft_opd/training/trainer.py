@@ -31,7 +31,7 @@ from draft_opd.training.distributed import ParallelContext, gather_full_tensors,
 from draft_opd.training.inputs import Inputs, check_folder, read_inputs
 from draft_opd.training.optimizer import Optimizer, learning_rate
 from draft_opd.training.precision import autocast, resolve_for_run
-from draft_opd.training.rollouts import ROWS, Rollouts
+from draft_opd.training.rollouts import Rollouts, TraceCosts
 from draft_opd.training.run_folder import Record, RunResult
 from draft_opd.training.setup import (
     check_data,
@@ -158,8 +158,8 @@ class Run:
             self.clock,
         )
         self.rollouts.load(self.progress.traces)
-        if self.progress.evaluated >= 0:
-            self.rollouts.tau = self.progress.tau
+        self.rollouts.costs = {int(k): TraceCosts(*v) for k, v in self.progress.trace_costs.items()}
+        self.rollouts.tau = max(1.0, self.progress.tau)
         self.training: TrainingStage = STAGES[self.stage](
             StageContext(
                 recipe,
@@ -344,6 +344,7 @@ class Run:
 
     def _state(self) -> State:
         self.progress.traces = self.rollouts.state()
+        self.progress.trace_costs = {str(k): list(v) for k, v in self.rollouts.costs.items()}
         return State(
             self.drafter.config_dict(),
             gather_full_tensors(self.drafter.tensors()),
@@ -371,7 +372,7 @@ class Run:
         (above temperature 0: one draw). None when a stop was asked for meanwhile."""
         self.drafter.eval()
         counts = [0] * (self.num_draft_tokens + 1)
-        for number, rows in enumerate(self.group.shard_pieces(self.held_out, ROWS)):
+        for number, rows in enumerate(self.group.shard_pieces(self.held_out, self.rollouts.rows_at_once)):
             if self._stop_now():
                 return None
             batch = self.sources.held_out.batch(rows)

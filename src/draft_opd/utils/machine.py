@@ -14,6 +14,8 @@ import torch
 import transformers
 
 SLOW = 0.5  # times the speed of float32: below that a processor emulates a type
+# Logits that are computed at once. On a CPU they should stay in its caches.
+CPU_LOGITS = 1 << 22
 log = logging.getLogger(__name__)
 
 
@@ -29,6 +31,27 @@ def machine(device: torch.device | None = None) -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+@cache
+def _logits(device: torch.device) -> int:
+    if device.type != "cuda":
+        return CPU_LOGITS
+    # By the memory that there is, not by what is free: then a run's pieces, and its last bits, stay.
+    # A logit takes up to 16 bytes on its way to a gradient: a 32nd of an 80 GB card is 160 M logits.
+    return max(1 << 24, torch.cuda.get_device_properties(device).total_memory // (32 * 16))
+
+
+def logits_at_once(device: torch.device, vocabulary: int) -> int:
+    """Rows of logits [rows, vocabulary] that are worth computing together on a device, at least 16."""
+    return max(16, _logits(device) // vocabulary)
+
+
+def synchronized(device: torch.device) -> float:
+    """A time in seconds, with nothing running on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def product_seconds(dtype: torch.dtype, device: torch.device, rows: int, width: int) -> float:
