@@ -4,10 +4,14 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import flex_attention
 
 import draft_opd as d
-from draft_opd.drafters.attention import BlockMask, attend
+from draft_opd.drafters.attention import TILE, BlockMask, attend
 from draft_opd.drafters.dflash import DFlashDrafter, default_target_layers
 from draft_opd.training.batches import BatchSource
 from draft_opd.training.blocks import pack_anchors, replay_hidden
@@ -17,8 +21,6 @@ FAMILY = "dflash"
 
 def test_flex_attention_and_sdpa_agree():
     """The two kernels on the same packed blocks (flex_attention's eager form, on any device)."""
-    from torch.nn.attention.flex_attention import flex_attention
-
     torch.manual_seed(0)
     anchors = torch.tensor([[3, 9, 20], [0, 5, 11]])
     for kind, causal, window in (
@@ -32,6 +34,39 @@ def test_flex_attention_and_sdpa_agree():
         dense = attend(q, k, v, seen, kind)
         flex = flex_attention(q, k, v, block_mask=seen.sparse(kind), enable_gqa=True)
         torch.testing.assert_close(dense, flex, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.integers(2, 33), count=st.integers(1, 40), context=st.integers(1, 400), seed=st.integers(0, 999)
+)
+def test_tiles_that_are_skipped_hold_nothing(size, count, context, seed):
+    """No visible key lies in a tile that is skipped, no hidden one in a tile that is taken whole."""
+    g = torch.Generator().manual_seed(seed)
+    anchors = torch.randint(0, context, (2, count), generator=g)
+    for kind, window in (("full_attention", None), ("sliding_attention", 40)):
+        seen = BlockMask(anchors, size, context, None, window)
+        dense = seen.dense(kind)[:, 0]
+        rows, columns = dense.shape[1:]
+        some, whole = (
+            x.repeat_interleave(TILE, 1)[:, :rows].repeat_interleave(TILE, 2)[:, :, :columns]
+            for x in seen.tiles(kind)
+        )
+        assert not (dense & ~some).any() and not (whole & ~dense).any()
+
+
+def test_flex_attention_is_compiled_once_for_all_shapes():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    flex = torch.compile(flex_attention, dynamic=True, backend=counter)
+    for count, context in ((70, 200), (90, 200), (65, 333)):
+        anchors = torch.randint(1, context, (2, count), generator=torch.Generator().manual_seed(0))
+        seen = BlockMask(anchors, 16, context, False)
+        q = torch.randn(2, 4, count * 16, 8)
+        k, v = torch.randn(2, 2, seen.keys, 8), torch.randn(2, 2, seen.keys, 8)
+        found = flex(q, k, v, block_mask=seen.sparse("full_attention"), enable_gqa=True)
+        torch.testing.assert_close(found, attend(q, k, v, seen, "full_attention"), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
 
 
 def test_visibility_is_what_its_docstring_says():

@@ -15,6 +15,7 @@ from draft_opd.models.gqa_attention import FEW, grouped
 
 # Below this many queries the dense mask is small and flex_attention's overhead does not pay.
 FLEX_MINIMUM = 1024
+TILE = 128  # queries and keys of a tile that flex_attention computes or skips
 
 
 class Rotary:
@@ -92,9 +93,10 @@ class BlockMask:
     def keys(self) -> int:
         return self.context + (0 if self.in_place else self.anchors.shape[1] * self.size)
 
-    def rule(self, kind: str):
-        """mask_mod(batch, head, query, key) for flex_attention; also builds the dense mask."""
-        anchors, size, context = self.anchors, self.size, self.context
+    def rule(self, kind: str, context: int | Tensor):
+        """mask_mod(batch, head, query, key) for flex_attention; also builds the dense mask. context:
+        slots of it, a tensor where a compiler would make another kernel for every other number."""
+        anchors, size = self.anchors, self.size
         sliding = kind == "sliding_attention"
         causal = sliding if self.causal is None else self.causal
         window = self.window if sliding else None
@@ -130,24 +132,52 @@ class BlockMask:
             q = torch.arange(count * self.size, device=device)[None, :, None]
             k = torch.arange(self.keys, device=device)[None, None, :]
             b = torch.arange(batch, device=device)[:, None, None]
-            self._made[kind] = self.rule(kind)(b, None, q, k)[:, None]
+            self._made[kind] = self.rule(kind, self.context)(b, None, q, k)[:, None]
         return self._made[kind]
 
     def sparse(self, kind: str):
-        """The same as flex_attention's BlockMask."""
-        from torch.nn.attention.flex_attention import create_block_mask
+        """The same as flex_attention's BlockMask, from the anchors: no [queries, keys] matrix is made."""
+        from torch.nn.attention.flex_attention import BlockMask as TileMask
 
         if ("sparse", kind) not in self._made:
-            batch, count = self.anchors.shape
-            self._made["sparse", kind] = create_block_mask(
-                self.rule(kind),
-                batch,
-                None,
-                count * self.size,
-                self.keys,
-                device=self.anchors.device,
+            some, whole = self.tiles(kind)
+            context = torch.full((), self.context, device=self.anchors.device)
+            self._made["sparse", kind] = TileMask.from_kv_blocks(
+                *_ordered(some & ~whole),
+                *_ordered(whole),
+                BLOCK_SIZE=TILE,
+                mask_mod=self.rule(kind, context),
+                seq_lengths=(self.anchors.shape[1] * self.size, self.keys),
             )
         return self._made["sparse", kind]
+
+    def tiles(self, kind: str) -> tuple[Tensor, Tensor]:
+        """Tiles [batch, query tiles, key tiles] in which some query may see some key, and those in which
+        every query sees every key. Not for `in_place`."""
+        count, device = self.anchors.shape[1], self.anchors.device
+        queries, keys = -(-count * self.size // TILE), -(-self.keys // TILE)
+        first = torch.arange(queries, device=device) * TILE
+        blocks = (first // self.size, ((first + TILE - 1) // self.size).clamp_max(count - 1))
+        # Anchors of every query tile: gathered, the last block repeated where a tile has fewer.
+        steps = torch.arange(-(-TILE // self.size) + 1, device=device)
+        index = torch.minimum(blocks[0][:, None] + steps, blocks[1][:, None])
+        anchors = self.anchors[:, index].clamp_max(self.context)  # [batch, query tiles, blocks of a tile]
+        lowest, highest = anchors.amin(-1)[..., None], anchors.amax(-1)[..., None]
+        start = torch.arange(keys, device=device) * TILE
+        own = torch.stack([self.context + blocks[0] * self.size, self.context + (blocks[1] + 1) * self.size])
+        inside = (start < own[1, :, None]) & (start + TILE > own[0, :, None])
+        some, whole = (start < highest) | inside, start + TILE <= lowest
+        if self.window is not None and kind == "sliding_attention":
+            some = some & ((start + TILE > lowest - self.window) | inside)
+            whole = torch.zeros_like(whole)
+        return some, whole
+
+
+def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Booleans [batch, queries, keys] -> how many are set [batch, 1, queries], and which, these first
+    [batch, 1, queries, keys]."""
+    order = tiles.logical_not().to(torch.int8).argsort(dim=-1, stable=True)
+    return tiles.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
 
 
 @dataclass
