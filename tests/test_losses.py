@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -325,3 +326,11 @@ def test_a_trained_heads_backward_keeps_autocast():
     assert torch.equal(grads[0][0], grads[1][0])
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b, atol=0.05, rtol=0.05)
+
+
+def test_fused_kernels_are_the_closed_forms():
+    """Triton's kernels, value and gradient, in its interpreter (no GPU is needed)."""
+    script = Path(__file__).parent / "fused_kernels.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ from torch import Tensor
 from draft_opd.drafters.base import over_target
 from draft_opd.losses.closed_form import CLOSED
 from draft_opd.losses.divergences import Score
+from draft_opd.losses.fused_kernels import FUSED, available
 from draft_opd.models.cpu_linear import multiplier
 from draft_opd.utils.machine import logits_at_once
 
@@ -36,17 +37,24 @@ class _Scoring:
         draft_logits_of = teacher_logits_of = multiplier(weight, len(hidden))
         if self.teacher_hidden is not None and self.teacher_weight.data_ptr() != weight.data_ptr():
             teacher_logits_of = multiplier(self.teacher_weight, len(hidden))
-        wide = _wide(hidden.dtype)
+        wide, fused = _wide(hidden.dtype), None
+        if gradient and self.vocabulary is None and wide == torch.float32:
+            fused = FUSED.get(self.score) if available(hidden.device) else None
         for start in range(0, len(hidden), self.chunk):
             part = slice(start, start + self.chunk)
-            draft = draft_logits_of(hidden[part].to(weight.dtype)).to(wide)
+            draft = draft_logits_of(hidden[part].to(weight.dtype))
             target = labels = None
             if self.teacher_hidden is not None:
-                states = self.teacher_hidden[part].to(self.teacher_weight.dtype)
-                target = _scaled_(teacher_logits_of(states).to(wide), self.target_scale)
+                target = teacher_logits_of(self.teacher_hidden[part].to(self.teacher_weight.dtype))
             if self.labels is not None:
                 labels = self.labels[part]
-            scores, slope = self._scores(_scaled_(draft, self.draft_scale), target, labels, gradient)
+            if fused is not None:
+                yield part, *fused(draft, target, labels, self.draft_scale, self.target_scale)
+                continue
+            if target is not None:
+                target = _scaled_(target.to(wide), self.target_scale)
+            draft = _scaled_(draft.to(wide), self.draft_scale)
+            scores, slope = self._scores(draft, target, labels, gradient)
             yield part, scores, None if slope is None else _scaled_(slope, self.draft_scale)
 
     def _scores(self, draft, target, labels, gradient: bool) -> tuple[Tensor, Tensor | None]:
