@@ -15,7 +15,6 @@ from pathlib import Path
 
 import limits
 import torch
-import yaml
 from decode import decode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -31,7 +30,6 @@ from draft_opd.evaluation.draft_length_advice import weights_read
 from draft_opd.models.hub import EMBEDDED
 from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.target import Target
-from draft_opd.pipelines.ablation import Ablation, Plan
 from draft_opd.training.config import Model, parse_recipe
 from draft_opd.training.setup import new_drafter
 from draft_opd.training.trainer import Run
@@ -72,6 +70,9 @@ class Size:
     sft_steps: int
     every: int
     league_steps: int
+    objectives: tuple[str, ...]  # beside D-PACE and the paper's
+    steps: int  # of a measurement of their cost
+    step_repeats: int
     decode: int  # prompts
     megabytes: int  # that the copy moves
     seconds: dict[str, float] = field(default_factory=dict)
@@ -92,6 +93,9 @@ SIZES = {
         sft_steps=4,
         every=2,
         league_steps=2,
+        objectives=("auf",),
+        steps=1,
+        step_repeats=1,
         decode=1,
         megabytes=16,
         seconds={
@@ -101,6 +105,10 @@ SIZES = {
             "collect": 10,
             "sft": 15,
             "league": 40,
+            "steps": 20,
+            "seeds": 40,
+            "objectives": 40,
+            "eagle3": 40,
             "decode": 20,
         },
     ),
@@ -118,6 +126,16 @@ SIZES = {
         sft_steps=2000,
         every=200,
         league_steps=250,
+        objectives=(
+            "cross_entropy",
+            "auf",
+            "forward_kl",
+            "expected_length",
+            "expected_overlap",
+            "chain_tv",
+        ),
+        steps=5,
+        step_repeats=4,
         decode=12,
         megabytes=4096,
         seconds={
@@ -126,7 +144,11 @@ SIZES = {
             "rounds": 90,
             "collect": 450,
             "sft": 540,
-            "league": 600,
+            "league": 300,
+            "steps": 60,
+            "seeds": 600,
+            "objectives": 500,
+            "eagle3": 600,
             "decode": 120,
         },
     ),
@@ -182,7 +204,7 @@ class Phase:
         raise NotImplementedError
 
 
-def _table(columns: list[str], rows: list[list]) -> dict:
+def table(columns: list[str], rows: list[list]) -> dict:
     return {"columns": columns, "rows": rows}
 
 
@@ -213,7 +235,7 @@ class Machine(Phase):
         rows = [["copy, bytes read and written, GB/s", copy / 1e9]]
         rows += [[f"matrix product, {k}, GFLOP/s", v / 1e9] for k, v in rates.items()]
         rows.append(["an operator on one number, µs", 1e6 * launch])
-        return {**value, "table": _table(["ceiling", "measured"], rows)}
+        return {**value, "table": table(["ceiling", "measured"], rows)}
 
     def _at_speed(self, dtype: torch.dtype) -> bool:
         """A type that is emulated would take minutes."""
@@ -275,7 +297,7 @@ class Lossless(Phase):
         return {
             "matched": sum(r[2] for r in rows),
             "of": sum(r[3] for r in rows),
-            "table": _table(columns, rows),
+            "table": table(columns, rows),
         }
 
 
@@ -339,7 +361,7 @@ class RoundCosts(Phase):
             "fused: a round",
             "read the weights",
         ]
-        return {"milliseconds": found, "table": _table(columns, rows)}
+        return {"milliseconds": found, "table": table(columns, rows)}
 
     def _times(self, target: Target, drafter: Drafter, context: int) -> dict:
         s, length = self.setup, drafter.draft_length
@@ -434,69 +456,7 @@ class Collect(Phase):
             rate = value["response_tokens"] / seconds
             rows.append([part, len(prompts), value["response_tokens"], seconds, rate])
         columns = ["part", "prompts", "tokens", "seconds", "tokens a second"]
-        return {"parts": found, "table": _table(columns, rows)}
-
-
-def _recipe(setup: Setup, out: str, steps: int, rate: float, **more) -> dict:
-    size = setup.size
-    return {
-        "target": setup.target_name,
-        "out": out,
-        "steps": steps,
-        "batch_size": size.batch,
-        "data": {
-            "trajectories": "data/train",
-            "heldout": "data/heldout",
-            "heldout_limit": size.heldout,
-            "cache_features": "memory",
-        },
-        "model": {"family": "dflash", "options": size.drafter},
-        "sft": {"anchors": 32},
-        "optim": {"name": "muon", "learning_rate": rate},
-        "evaluation": {"every": size.every},
-        **more,
-    }
-
-
-class Sft(Phase):
-    name, title = "sft", "SFT to its plateau (ends after two measurements without a new best)"
-
-    def run(self) -> dict:
-        tree = _recipe(self.setup, "sft", self.size.sft_steps, 3e-3)
-        tree["evaluation"]["patience"] = 2
-        run = Run("sft", parse_recipe(tree), target=self.setup.target, resume=Path("sft").exists())
-        taus: list[list] = []
-        run.on_metrics = lambda line: "tau" in line and taus.append([line["step"], line["tau"]])
-        result = run.train()
-        value = {k: v for k, v in result.as_dict().items() if k not in ("path", "kind")}
-        return {**value, "taus": taus, "table": _table(["step", "held-out τ"], taus)}
-
-
-class League(Phase):
-    name, title = "league", "From the plateau, seed 0: what more training brings"
-
-    def run(self) -> dict:
-        size = self.size
-        recipe = Path("league.yaml")
-        tree = _recipe(self.setup, "x", size.league_steps, 5e-4, opd={"trace_every": 10})
-        tree["evaluation"]["every"] = size.league_steps
-        recipe.write_text(yaml.safe_dump(tree))
-        kinds = {"ce_replay": "cross_entropy", "dpace": "dpace", "paper": "acceptance_aware"}
-        variants = {"sft_continued": {"stage": "sft"}}
-        variants |= {n: {"set": {"opd.objective.kind": k}} for n, k in kinds.items()}
-        plan = Plan.model_validate(
-            {
-                "recipe": str(recipe),
-                "seeds": [0],
-                "start": {"drafter": "sft/best"},
-                "baseline": "sft_continued",
-                "variants": variants,
-            }
-        )
-        value = Ablation(plan, Path("league"), print).run()
-        rows = [[r["variant"], r["tau"], r["gain_percent"], r["seconds"]] for r in value["table"]]
-        columns = ["variant", "τ", "% to sft_continued", "seconds"]
-        return {"league": value["table"], "runs": value["runs"], "table": _table(columns, rows)}
+        return {"parts": found, "table": table(columns, rows)}
 
 
 class Decode(Phase):
@@ -511,11 +471,4 @@ class Decode(Phase):
             for r in value["rows"]
         ]
         columns = ["side", "tokens a second", "over the target alone", "same text"]
-        return {"drafter": folder, **value, "table": _table(columns, rows)}
-
-
-PHASES: dict[str, type[Phase]] = {
-    p.name: p for p in (Machine, Lossless, RoundCosts, Collect, Sft, League, Decode)
-}
-# Paths that earlier phases must have made, by the phase that needs them.
-NEEDS = {"sft": ["data/train", "data/heldout"], "league": ["sft/best"], "decode": ["sft/best"]}
+        return {"drafter": folder, **value, "table": table(columns, rows)}

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from draft_opd.training.config import parse_recipe
 from draft_opd.training.precision import autocast
 from draft_opd.training.trainer import Run
+from draft_opd.utils.machine import synchronized
 
 STAGES = {
     "sft": ("sft", {}),
@@ -72,6 +73,66 @@ def profiled(work) -> dict[str, float]:
     return {k: v / whole for k, v in sums.items()} | {"outside": 1 - sum(sums.values()) / whole}
 
 
+def measure(common: dict, sides: dict[str, tuple[str, dict]], steps: int, repeats: int) -> dict:
+    """Every side's steps in alternation. common: the recipe of all; sides: stage and what differs.
+    `over`: against the first side."""
+    runs: dict[str, Run] = {}
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    parts: dict[str, list[dict]] = {side: [] for side in sides}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for side, (stage, more) in sides.items():
+            data = {**common["data"], **more.get("data", {})}
+            tree = {**common, **more, "data": data, "out": str(Path(folder) / side), "steps": 1_000_000}
+            before = next(iter(runs.values()), None)
+            recipe = parse_recipe(tree)
+            runs[side] = Run(stage, recipe, target=before and before.target)
+            runs[side]._evaluate()  # how the trace is made goes by τ
+        device = next(iter(runs.values())).target.device
+        rate = limits.matrix_rate(getattr(torch, common["precision"]), device)
+        for repeat in range(repeats + 1):
+            first = repeat * steps
+            for run in runs.values():  # what an earlier epoch would have kept
+                if run.sources.train.feature_cache is not None:
+                    for step in range(first, first + steps):
+                        with autocast(run.recipe, run.target.device):
+                            run.sources.train.batch(run._rows(step))
+            for side in list(sides)[:: 1 if repeat % 2 else -1]:
+                runs[side].clock.take()
+                began = synchronized(device)
+                for step in range(first, first + steps):
+                    runs[side].step(step)
+                seconds = (synchronized(device) - began) / steps
+                measured = runs[side].clock.take()
+                if repeat:
+                    times[side].append(seconds)
+                    parts[side].append({k: v / steps for k, v in measured.items()})
+        for side, run in runs.items():
+            custom = {torch.ops.mkldnn._linear_pointwise: packed_flops}
+            tokens, supervised = [], []
+            with FlopCounterMode(display=False, custom_mapping=custom) as counter:
+                for step in range(steps):
+                    tokens.append(sum(len(t.ids) for t in run._rows(step)))
+                    supervised.append(run.step(step)["supervised"])
+            flops = counter.get_total_flops() / steps
+            seconds = statistics.median(times[side])
+            names = {name for found in parts[side] for name in found}
+            rows.append(
+                {
+                    "side": side,
+                    "seconds": seconds,
+                    "over": machine.ratio(times[side], times[next(iter(sides))]),
+                    "tokens_per_second": statistics.mean(tokens) / seconds,
+                    "supervised_per_second": statistics.mean(supervised) / seconds,
+                    "gigaflop": flops / 1e9,
+                    "fraction": flops / rate / seconds,
+                    "parts": {p: statistics.median(x.get(p, 0.0) for x in parts[side]) for p in names},
+                    "profile": profiled(lambda run=run: run.step(0)),
+                }
+            )
+    return {"matrix_gigaflops": rate / 1e9, "rows": rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", default="embedded")
@@ -84,76 +145,18 @@ def main() -> None:
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--name", default="train_step")
     args = parser.parse_args()
-    runs: dict[str, Run] = {}
-    times: dict[str, list[float]] = {side: [] for side in STAGES}
-    parts: dict[str, list[dict]] = {side: [] for side in STAGES}
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for side, (stage, more) in STAGES.items():
-            tree = {
-                "target": args.target,
-                "drafter": args.drafter,
-                "steps": 1_000_000,
-                "out": str(Path(folder) / side),
-                "batch_size": args.batch,
-                "precision": args.precision,
-                "optim": {"learning_rate": 1e-9},
-                **more,
-                "data": {
-                    "trajectories": args.trajectories,
-                    "heldout": args.heldout,
-                    "heldout_limit": 1,
-                    **more.get("data", {}),
-                },
-            }
-            first = next(iter(runs.values()), None)
-            recipe = parse_recipe(tree)
-            runs[side] = Run(stage, recipe, target=first and first.target)
-            runs[side]._evaluate()  # how the trace is made goes by τ
-        device = runs["sft"].target.device
-        rate = limits.matrix_rate(getattr(torch, args.precision), device)
-        for repeat in range(args.repeats + 1):
-            first = repeat * args.steps
-            for run in runs.values():  # what an earlier epoch would have kept
-                if run.sources.train.feature_cache is not None:
-                    for step in range(first, first + args.steps):
-                        with autocast(run.recipe, run.target.device):
-                            run.sources.train.batch(run._rows(step))
-            for side in list(STAGES)[:: 1 if repeat % 2 else -1]:
-                runs[side].clock.take()
-                began = time.perf_counter()
-                for step in range(first, first + args.steps):
-                    runs[side].step(step)
-                seconds = (time.perf_counter() - began) / args.steps
-                measured = runs[side].clock.take()
-                if repeat:
-                    times[side].append(seconds)
-                    parts[side].append({k: v / args.steps for k, v in measured.items()})
-        for side, run in runs.items():
-            custom = {torch.ops.mkldnn._linear_pointwise: packed_flops}
-            tokens, supervised = [], []
-            with FlopCounterMode(display=False, custom_mapping=custom) as counter:
-                for step in range(args.steps):
-                    tokens.append(sum(len(t.ids) for t in run._rows(step)))
-                    supervised.append(run.step(step)["supervised"])
-            flops = counter.get_total_flops() / args.steps
-            seconds = statistics.median(times[side])
-            rows.append(
-                {
-                    "side": side,
-                    "seconds": seconds,
-                    "over_sft": machine.ratio(times[side], times["sft"]),
-                    "tokens_per_second": statistics.mean(tokens) / seconds,
-                    "supervised_per_second": statistics.mean(supervised) / seconds,
-                    "gigaflop": flops / 1e9,
-                    "fraction": flops / rate / seconds,
-                    "parts": {p: statistics.median(x[p] for x in parts[side]) for p in parts[side][0]},
-                    "profile": profiled(lambda run=run: run.step(0)),
-                }
-            )
-            print(json.dumps(rows[-1]))
-    value = {"arguments": vars(args), "matrix_gigaflops": rate / 1e9, "rows": rows}
-    machine.write(args.name, value)
+    common = {
+        "target": args.target,
+        "drafter": args.drafter,
+        "batch_size": args.batch,
+        "precision": args.precision,
+        "optim": {"learning_rate": 1e-9},
+        "data": {"trajectories": args.trajectories, "heldout": args.heldout, "heldout_limit": 1},
+    }
+    value = measure(common, STAGES, args.steps, args.repeats)
+    for row in value["rows"]:
+        print(json.dumps(row))
+    machine.write(args.name, {"arguments": vars(args), **value})
 
 
 if __name__ == "__main__":

@@ -25,13 +25,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import machine
 import torch
 from make_smollm2 import convert
-from phases import NEEDS, PHASES, SIZES, Phase, Setup
+from phases import SIZES, Collect, Decode, Lossless, Machine, Phase, RoundCosts, Setup
+from phases_training import Eagle3, League, Objectives, Seeds, Sft, Steps
 
 from draft_opd.models.hub import EMBEDDED
 from draft_opd.report.page import Report
 from draft_opd.utils.errors import UserError
 from draft_opd.utils.files import make_folder, write_json
 
+# In the order of what they are worth: what does not fit the minutes is left out.
+PHASES: dict[str, type[Phase]] = {
+    p.name: p
+    for p in (
+        Machine,
+        RoundCosts,
+        Lossless,
+        Collect,
+        Sft,
+        League,
+        Steps,
+        Decode,
+        Seeds,
+        Objectives,
+        Eagle3,
+    )
+}
+# Paths that earlier phases must have made, by the phase that needs them.
+DATA_FILES = ["data/train", "data/heldout"]
+NEEDS = {"sft": DATA_FILES, "eagle3": DATA_FILES}
+NEEDS |= {name: ["sft/best"] for name in ("league", "steps", "decode", "seeds", "objectives")}
 DATA = {"train": "gsm8k_train.jsonl", "heldout": "gsm8k_test.jsonl"}
 
 

@@ -62,13 +62,17 @@ class BatchSource:
         layers: Sequence[int],
         feature_cache: dict[Key, CachedFeatures] | FeatureFolder | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
     ):
-        """feature_cache: where features are kept, as `dtype`."""
+        """feature_cache: where features are kept, as `dtype`; on `device`, if not on disk."""
         self.target, self.layers, self.feature_cache, self.dtype = target, tuple(layers), feature_cache, dtype
+        self.kept_on = device
 
     def adopt(self, other: BatchSource) -> None:
         """Shares what `other` keeps in memory, when it is of the same target, layers and type."""
-        mine, theirs = ((s.target, s.layers, type(s.feature_cache), s.dtype) for s in (self, other))
+        mine, theirs = (
+            (s.target, s.layers, type(s.feature_cache), s.dtype, s.kept_on) for s in (self, other)
+        )
         if mine == theirs and isinstance(self.feature_cache, dict):
             self.feature_cache = other.feature_cache
 
@@ -106,7 +110,9 @@ class BatchSource:
         if key not in self.feature_cache:
             ids = torch.tensor([key], device=self.target.device)
             out = self.target.trajectories(ids, self.layers)
-            self.feature_cache[key] = tuple(x[0].to(self.dtype).cpu() for x in (out.features, out.hidden))
+            self.feature_cache[key] = tuple(
+                x[0].to(self.dtype).to(self.kept_on) for x in (out.features, out.hidden)
+            )
         return self.feature_cache[key]
 
 
@@ -161,11 +167,12 @@ def open_sources(
         about = about_features(target, layers, dtype)
         folder = group.main_process_first(lambda: FeatureFolder(place, about))
     keep = data.cache_features != "none"
+    kept_on = target.device if data.cache_features == "device" else "cpu"
     feature_cache = folder if folder is not None else {} if keep else None
     # What τ is measured on is never rounded: its features stay in the target's own type.
     made = Sources(
-        BatchSource(target, layers, feature_cache, dtype),
-        BatchSource(target, layers, {} if keep else None, target.dtype),
+        BatchSource(target, layers, feature_cache, dtype, kept_on),
+        BatchSource(target, layers, {} if keep else None, target.dtype, kept_on),
         folder,
     )
     if after is not None:

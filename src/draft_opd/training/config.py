@@ -31,8 +31,10 @@ class Data(Section):
     limit: int | None = Field(None, ge=1, description="use only the first N trajectories")
     heldout_limit: int | None = Field(64, ge=1, description="of them, only the first N")
     max_length: int | None = Field(None, ge=8, description="cut trajectories to N tokens")
-    cache_features: Literal["none", "memory", "disk"] = Field(
-        "none", description="keep the target's features after the first forward"
+    cache_features: Literal["none", "memory", "device", "disk"] = Field(
+        "none",
+        description="keep the target's features after the first forward: in the host's memory, on the "
+        "device (where they fit: no copies), or on disk",
     )
     features: str | None = Field(
         None, description="folder of the features on disk; default: features/ in the run folder"
