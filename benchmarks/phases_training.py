@@ -102,7 +102,7 @@ class Steps(Phase):
             "the paper's loss": ("opd", {}),
             "D-PACE, live": ("opd", {"opd": {**dpace, "rollout": "live"}}),
         }
-        value = train_step.measure(common, sides, size.steps, size.step_repeats)
+        value = train_step.measure(common, sides, size.steps, size.step_repeats, profile=False)
         rows = [
             [r["side"], 1000 * r["seconds"], r["over"]["median"], r["parts"].get("trace"), r["fraction"]]
             for r in value["rows"]

@@ -73,9 +73,11 @@ def profiled(work) -> dict[str, float]:
     return {k: v / whole for k, v in sums.items()} | {"outside": 1 - sum(sums.values()) / whole}
 
 
-def measure(common: dict, sides: dict[str, tuple[str, dict]], steps: int, repeats: int) -> dict:
+def measure(
+    common: dict, sides: dict[str, tuple[str, dict]], steps: int, repeats: int, profile: bool = True
+) -> dict:
     """Every side's steps in alternation. common: the recipe of all; sides: stage and what differs.
-    `over`: against the first side."""
+    `over`: against the first side; profile: of one more step a side."""
     runs: dict[str, Run] = {}
     times: dict[str, list[float]] = {side: [] for side in sides}
     parts: dict[str, list[dict]] = {side: [] for side in sides}
@@ -127,7 +129,7 @@ def measure(common: dict, sides: dict[str, tuple[str, dict]], steps: int, repeat
                     "gigaflop": flops / 1e9,
                     "fraction": flops / rate / seconds,
                     "parts": {p: statistics.median(x.get(p, 0.0) for x in parts[side]) for p in names},
-                    "profile": profiled(lambda run=run: run.step(0)),
+                    "profile": profiled(lambda run=run: run.step(0)) if profile else None,
                 }
             )
     return {"matrix_gigaflops": rate / 1e9, "rows": rows}

@@ -126,7 +126,8 @@ class Rollouts:
     def batch(self, index: int) -> tuple[Batch, Traces]:
         """This process's part of the forward's batch. The drafter is in `eval` mode."""
         r = self.recipe
-        with_cache = spec_of(r.opd.objective).needs_branches
+        spec = spec_of(r.opd.objective)
+        with_cache, reads_drafts = spec.needs_branches, spec.conditioned_on == "draft"
         rows, row_ids = self._own(index)
         seed = r.seed * 1_000_003 + index + (self.group.rank << 40)
         if r.opd.rollout == "live":
@@ -146,9 +147,9 @@ class Rollouts:
             with self.clock("target"):
                 batch = self.source.batch(rows, with_cache, row_ids=row_ids)
             with self.clock("trace"):
-                return batch, self._now(batch, seed)
+                return batch, self._now(batch, seed, reads_drafts=reads_drafts)
         if index not in self._made:
-            self._make(index, seed, whole=with_cache)
+            self._make(index, seed, whole=reads_drafts)
         with self.clock("target"):
             return self.source.batch(rows, with_cache, row_ids=row_ids), self._made[index]
 
@@ -178,18 +179,21 @@ class Rollouts:
         for i, rows in own.items():
             self._made[i], made = made[: len(rows)], made[len(rows) :]
 
-    def _now(self, batch: Batch, seed: int, whole: bool = False) -> Traces:
+    def _now(self, batch: Batch, seed: int, whole: bool = False, reads_drafts: bool = False) -> Traces:
         with autocast(self.recipe, self.target.device):
-            return self.hindsight(batch, seed, whole)
+            return self.hindsight(batch, seed, whole, reads_drafts)
 
-    def hindsight(self, batch: Batch, seed: int, whole: bool = False) -> Traces:
-        """Traces of the current drafter on stored text."""
+    def hindsight(self, batch: Batch, seed: int, whole: bool = False, reads_drafts: bool = False) -> Traces:
+        """Traces of the current drafter on stored text. whole: with all that was drafted. reads_drafts:
+        the objective reads it, and drafts again at the anchors where a trace does not hold it."""
         kind = self.recipe.opd.trace
         if kind == "auto" and not whole:
             size = padded_rows(len(batch.trajectories))
             if size not in self.costs:
                 self.costs[size] = self._measure(batch, seed)
             kind = self.costs[size].choice(batch.trajectories, self.tau)
+        # A walk drafts blocks whole anyway: then nothing need be drafted again.
+        whole = whole or (reads_drafts and kind == "walk" and self.recipe.sampling.takes_argmax)
         return self._traces(batch, seed, whole, kind == "everywhere")
 
     def _traces(self, batch: Batch, seed: int, whole: bool, at_once: bool) -> Traces:
