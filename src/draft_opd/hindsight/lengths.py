@@ -29,6 +29,8 @@ from draft_opd.utils.machine import logits_at_once
 # Block tokens of one forward that drafts at every position. On a CPU a dense mask also computes attention
 # between blocks that do not see each other, so larger forwards waste work; a GPU skips such tiles.
 BLOCK_TOKENS = {"cpu": 256, "cuda": 1 << 18}
+# Logits that cost no more than another call of the head, so that further offsets are looked at with it.
+CHEAP = {"cpu": 1 << 19, "cuda": 1 << 24}
 KEPT = 0.75  # of the rows of a walk: rows that have ended are dropped once fewer go on
 
 
@@ -108,7 +110,7 @@ def accepted_lengths(
 
     ids [N, L] texts, ends [N] their last tokens; rows [batch]: which of the N texts the anchors (and
     the context's rows) belong to, default all. Returns [batch, A]. The head is asked about offsets
-    1, 2-3, 4-7, .. (more, where few logits are left), each time for the blocks that have agreed so far.
+    1, 2-3, 4-7, .. (more, where that is cheap), each time for the blocks that have agreed so far.
     """
     rows = torch.arange(len(ids), device=ids.device) if rows is None else rows
     where = anchors[:, :, None] + torch.arange(1, num_draft_tokens + 1, device=ids.device)
@@ -118,14 +120,16 @@ def accepted_lengths(
     row_of = rows.repeat_interleave(anchors.shape[1])
     lengths, agreed = torch.zeros_like(anchors).flatten(), known[:, 0].clone()
     head, flat, anchor = drafter.head(target), text.flatten(0, 1), anchors.flatten()
-    most, done, width = logits_at_once(ids.device, head.weight.shape[0]), 0, 1
+    size_of_head, kind = head.weight.shape[0], ids.device.type
+    most, done, width = logits_at_once(ids.device, size_of_head), 0, 1
+    cheap = CHEAP.get(kind, CHEAP["cuda"]) // size_of_head
     for hidden in drafter.hidden_along_text(target, context, anchors, last, text):
         hidden, first = hidden.flatten(0, 1), done
         while done < first + hidden.shape[1]:
             index = agreed.nonzero()[:, 0]
             if not len(index):
                 return lengths.view(anchors.shape)
-            part = slice(done, min(first + hidden.shape[1], done + max(width, most // len(index))))
+            part = slice(done, min(first + hidden.shape[1], done + max(width, cheap // len(index))))
             size = part.stop - part.start
             for some in index.split(max(1, most // size)):
                 states = hidden[some, part.start - first : part.stop - first]

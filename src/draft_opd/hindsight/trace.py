@@ -222,8 +222,9 @@ def hindsight_trace(
     Anchors index `prompt_ids + response_ids`. Raises `UserError` when the drafter does not fit.
 
     >>> import draft_opd as d
+    >>> from draft_opd.drafters import FAMILIES
     >>> target = d.Target.from_pretrained("embedded", device="cpu")
-    >>> drafter = d.drafters.FAMILIES["dflash"].create(target)
+    >>> drafter = FAMILIES["dflash"].create(target)
     >>> prompt = target.chat_ids([{"role": "user", "content": "Hi"}])
     >>> made = d.generate(target, drafter, prompt, max_new_tokens=8)
     >>> text = d.Trajectory(prompt_ids=made.prompt_ids, response_ids=made.token_ids)
