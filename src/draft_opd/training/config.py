@@ -111,9 +111,9 @@ class Opd(Section):
     max_anchors: int = Field(16, ge=1, description="anchors a trajectory and step, drawn evenly")
     trace: Literal["auto", "walk", "everywhere"] = Field(
         "auto",
-        description="hindsight round by round, or by drafting at every position first: faster "
-        "where τ and the batch are small, which auto goes by. The same rounds, but where a block "
-        "reaches beyond the context",
+        description="hindsight round by round, or by drafting at every position first; auto: the "
+        "faster one, by what both took once in the run. The same rounds, but where a block reaches "
+        "beyond the context",
     )
     trace_every: int = Field(1, ge=1, description="steps a hindsight trace is used for")
     objective: Objective = Field(Objective(), description="what is minimised")
