@@ -45,7 +45,7 @@ def make_step(target: Target):
             False,
             None,
         )
-        mask = target._mask(key[:, None] <= positions[:, :, None], positions, key)
+        mask = target.masks(key[:, None] <= positions[:, :, None], positions, key)
         out = target.decoder(
             input_ids=ids,
             position_ids=positions,

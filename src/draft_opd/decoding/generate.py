@@ -272,6 +272,11 @@ def speculate(
     if drafter and tree is not None:
         if draft_length is not None or pace:
             raise UserError("give a draft length or a tree, not both")
+        if target.states:
+            raise UserError(
+                f"target '{target.name}' has layers of kind {target.states}, whose states follow one "
+                "chain of tokens: it has no trees"
+            )
         if not drafter.has_trees:
             raise UserError(f"{drafter.family} drafts a block at once, so it has no trees")
         tree = check_widths(tree, drafter.draft_length)

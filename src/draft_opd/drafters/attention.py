@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from draft_opd.models.gqa_attention import FEW, grouped
+from draft_opd.utils.errors import UserError
 
 # Below this many queries the dense mask is small and flex_attention's overhead does not pay.
 FLEX_MINIMUM = 1024
@@ -23,6 +24,13 @@ class Rotary:
     the drafter is cast to, since rounded ones drift at far positions."""
 
     def __init__(self, config: PretrainedConfig):
+        """Raises `UserError` for a config that rotates a part of each head only."""
+        part = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor") or 1.0
+        if part != 1.0:
+            raise UserError(
+                f"the drafter's config.json rotates {part:g} of each head (partial_rotary_factor), which is "
+                "not supported. If draft-opd 0.1 trained it, it rotates whole heads: set 1.0"
+            )
         self._embedding = LlamaRotaryEmbedding(config=config)
 
     @property

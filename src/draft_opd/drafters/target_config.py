@@ -41,26 +41,55 @@ def older_rope_keys(config) -> dict:
     }
 
 
+# Of the target's rotary positions, those that a drafter has too: it rotates whole heads, text positions.
+KEPT_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+NOT_THE_DRAFTERS = ("partial_rotary_factor", "mrope_section", "mrope_interleaved", "type")
+NO_ROTARY_THETA = 1e6  # for drafters of targets without rotary positions
+
+
+def drafter_rope(config: Any) -> dict:
+    """Rotary parameters of a new drafter: the target's base (and scaling, where whole heads can have
+    it). Engines honour a partial factor that a drafter's config names, and training does not rotate
+    partly, so none is named."""
+    if not (getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)):
+        return {"rope_type": "default", "rope_theta": NO_ROTARY_THETA}
+    rope = {k: v for k, v in rope_parameters(config).items() if k not in NOT_THE_DRAFTERS}
+    if rope.get("rope_type", "default") in KEPT_ROPE_TYPES:
+        return rope
+    return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+
+
+def _of_layers(config: Any, name: str) -> Any:
+    """A number of a target's config, None where it has none or where its layers differ in it."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' configs of unequal layers
+        return None
+
+
 def config_for(target: Target, options: ShapeOptions) -> dict[str, Any]:
     """Keys of a transformers config for layers that fit `target`. Raises `UserError`."""
     o, t = options, target.config
     heads = o.num_attention_heads or t.num_attention_heads
-    kv_heads = o.num_key_value_heads or getattr(t, "num_key_value_heads", None) or heads
+    kv_heads = o.num_key_value_heads or _of_layers(t, "num_key_value_heads") or heads
     kv_heads = min(heads, kv_heads)
     if heads % kv_heads:
         raise UserError(
             f"model.options: {heads} attention heads are not a multiple of {kv_heads} key/value heads"
         )
+    width = o.head_dim or _of_layers(t, "head_dim") or t.hidden_size // heads
     return {
         "vocab_size": target.vocab_size,
         "hidden_size": target.hidden_size,
-        "intermediate_size": o.intermediate_size or t.intermediate_size,
+        "intermediate_size": o.intermediate_size
+        or _of_layers(t, "intermediate_size")
+        or 4 * target.hidden_size,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "head_dim": o.head_dim or getattr(t, "head_dim", None) or t.hidden_size // heads,
+        "head_dim": width + width % 2,  # rotary positions turn pairs
         "rms_norm_eps": getattr(t, "rms_norm_eps", 1e-6),
         "max_position_embeddings": target.max_positions,
-        "rope_parameters": dict(rope_parameters(t)),
+        "rope_parameters": drafter_rope(t),
         "tie_word_embeddings": False,
         "attention_bias": False,
     }
@@ -75,12 +104,24 @@ def initialise(module: nn.Module) -> None:
                 nn.init.zeros_(part.bias)
 
 
+FINAL_NORMS = ("norm", "final_layernorm", "norm_f", "embedding_norm")
+
+
 @torch.no_grad()
 def adopt_final_norm(norm: nn.Module, target: Target) -> None:
-    """The target's final norm is where a useful logit scale starts."""
-    weight = getattr(getattr(target.decoder, "norm", None), "weight", None)
-    if weight is not None and weight.shape == norm.weight.shape:
-        norm.weight.copy_(weight)
+    """The target's final norm is where a useful logit scale starts. Its scale is measured, since some
+    multiply by w and some by 1 + w."""
+    theirs = next((x for n in FINAL_NORMS if (x := getattr(target.decoder, n, None)) is not None), None)
+    weight = getattr(theirs, "weight", None)
+    if weight is None or weight.shape != norm.weight.shape:
+        return
+    # Of a vector whose numbers are all 1 and -1, in turn, a norm leaves its own scale (LayerNorm too).
+    x = torch.ones_like(weight)
+    x[1::2] = -1
+    scale = theirs(x[None])[0] * x
+    for exact in (weight, 1 + weight):
+        if torch.allclose(scale, exact, rtol=1e-2, atol=1e-3):
+            norm.weight.copy_(exact)
 
 
 def raise_mismatch(target: Target, what: str, ours: object, theirs: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ class _Scoring:
     teacher_hidden: Tensor | None
     teacher_weight: Tensor
     labels: Tensor | None
+    teacher_map: Callable[[Tensor], Tensor]
 
     def chunks(
         self, hidden: Tensor, weight: Tensor, gradient: bool
@@ -45,7 +46,8 @@ class _Scoring:
             draft = draft_logits_of(hidden[part].to(weight.dtype))
             target = labels = None
             if self.teacher_hidden is not None:
-                target = teacher_logits_of(self.teacher_hidden[part].to(self.teacher_weight.dtype))
+                states = self.teacher_hidden[part].to(self.teacher_weight.dtype)
+                target = self.teacher_map(teacher_logits_of(states))
             if self.labels is not None:
                 labels = self.labels[part]
             if fused is not None:
@@ -122,6 +124,7 @@ def chunked_score(
     *,
     teacher_hidden: Tensor | None = None,
     teacher_weight: Tensor | None = None,
+    teacher_map: Callable[[Tensor], Tensor] = lambda logits: logits,
     labels: Tensor | None = None,
     temperature: float = 1.0,
     draft_temperature: float = 1.0,
@@ -138,6 +141,7 @@ def chunked_score(
         teacher_hidden, teacher_weight: [tokens, Ht], [V, Ht]: the target's side, when the score
             compares distributions; its logits are divided by `temperature`. With a draft vocabulary
             `teacher_weight` is always needed, for V.
+        teacher_map: what the target does to its logits behind the head (`LogitMap`).
         labels: [tokens], when the score looks at one token.
         draft_temperature: divides the drafter's logits.
         vocabulary: [Vd] the target's ids of the draft vocabulary; other tokens have q = 0.
@@ -160,5 +164,6 @@ def chunked_score(
         states,
         teacher_weight.detach(),
         labels,
+        teacher_map,
     )
     return _ChunkedScore.apply(hidden, weight, scoring)

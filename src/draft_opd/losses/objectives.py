@@ -40,7 +40,8 @@ class ReplayedBlocks:
 
     hidden [N, K, H] with gradient; states [N, K, Ht], the target's (None when nothing asks for
     them); labels, drafted [N, K]; accepted [N]; valid [N, K]; weight [N]; heads [Vd, H], [V, Ht];
-    decay γ_sft. With a draft vocabulary [Vd] q is 0 outside of it, and draftable [N, K] says which
+    decay γ_sft; target_map: what the target does to its logits behind the head. With a draft
+    vocabulary [Vd] q is 0 outside of it, and draftable [N, K] says which
     labels are in it. `total` sums over the processes that share a batch. Losses and figures are
     this process's share; the shares of all processes add up to those of the whole batch.
     """
@@ -55,6 +56,7 @@ class ReplayedBlocks:
     head: Tensor
     target_head: Tensor
     decay: float
+    target_map: Callable[[Tensor], Tensor] = lambda logits: logits
     vocabulary: Tensor | None = None
     draftable: Tensor | None = None
     sees_drafts: bool = False
@@ -72,6 +74,7 @@ class ReplayedBlocks:
                 self.head,
                 teacher_hidden=self.states[where],
                 teacher_weight=self.target_head,
+                teacher_map=self.target_map,
                 labels=None if tokens is None else tokens[where],
                 temperature=self.supervision_temperature,
                 draft_temperature=self.draft_temperature,

@@ -7,23 +7,26 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel
 
 from draft_opd.models.cpu_linear import prepack
 from draft_opd.models.gqa_attention import use_grouped
 from draft_opd.models.hub import EMBEDDED
 from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.layer_walk import LayerWalk
-from draft_opd.models.target_info import TargetInfo, check_tokenizer, find_target
+from draft_opd.models.loading import load_model, told
+from draft_opd.models.logit_map import LogitMap, find_logit_map
+from draft_opd.models.masks import Masks, other_kinds
+from draft_opd.models.stateful import StatefulCache, chains
+from draft_opd.models.target_info import TargetInfo, find_target
 from draft_opd.utils.errors import UserError
-from draft_opd.utils.files import read_json
+
+BRANCHES = 16  # texts that targets with states run at once for branches
 
 
 @dataclass
@@ -65,11 +68,16 @@ class Target(TargetInfo):
         self.sharded, self.captured = False, captured
         self.workspaces: OrderedDict = OrderedDict()  # of decoding: storage and graphs, see `captured`
         self.walk: LayerWalk | None = None  # how layers run over a cache; None: the decoder's forward
-        self._takes_booleans = use_grouped(model)
+        self.masks = Masks(self.config, self.dtype, booleans=use_grouped(model))
         if prepacked:
             prepack(model)
-        self._check_supported()
-        self.walk = LayerWalk.matches(self.decoder, self.config, self._cached_forward)
+        self.logit_map = self._find_logit_map()
+        self.states = other_kinds(self.config)  # kinds of layers that are no attention over slots
+        self.one_by_one = False  # whether layers with states go on with one token at a time only
+        if self.states:
+            self.one_by_one = self._needs_single_tokens()
+        else:
+            self.walk = LayerWalk.matches(self.decoder, self.config, self._cached_forward)
 
     @classmethod
     def from_pretrained(
@@ -96,40 +104,29 @@ class Target(TargetInfo):
         elif isinstance(dtype, str) and dtype != "auto":
             dtype = getattr(torch, dtype)
         try:
-            AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-            options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
-            try:
-                with _no_progress_bar():
-                    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", **options)
-            except ValueError as error:
-                if "scaled_dot_product_attention" not in str(error):
-                    raise
-                # Attention sinks, as gpt-oss has: eager attention takes our masks as well.
-                with _no_progress_bar():
-                    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-            check_tokenizer(tokenizer)
+            model, tokenizer = load_model(path, dtype, trust_remote_code)
         except Exception as error:
-            raise UserError(f"target '{path_or_id}' cannot be loaded: {_told(error)}") from error
+            raise UserError(f"target '{path_or_id}' cannot be loaded: {told(error)}") from error
         return cls(model.to(device), tokenizer, str(path_or_id), prepacked, captured)  # type: ignore[arg-type]
 
-    def _check_supported(self) -> None:
-        """Refuses models whose logits are not `head(hidden)` (our losses rely on it) or whose
-        layers cannot be tapped."""
+    def _find_logit_map(self) -> LogitMap:
+        """Refuses models whose layers cannot be tapped, or whose logits are not a known map of
+        `head(hidden)`: our losses rely on it."""
+        weight = getattr(self.head, "weight", None)
         if not hasattr(self.decoder, "layers") or getattr(self.head, "bias", None) is not None:
             raise UserError(
                 f"target '{self.name}' ({type(self.model).__name__}) is not supported: its decoder "
                 "must have `layers`, and its LM head no bias"
             )
-        ids = torch.arange(3, device=self.device)[None]
-        with torch.inference_mode():
-            logits = self.model(input_ids=ids, use_cache=False).logits
-            ours = self.head(self.trajectories(ids).hidden)
-        if not torch.allclose(logits.float(), ours.float(), rtol=1e-2, atol=1e-2):
+        if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+            raise UserError(f"target '{self.name}': its LM head is quantised: losses multiply with it")
+        found = find_logit_map(self.model, self.head, self.config)
+        if found is None:
             raise UserError(
-                f"target '{self.name}' transforms its logits after the LM head "
-                "(soft-capping or scaling), which is not supported yet"
+                f"target '{self.name}' transforms its logits after the LM head in a way that its config "
+                "does not say (known: soft-capping and scaling)"
             )
+        return found
 
     @torch.inference_mode()
     def _cached_forward(self, walk: LayerWalk | None) -> Tensor:
@@ -149,7 +146,8 @@ class Target(TargetInfo):
         """Hash of the first 4 rows of every weight: different models may have the same name."""
         digest = hashlib.sha256()
         for weight in (self.head.weight, *self.decoder.parameters()):
-            digest.update(weight.detach()[:4].float().cpu().numpy().tobytes())
+            first = weight.detach() if weight.ndim == 0 else weight.detach()[:4]  # scales of FP8 have no axis
+            digest.update(first.float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @property
@@ -181,8 +179,8 @@ class Target(TargetInfo):
         return self.model.get_input_embeddings()(ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., V]."""
-        return self.head(hidden)
+        """[..., H] -> [..., V], as the model gives them: scaled and capped where it does that."""
+        return self.logit_map(self.head(hidden))
 
     def head_weight(self) -> Tensor:
         """LM head [V, H], in autocast's type where that is on: autocast itself would convert a
@@ -195,8 +193,37 @@ class Target(TargetInfo):
             self._narrow_head = weight.to(dtype)
         return self._narrow_head
 
-    def cache(self, capacity: int = 0) -> PositionCache:
-        return PositionCache(capacity)
+    def cache(self, capacity: int = 0) -> PositionCache | StatefulCache:
+        return StatefulCache() if self.states else PositionCache(capacity)
+
+    @torch.inference_mode()
+    def _needs_single_tokens(self) -> bool:
+        """Whether several tokens at once do not go on from a state. Refuses a target whose states do
+        not go on at all."""
+        ids = (torch.arange(12, device=self.device) * 7 % self.vocab_size)[None]
+        positions = torch.arange(12, device=self.device)[None]
+        whole = self.trajectories(ids).hidden[:, 8:]
+        for self.one_by_one in (False, True):
+            cache = self.cache()
+            self.extend(ids[:, :5], positions[:, :5], cache)
+            self.extend((ids[:, 5:9] + 1) % self.vocab_size, positions[:, 5:9], cache)  # a wrong draft
+            found = self.extend(ids[:, 5:], positions[:, 5:], cache).hidden[:, 3:]
+            if torch.allclose(found.float(), whole.float(), rtol=0, atol=0.05 * float(whole.abs().max())):
+                return self.one_by_one
+        raise UserError(
+            f"target '{self.name}' has layers of kind {self.states} whose state transformers does not go "
+            "on with: it cannot be decoded here"
+        )
+
+    def _run_row(self, layers: Sequence[int], ids: Tensor, positions: Tensor, cache: Any) -> tuple:
+        """Of one row over transformers' cache: (hidden, features), and the cache."""
+        at = positions.to(self.device)
+        with self._taps(layers) as found:
+            out = self.decoder(
+                input_ids=ids.to(self.device), position_ids=at, past_key_values=cache, use_cache=True
+            )
+        made = _output(out.last_hidden_state, found, layers)
+        return (made.hidden, made.features), out.past_key_values
 
     @contextmanager
     def _taps(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
@@ -215,35 +242,6 @@ class Target(TargetInfo):
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _mask(self, visible: Tensor, query: Tensor, key: Tensor) -> Tensor | dict[str, Tensor]:
-        """What attention takes, [batch, 1, queries, keys], for who sees whom [batch, queries,
-        keys]; per layer type if needed."""
-
-        def additive(allowed: Tensor) -> Tensor:
-            if self._takes_booleans:
-                return allowed[:, None]
-            zero = torch.zeros((), dtype=self.dtype, device=allowed.device)
-            return torch.where(allowed, zero, torch.finfo(self.dtype).min)[:, None]
-
-        window = getattr(self.config, "sliding_window", None)
-        if window and getattr(self.config, "use_sliding_window", True):
-            near = visible & (query[:, :, None] - key[:, None, :] < window)
-        else:
-            near = visible
-        layer_types = getattr(self.config, "layer_types", None)
-        if not layer_types:  # models that say nothing by layer slide everywhere or nowhere
-            return additive(near)
-        types = set(layer_types)
-        if types == {"full_attention"}:
-            return additive(visible)
-        masks = {"full_attention": additive(visible), "sliding_attention": additive(near)}
-        if types - set(masks):
-            raise UserError(
-                f"target '{self.name}' has layers of kind {sorted(types - set(masks))}; only full "
-                "and sliding attention are supported"
-            )
-        return masks
 
     def _forward(self, ids: Tensor, layers: Sequence[int], **kwargs: Any) -> TargetOutput:
         with self._taps(layers) as found:
@@ -292,9 +290,13 @@ class Target(TargetInfo):
         Used to prefill and to verify a block. Tokens see cached slots at or before their own
         position; their keys are written to the slots of their positions, over whatever was there.
         """
+        if isinstance(cache, StatefulCache):
+            return TargetOutput(
+                *cache.extend(partial(self._run_row, layers), ids, positions, self.one_by_one)
+            )
         cache.prepare(positions)
         key = torch.arange(cache.visible, device=ids.device)[None]
-        mask = self._mask(key[:, None, :] <= positions[:, :, None], positions, key)
+        mask = self.masks(key[:, None, :] <= positions[:, :, None], positions, key)
         if cache.static:  # blocks keep their length near the context's end; what lies beyond is not kept
             positions = positions.clamp_max(self.max_positions - 1)
         return self._over_cache(ids, positions, mask, cache, layers)
@@ -315,12 +317,30 @@ class Target(TargetInfo):
         token also sees the first `prefix` cached slots. The cache is not changed (`cache.keep`
         takes what should stay).
         """
+        if isinstance(cache, StatefulCache):
+            return self._run_branches(ids, own, prefix, cache)
         width = cache.reach(prefix - 1)
         cache.prepare(positions, branch=True, visible=width)
         slots = torch.arange(width, device=ids.device)[None]
         visible = torch.cat([slots[:, None, :] < prefix[:, :, None], own], -1)
         key = torch.cat([slots.expand(len(ids), -1), positions], -1)
-        return self._over_cache(ids, positions, self._mask(visible, positions, key), cache, layers)
+        return self._over_cache(ids, positions, self.masks(visible, positions, key), cache, layers)
+
+    def _run_branches(self, ids: Tensor, own: Tensor, prefix: Tensor, cache: StatefulCache) -> TargetOutput:
+        """`branches` of a target with states: every branch is run behind its text from the beginning."""
+        hidden = torch.zeros(*ids.shape, self.hidden_size, dtype=self.dtype, device=self.device)
+        todo = [(row, chain) for row in range(len(ids)) for chain in chains(own[row])]
+        for start in range(0, len(todo), BRANCHES):
+            part = todo[start : start + BRANCHES]
+            ends = [int(prefix[row, chain[0]]) for row, chain in part]
+            texts = [
+                [*cache.rows[row].ids[:end], *ids[row, chain].tolist()]
+                for (row, chain), end in zip(part, ends, strict=True)
+            ]
+            found = self.trajectories(pad_rows(texts, self.device)).hidden
+            for i, ((row, chain), end) in enumerate(zip(part, ends, strict=True)):
+                hidden[row, chain] = found[i, end : end + len(chain)]
+        return TargetOutput(hidden, None)
 
     def describe(self) -> dict:
         """What `inspect` prints."""
@@ -349,39 +369,3 @@ def pad_rows(rows: Sequence[Sequence[int]], device: torch.device, fill: int = 0)
 def _output(hidden: Tensor, found: dict[int, Tensor], layers: Sequence[int]) -> TargetOutput:
     features = torch.cat([found[i] for i in layers], -1) if layers else None
     return TargetOutput(hidden, features)
-
-
-@contextmanager
-def _no_progress_bar():
-    """One bar at a time, and that one is ours."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-def _told(error: Exception) -> str:
-    """What transformers says of a model that does not load, in a line that helps."""
-    text = str(error).strip() or repr(error)
-    if "trust_remote_code" in text:
-        return "it needs code that ships with it: read that, then pass --trust-remote-code"
-    if "ignore_mismatched_sizes" in text:
-        return "its weights have other shapes than its config.json asks for"
-    if "Unrecognized configuration class" in text:
-        return "its config.json is of no causal language model"
-    return (
-        f"{text.splitlines()[0][:200]}; give a model folder with config.json and safetensors, a "
-        f"hub id, or '{EMBEDDED}'"
-    )
-
-
-def is_target_folder(path: Path) -> bool:
-    """Whether a folder's config names a causal LM."""
-    try:
-        config = read_json(path / "config.json")
-        return any("CausalLM" in a for a in config.get("architectures") or [])
-    except (UserError, AttributeError):
-        return False

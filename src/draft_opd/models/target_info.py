@@ -38,6 +38,20 @@ def check_prompt(ids: Sequence[int], target: TargetInfo, name: str) -> None:
         )
 
 
+def longest_context(config: Any) -> int:
+    """Positions that a target is used with. LongRoPE has two sets of frequencies, and transformers
+    chooses by the longest row of a forward, so that a text would depend on what stands beside it: such
+    a target is used up to the length where the first set ends."""
+    longest = getattr(config, "max_position_embeddings", None) or 1 << 30
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) == "longrope":
+        original = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        longest = min(longest, original or longest)
+    return longest
+
+
 class TargetInfo:
     """A target without its weights: for what a server decodes, and for what is written to disk."""
 
@@ -49,7 +63,7 @@ class TargetInfo:
         self.num_layers: int = self.config.num_hidden_layers
         self.hidden_size: int = self.config.hidden_size
         self.architectures: list[str] = config.architectures or []
-        self.max_positions: int = getattr(self.config, "max_position_embeddings", None) or 1 << 30
+        self.max_positions: int = longest_context(self.config)
         self._generation = generation_config
         self.chosen_stop_ids: frozenset[int] | None = None  # instead of what the files say
 

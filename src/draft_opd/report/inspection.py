@@ -11,7 +11,8 @@ from draft_opd.data.trajectory import Trajectory, read_trajectories
 from draft_opd.drafters import Drafter
 from draft_opd.drafters.registry import family_of
 from draft_opd.models.hub import EMBEDDED, find_folder, read_config, resolve_path
-from draft_opd.models.target import Target, is_target_folder
+from draft_opd.models.loading import is_target_folder
+from draft_opd.models.target import Target
 from draft_opd.training.run_folder import is_run, read_history
 from draft_opd.utils.console import facts
 from draft_opd.utils.errors import UserError

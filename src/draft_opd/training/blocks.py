@@ -116,6 +116,7 @@ def replay(
         weight=blocks.weight.flatten(),
         head=drafter.head_weight(target),
         target_head=target.head_weight(),
+        target_map=target.logit_map,
         decay=drafter.position_decay(blocks.valid.shape[2]),
         vocabulary=drafter.vocabulary,
         sees_drafts=drafter.sees_drafts,
