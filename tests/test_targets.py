@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
-from tiny_targets import KINDS, tiny_target
+from tiny_targets import BASE, GATED, KINDS, tiny_target
 
 import draft_opd as d
 from draft_opd.data.trajectory import Trajectory, check_trajectories
@@ -14,6 +15,7 @@ from draft_opd.drafters.target_config import adopt_final_norm
 from draft_opd.hindsight.trace import hindsight_traces
 from draft_opd.losses.config import Objective
 from draft_opd.models import stateful
+from draft_opd.models.loading import is_target_folder
 from draft_opd.models.logit_map import LogitMap
 from draft_opd.models.stateful import snapshot
 from draft_opd.training.batches import BatchSource
@@ -121,7 +123,9 @@ def test_a_drafter_is_served_as_it_was_trained(tiny, drafter, tmp_path):
     again = d.Drafter.from_pretrained(str(tmp_path / "d"), device="cpu")
     for name, value in load_file(tmp_path / "d" / "model.safetensors").items():
         assert torch.equal(again.state_dict()[name].to(value.dtype), value)
-    assert float(drafter.norm.weight.detach().abs().min()) > 0.1  # a useful scale, also where targets hold it minus 1
+    assert (
+        float(drafter.norm.weight.detach().abs().min()) > 0.1
+    )  # a useful scale, also where targets hold it minus 1
 
 
 # -- logits behind the head ---------------------------------------------------------------------
@@ -205,6 +209,52 @@ def test_trees_are_refused_before_anything_runs():
 
 
 # -- others -----------------------------------------------------------------------------------------
+
+
+VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+}
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "text", "vision"),
+    [
+        ("Qwen3_5Config", "Qwen3_5ForConditionalGeneration", GATED, {}),
+        (
+            "Qwen3VLConfig",
+            "Qwen3VLForConditionalGeneration",
+            {"head_dim": 8},
+            {"deepstack_visual_indexes": [0]},
+        ),
+    ],
+)
+def test_a_checkpoint_with_a_vision_tower_is_a_text_target(tmp_path, target, config, model, text, vision):
+    """With a causal LM class of its own, and without."""
+    torch.manual_seed(0)
+    parts = {"text_config": {**BASE, **text, "rope_parameters": ROPE}, "vision_config": {**VISION, **vision}}
+    ids = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+    whole = getattr(transformers, model)(getattr(transformers, config)(**parts, **ids)).eval()
+    whole.save_pretrained(tmp_path)
+    target.tokenizer.save_pretrained(tmp_path)
+    found = d.Target.from_pretrained(str(tmp_path), device="cpu")
+    text = torch.arange(5, 12)[None]
+    with torch.no_grad():
+        wanted = whole(input_ids=text).logits
+    torch.testing.assert_close(found.logits(found.trajectories(text).hidden), wanted, rtol=1e-3, atol=1e-4)
+    assert not any("visual" in name for name, _ in found.model.named_parameters())
+    assert is_target_folder(tmp_path)
+    made = d.speculate(found, None, [[3, 4, 5]], max_new_tokens=5, stop_ids=[])
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    expected = whole.generate(torch.tensor([[3, 4, 5]]), attention_mask=torch.ones(1, 3), **options)
+    assert made[0].token_ids == expected[0, 3:].tolist()
 
 
 def test_longrope_stays_where_a_text_does_not_depend_on_others():

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from draft_opd.models.target import Target
+from draft_opd.models.target_info import config_number
 from draft_opd.utils.errors import UserError
 
 
@@ -59,30 +60,22 @@ def drafter_rope(config: Any) -> dict:
     return {"rope_type": "default", "rope_theta": rope["rope_theta"]}
 
 
-def _of_layers(config: Any, name: str) -> Any:
-    """A number of a target's config, None where it has none or where its layers differ in it."""
-    try:
-        return getattr(config, name, None)
-    except RuntimeError:  # transformers' configs of unequal layers
-        return None
-
-
 def config_for(target: Target, options: ShapeOptions) -> dict[str, Any]:
     """Keys of a transformers config for layers that fit `target`. Raises `UserError`."""
     o, t = options, target.config
     heads = o.num_attention_heads or t.num_attention_heads
-    kv_heads = o.num_key_value_heads or _of_layers(t, "num_key_value_heads") or heads
+    kv_heads = o.num_key_value_heads or config_number(t, "num_key_value_heads") or heads
     kv_heads = min(heads, kv_heads)
     if heads % kv_heads:
         raise UserError(
             f"model.options: {heads} attention heads are not a multiple of {kv_heads} key/value heads"
         )
-    width = o.head_dim or _of_layers(t, "head_dim") or t.hidden_size // heads
+    width = o.head_dim or config_number(t, "head_dim") or t.hidden_size // heads
     return {
         "vocab_size": target.vocab_size,
         "hidden_size": target.hidden_size,
         "intermediate_size": o.intermediate_size
-        or _of_layers(t, "intermediate_size")
+        or config_number(t, "intermediate_size")
         or 4 * target.hidden_size,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,

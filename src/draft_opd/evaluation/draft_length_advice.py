@@ -25,6 +25,7 @@ from draft_opd.evaluation.measure import rotated
 from draft_opd.evaluation.result import Advice, LengthCost, OtherHardware, RoundParts
 from draft_opd.hindsight.trace import traces_by_length
 from draft_opd.models.target import Target
+from draft_opd.models.target_info import config_number
 from draft_opd.utils.errors import UserError
 
 STEPS, REPEATS = 32, 5  # tokens of a timing, the same for every side; timings
@@ -220,8 +221,10 @@ def weights_read(module: nn.Module, head: Tensor) -> int:
 
 
 def cached_numbers(target: Target) -> int:
-    """Keys and values of one token."""
+    """Keys and values of one token, in the layers that attend; states of other layers do not grow."""
     c = target.config
-    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return 2 * target.num_layers * heads * width
+    heads = config_number(c, "num_key_value_heads") or c.num_attention_heads
+    width = config_number(c, "head_dim") or c.hidden_size // c.num_attention_heads
+    kinds = getattr(c, "layer_types", None) or ["full_attention"] * target.num_layers
+    attending = sum(kind not in ("linear_attention", "conv", "mlp", "moe") for kind in kinds)
+    return 2 * attending * heads * width

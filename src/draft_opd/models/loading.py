@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -14,6 +15,8 @@ from draft_opd.models.hub import EMBEDDED
 from draft_opd.models.target_info import check_tokenizer
 from draft_opd.utils.errors import UserError
 from draft_opd.utils.files import read_json
+
+TOWERS = ("visual", "vision_tower", "vision_model", "audio_tower", "multi_modal_projector", "embed_vision")
 
 
 def load_model(path: str, dtype: torch.dtype | str | None, trust_remote_code: bool) -> tuple[Any, Any]:
@@ -29,9 +32,18 @@ def load_model(path: str, dtype: torch.dtype | str | None, trust_remote_code: bo
             if "Unrecognized configuration class" not in str(error) or config.get_text_config() is config:
                 raise
             model = _with_attention(AutoModelForImageTextToText, path, options)
+    _drop_towers(model)
     tokenizer = AutoTokenizer.from_pretrained(path, **trust)
     check_tokenizer(tokenizer)
     return model, tokenizer
+
+
+def _drop_towers(model: nn.Module) -> None:
+    """Frees what only images and sounds need."""
+    for part in (model, getattr(model, "model", None)):
+        for name in TOWERS:
+            if isinstance(part, nn.Module) and name in part._modules:
+                setattr(part, name, nn.Identity())
 
 
 def _with_attention(kind: Any, path: str, options: dict) -> Any:

@@ -107,7 +107,7 @@ class Target(TargetInfo):
             model, tokenizer = load_model(path, dtype, trust_remote_code)
         except Exception as error:
             raise UserError(f"target '{path_or_id}' cannot be loaded: {told(error)}") from error
-        return cls(model.to(device), tokenizer, str(path_or_id), prepacked, captured)  # type: ignore[arg-type]
+        return cls(model.to(device), tokenizer, str(path_or_id), prepacked, captured)
 
     def _find_logit_map(self) -> LogitMap:
         """Refuses models whose layers cannot be tapped, or whose logits are not a known map of
@@ -193,7 +193,8 @@ class Target(TargetInfo):
             self._narrow_head = weight.to(dtype)
         return self._narrow_head
 
-    def cache(self, capacity: int = 0) -> PositionCache | StatefulCache:
+    def cache(self, capacity: int = 0) -> Any:
+        """A `PositionCache`, or a `StatefulCache` where layers keep states."""
         return StatefulCache() if self.states else PositionCache(capacity)
 
     @torch.inference_mode()
@@ -253,7 +254,7 @@ class Target(TargetInfo):
         ids: Tensor,
         positions: Tensor,
         mask: Tensor | dict[str, Tensor],
-        cache: PositionCache,
+        cache: PositionCache | StatefulCache,
         layers: Sequence[int],
     ) -> TargetOutput:
         if self.walk is not None and not self.sharded:
@@ -283,7 +284,11 @@ class Target(TargetInfo):
 
     @torch.no_grad()
     def extend(
-        self, ids: Tensor, positions: Tensor, cache: PositionCache, layers: Sequence[int] = ()
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        cache: PositionCache | StatefulCache,
+        layers: Sequence[int] = (),
     ) -> TargetOutput:
         """Runs tokens [batch, m] at absolute `positions` [batch, m] against the cache.
 
@@ -308,7 +313,7 @@ class Target(TargetInfo):
         positions: Tensor,
         own: Tensor,
         prefix: Tensor,
-        cache: PositionCache,
+        cache: PositionCache | StatefulCache,
         layers: Sequence[int] = (),
     ) -> TargetOutput:
         """Runs many continuations of cached texts in one forward.
@@ -357,6 +362,21 @@ class Target(TargetInfo):
             "thinking_switch": self.chat.thinking_switch if self.tokenizer is not None else None,
             "template_variables": sorted(self.chat.variables) if self.tokenizer is not None else [],
             "decoding": "layers walked" if self.walk else "by the model's own forward",
+            **self.abilities(),
+        }
+
+    def abilities(self) -> dict[str, str]:
+        """What can be done with this target, and how."""
+        if not self.states:
+            return dict.fromkeys(("sft", "opd", "branches", "speculative_decoding", "trees"), "yes")
+        step = "one token at a time" if self.one_by_one else "a block at a time"
+        return {
+            "layers_with_states": ", ".join(self.states),
+            "sft": "yes",
+            "opd": "yes",
+            "branches": "yes, each from the beginning of its text (slow: objectives on the text need none)",
+            "speculative_decoding": f"yes, every row by itself, {step}",
+            "trees": "no: states follow one chain of tokens",
         }
 
 

@@ -38,6 +38,14 @@ def check_prompt(ids: Sequence[int], target: TargetInfo, name: str) -> None:
         )
 
 
+def config_number(config: Any, name: str) -> Any:
+    """A number of a transformers config; None where it has none, or where its layers differ in it."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # configs of unequal layers raise it
+        return None
+
+
 def longest_context(config: Any) -> int:
     """Positions that a target is used with. LongRoPE has two sets of frequencies, and transformers
     chooses by the longest row of a forward, so that a text would depend on what stands beside it: such

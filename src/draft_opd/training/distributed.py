@@ -28,6 +28,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from draft_opd.models.cpu_linear import unpack
+from draft_opd.models.target_info import config_number
 from draft_opd.training.config import Parallel
 from draft_opd.utils.errors import Failure, UserError
 
@@ -158,8 +159,8 @@ class ParallelContext:
         unknown = sorted({plan[name] for name, kind in kinds.items() if kind is None})
         count, problem = self.options.tensor, None
         for what in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-            size = getattr(config, what, count)
-            if size % count:
+            size = config_number(config, what)
+            if size and size % count:
                 problem = f"its {what} is {size}"
         if unknown:
             problem = f"its plan has {', '.join(unknown)}"
