@@ -296,9 +296,10 @@ class Target(TargetInfo):
         position; their keys are written to the slots of their positions, over whatever was there.
         """
         if isinstance(cache, StatefulCache):
-            return TargetOutput(
-                *cache.extend(partial(self._run_row, layers), ids, positions, self.one_by_one)
-            )
+            run = partial(self._run_row, layers)
+            hidden, features = cache.extend(run, ids, positions, self.one_by_one)
+            assert hidden is not None
+            return TargetOutput(hidden, features)
         cache.prepare(positions)
         key = torch.arange(cache.visible, device=ids.device)[None]
         mask = self.masks(key[:, None, :] <= positions[:, :, None], positions, key)
