@@ -2,9 +2,9 @@
 
     python benchmarks/hybrid.py --texts runs/demo/data/train --out runs/hybrid
 
-A small Qwen3.5 (three GatedDeltaNet layers to one of attention) learns the shipped target's text. Then it is
-a target like any other: it answers prompts, a DFlash drafter learns its answers (SFT), and goes on with SFT and
-with Draft-OPD (D-PACE). Held-out τ of all, and whether decoding gives the target's own text.
+A small Qwen3.5 (three GatedDeltaNet layers to one of attention) learns the shipped target's text. Then it
+is a target like any other: it answers prompts, a DFlash drafter learns its answers (SFT), and goes on with
+SFT and with Draft-OPD (D-PACE). Held-out τ of all, and whether decoding gives the target's own text.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def make_target(texts: str, out: Path, steps: int, shape: dict) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     rng = random.Random(0)
     for step in range(steps):
-        batch = rng.sample(rows, 16)
+        batch = rng.sample(rows, 8)
         ids = pad_rows([t.ids for t in batch], torch.device("cpu"))
         labels = pad_rows([t.ids for t in batch], torch.device("cpu"), -100)
         loss = model(input_ids=ids, labels=labels).loss
@@ -51,7 +51,7 @@ def make_target(texts: str, out: Path, steps: int, shape: dict) -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 50 == 0:
+        if step % 100 == 0:
             print(f"target: step {step}, loss {loss.item():.3f}", flush=True)
     model.generation_config.eos_token_id = sorted(teacher.stop_ids)
     model.save_pretrained(out)
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/hybrid"))
-    parser.add_argument("--target-steps", type=int, default=600)
+    parser.add_argument("--target-steps", type=int, default=1200)
     parser.add_argument("--train", type=int, default=160, help="prompts")
     parser.add_argument("--heldout", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=160)
@@ -72,16 +72,16 @@ def main() -> None:
     parser.add_argument("--name", default="hybrid")
     args = parser.parse_args()
     shape = {
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 8,
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 32,
+        "head_dim": 24,
         "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 24,
+        "linear_value_head_dim": 24,
         "max_position_embeddings": 1024,
     }
     place = args.out / "target"

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_targets import BASE, GATED, KINDS, tiny_target
+from tiny_targets import BASE, GATED, KINDS, PAGE, table, tiny_target
 
 import draft_opd as d
 from draft_opd.data.trajectory import Trajectory, check_trajectories
@@ -126,6 +126,10 @@ def test_a_drafter_is_served_as_it_was_trained(tiny, drafter, tmp_path):
     assert (
         float(drafter.norm.weight.detach().abs().min()) > 0.1
     )  # a useful scale, also where targets hold it minus 1
+
+
+def test_the_page_says_what_works():
+    assert table() in PAGE.read_text(), "python tests/tiny_targets.py writes it"
 
 
 # -- logits behind the head ---------------------------------------------------------------------

@@ -4,6 +4,7 @@ Every matrix is drawn with a deviation of 0.15: with the usual 0.02 many mistake
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import transformers as tf
@@ -53,6 +54,39 @@ KINDS: dict[str, tuple[str, str, dict]] = {
             "num_global_key_value_heads": 1,
         },
     ),
+    "gemma4, shared keys": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            "num_hidden_layers": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 4,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "sliding_window": 8,
+            "final_logit_softcapping": 0.05,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 96,
+            "num_kv_shared_layers": 4,
+        },
+    ),
+    "gemma4, experts": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            "num_hidden_layers": 6,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "sliding_window": 8,
+            "final_logit_softcapping": 0.05,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 16,
+        },
+    ),
     "granite, scaled": ("GraniteConfig", "GraniteForCausalLM", {"logits_scaling": 8.0, "pad_token_id": 0}),
     "cohere2, scaled": (
         "Cohere2Config",
@@ -60,6 +94,32 @@ KINDS: dict[str, tuple[str, str, dict]] = {
         {"sliding_window": 8, "logit_scale": 0.25, **IDS},
     ),
     "glm4": ("Glm4Config", "Glm4ForCausalLM", {"head_dim": 8, "pad_token_id": 0, "eos_token_id": [2]}),
+    "glm4, experts": (
+        "Glm4MoeConfig",
+        "Glm4MoeForCausalLM",
+        {
+            "head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+    "qwen3, experts": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {"head_dim": 8, **EXPERTS}),
+    "gpt-oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {
+            "head_dim": 8,
+            "sliding_window": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "attn_implementation": "eager",
+        },
+    ),
     "nemotron": ("NemotronConfig", "NemotronForCausalLM", {"head_dim": 8, **IDS}),
     "phi3, longrope": (
         "Phi3Config",
@@ -142,6 +202,35 @@ KINDS: dict[str, tuple[str, str, dict]] = {
             "mamba_chunk_size": 16,
         },
     ),
+    "bamba": (
+        "BambaConfig",
+        "BambaForCausalLM",
+        {
+            "attn_layer_indices": [2],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 16,
+        },
+    ),
+    "granite, experts and states": (
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        {
+            "layer_types": ["mamba", "mamba", "attention", "mamba"],
+            "logits_scaling": 8.0,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 48,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 16,
+        },
+    ),
+    "olmo-hybrid": ("OlmoHybridConfig", "OlmoHybridForCausalLM", {**GATED, **IDS}),
     "lfm2": (
         "Lfm2Config",
         "Lfm2ForCausalLM",
@@ -175,3 +264,35 @@ def tiny_target(kind: str, seed: int = 0) -> Target:
             if weight.ndim > 1:
                 weight.normal_(0, 0.15)
     return Target(model, None, kind)
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "targets.md"
+HEAD = (
+    "| kind | class in transformers | layers with states | logits | decoding | trees |\n"
+    "|---|---|---|---|---|---|\n"
+)
+
+
+def table() -> str:
+    """What works for which kind, as docs/targets.md shows it; `python tests/tiny_targets.py` writes it."""
+    rows = []
+    for kind, (_, model, _) in KINDS.items():
+        target = tiny_target(kind)
+        can, logits = target.abilities(), target.logit_map
+        shown = "plain"
+        if logits.cap:
+            shown = "soft-capped"
+        elif logits.scale != 1:
+            shown = "scaled"
+        states = ", ".join(f"`{x}`" for x in target.states) or "–"
+        decoding = "batches" if not target.states else can["speculative_decoding"].removeprefix("yes, ")
+        rows.append(
+            f"| {kind} | `{model}` | {states} | {shown} | {decoding} | {can['trees'].split(':')[0]} |\n"
+        )
+    return HEAD + "".join(rows)
+
+
+if __name__ == "__main__":
+    text = PAGE.read_text()
+    start, end = text.index("| kind |"), text.index("\n\n", text.index("| kind |"))
+    PAGE.write_text(text[:start] + table().rstrip() + text[end:])
