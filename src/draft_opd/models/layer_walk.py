@@ -67,7 +67,7 @@ class LayerWalk:
         try:
             walk = cls(decoder, config)
             same = torch.equal(forward(walk), forward(None))
-        except (AttributeError, TypeError, KeyError, ValueError, RuntimeError):
+        except (AttributeError, TypeError, LookupError, ValueError, RuntimeError):
             return None
         return walk if same else None
 
