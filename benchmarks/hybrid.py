@@ -23,7 +23,8 @@ from draft_opd.data.prompts import read_prompts
 from draft_opd.data.trajectory import read_trajectories
 from draft_opd.decoding.generate import speculate
 from draft_opd.drafters import Drafter
-from draft_opd.models.target import Target, pad_rows
+from draft_opd.models.rows import pad_rows
+from draft_opd.models.target import Target
 from draft_opd.training.config import parse_recipe
 from draft_opd.training.trainer import Run
 

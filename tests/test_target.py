@@ -14,7 +14,7 @@ from transformers import (
 )
 
 import draft_opd as d
-from draft_opd.hindsight.trace import hindsight_traces, pad_rows
+from draft_opd.hindsight.trace import hindsight_traces
 from draft_opd.models.gqa_attention import NAME, grouped
 from draft_opd.models.hub import resolve_path
 from draft_opd.training.batches import BatchSource

@@ -169,6 +169,28 @@ def test_a_map_that_the_config_does_not_name_is_refused():
         d.Target(target.model, None, "odd")
 
 
+def test_a_scaled_embedding_is_part_of_what_was_trained(tmp_path):
+    """Gemma's: the drafter's config says it, and an engine that leaves it out is a known fault."""
+    target = tiny_target("gemma3")
+    drafter = FAMILIES["dflash"].create(target, **OPTIONS["dflash"])
+    drafter.save_pretrained(tmp_path / "d")
+    options = json.loads((tmp_path / "d" / "config.json").read_text())["dflash_config"]
+    assert options["input_embedding_scale"] == pytest.approx(32**0.5, rel=1e-3)
+    made = d.speculate(target, drafter, PROMPTS[:1], max_new_tokens=8, stop_ids=[])[0]
+    again = d.Drafter.from_pretrained(str(tmp_path / "d"), device="cpu")
+    same = d.speculate(target, again, PROMPTS[:1], max_new_tokens=8, stop_ids=[])[0]
+    assert same.rounds == made.rounds
+    (change,) = (c for name, c in drafter.known_faults(4).items() if "not scaled" in name)
+    faulty = drafter.with_fault(change)
+    faulty.bind(target)
+    context = faulty.build_cache(target, torch.tensor([[3, 4]]), torch.randn(1, 2, faulty.fc.in_features))
+    at, ids = torch.tensor([[2]]), torch.tensor([[5]])
+    labels = torch.zeros(1, 1, 5, dtype=torch.long)
+    one, other = (x.replay(target, context, at, ids, labels) for x in (drafter, faulty))
+    assert not torch.allclose(one, other, atol=1e-3)
+    assert tiny_target("llama").embedding_scale == 1
+
+
 # -- states ---------------------------------------------------------------------------------------
 
 

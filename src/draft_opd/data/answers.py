@@ -18,7 +18,8 @@ from draft_opd.data.prompts import Prompt, conversations_in
 from draft_opd.data.row_files import read_rows
 from draft_opd.data.skipped import Skipped
 from draft_opd.data.trajectory import Trajectory, read_trajectories
-from draft_opd.models.target import Target, pad_rows
+from draft_opd.models.rows import pad_rows
+from draft_opd.models.target import Target
 from draft_opd.models.target_info import TargetInfo
 from draft_opd.utils.errors import RowProblem, UserError
 

@@ -36,6 +36,8 @@ from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.target import Target
 from draft_opd.utils.errors import UserError
 
+# In dflash_config, as published DFlash2 drafters have it.
+EMBEDDING_SCALE = "input_embedding_scale"
 # A layer's keys and values of a block -> those that the block sees, its own among them.
 Join = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -106,6 +108,8 @@ class DFlashDrafter(Drafter):
             raise UserError(f"the block size is {self.block_size}: it must be 2 or more")
         self.draft_length = self.block_size - 1
         self.mask_token_id: int = options["mask_token_id"]
+        # What the target's embedding table is multiplied with; None: whatever the target does.
+        self.embedding_scale: float | None = options.get(EMBEDDING_SCALE)
         layers = options.get("target_layer_ids") or default_target_layers(
             config.num_target_layers, config.num_hidden_layers
         )
@@ -146,6 +150,8 @@ class DFlashDrafter(Drafter):
         config.num_target_layers = target.num_layers
         mask = o.mask_token_id if o.mask_token_id is not None else find_mask_token(target)
         config.dflash_config = {"mask_token_id": mask, "target_layer_ids": list(layers)}
+        if target.embedding_scale != 1:
+            config.dflash_config[EMBEDDING_SCALE] = target.embedding_scale
         drafter = cls(config)
         drafter.bind(target)
         adopt_final_norm(drafter.norm, target)
@@ -162,10 +168,18 @@ class DFlashDrafter(Drafter):
             options = config["dflash_config"]
             options["target_layer_ids"] = [i + by for i in options["target_layer_ids"]]
 
+        def unscaled(config, _):
+            config["dflash_config"][EMBEDDING_SCALE] = 1.0
+
+        scaled = {}
+        if self.embedding_scale not in (None, 1.0):
+            name = f"the target's embeddings are not scaled, trained was with {self.embedding_scale:.4g}"
+            scaled = {f"{name} (vLLM before its #41703, for Gemma)": unscaled}
         other = not self.causal
         causal = "attention inside the block is " + ("causal" if other else "not causal")
         return {
             causal: lambda config, _: config.update(is_causal=other),
+            **scaled,
             **self.common_faults(num_layers, shift),
         }
 
@@ -227,6 +241,8 @@ class DFlashDrafter(Drafter):
         offsets = torch.arange(size, device=ids.device)
         positions = (anchors[:, :, None] + offsets).flatten(1)  # [batch, A * size]
         x = target.embed(tokens.flatten(1)).to(self.fc.weight.dtype)
+        if self.embedding_scale is not None and self.embedding_scale != target.embedding_scale:
+            x = x * (self.embedding_scale / target.embedding_scale)
         in_place = count == 1 and context.bound is not None
         if in_place:  # decoding: the block uses the slots of its positions; `extend_cache` overwrites them
             context.prepare(positions)

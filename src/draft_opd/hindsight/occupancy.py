@@ -17,6 +17,7 @@ from torch import Tensor
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.verification import acceptance_probability
 from draft_opd.drafters.base import Drafter
+from draft_opd.models.rows import pad_rows
 from draft_opd.models.target import Target
 from draft_opd.utils.machine import logits_at_once
 
@@ -99,8 +100,6 @@ def expected_rounds(
     Their ratio is the expected τ, without decoding: exact at temperature 0 and for the argmax
     drafter, else the mean over all traces that the stored text may have had.
     """
-    from draft_opd.hindsight.trace import pad_rows
-
     sampling = sampling or Sampling()
     drafter.bind(target)
     num_draft_tokens = drafter.checked_length(draft_length)

@@ -23,7 +23,8 @@ from draft_opd.decoding.verification import (
     matching_prefix,
 )
 from draft_opd.drafters.base import Drafter
-from draft_opd.models.target import Target, pad_rows
+from draft_opd.models.rows import pad_rows
+from draft_opd.models.target import Target
 
 
 def draft_given_text(text: Tensor, draft_probs: Tensor, target_probs: Tensor) -> Tensor:

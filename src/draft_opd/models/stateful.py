@@ -8,7 +8,7 @@ front of the next block: one forward a round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -118,6 +118,17 @@ def _copied(value: Any, name: str = "") -> Any:
         twin.__dict__.update({k: _copied(v, k) for k, v in vars(value).items()})
         return twin
     return value
+
+
+def branch_texts(
+    ids: Tensor, own: Tensor, prefix: Tensor, cache: StatefulCache
+) -> Iterator[tuple[tuple[int, list[int]], list[int], int]]:
+    """Texts whose last tokens are the branches of `Target.branches`: where these stand in `ids`
+    (row, columns), the whole text, and where the branch begins in it."""
+    for row in range(len(ids)):
+        for chain in chains(own[row]):
+            end = int(prefix[row, chain[0]])
+            yield (row, chain), [*cache.rows[row].ids[:end], *ids[row, chain].tolist()], end
 
 
 def chains(own: Tensor) -> list[list[int]]:

@@ -22,11 +22,9 @@ from draft_opd.models.layer_walk import LayerWalk
 from draft_opd.models.loading import load_model, told
 from draft_opd.models.logit_map import LogitMap, find_logit_map
 from draft_opd.models.masks import Masks, other_kinds
-from draft_opd.models.stateful import StatefulCache, chains
+from draft_opd.models.stateful import StatefulCache, branch_texts
 from draft_opd.models.target_info import TargetInfo, find_target
 from draft_opd.utils.errors import UserError
-
-BRANCHES = 16  # texts that targets with states run at once for branches
 
 
 @dataclass
@@ -177,6 +175,15 @@ class Target(TargetInfo):
     def embed(self, ids: Tensor) -> Tensor:
         """[...] token ids -> [..., H] input embeddings."""
         return self.model.get_input_embeddings()(ids)
+
+    @cached_property
+    def embedding_scale(self) -> float:
+        """What `embed` multiplies its table with: √H in Gemma, else 1."""
+        table = self.model.get_input_embeddings()
+        ids = torch.arange(3, self.vocab_size, max(1, self.vocab_size // 64), device=self.device)
+        with torch.inference_mode():
+            scale = float(table(ids).float().norm() / table.weight[ids].float().norm().clamp_min(1e-12))
+        return 1.0 if abs(scale - 1) < 1e-2 or not scale else scale
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V], as the model gives them: scaled and capped where it does that."""
@@ -335,17 +342,9 @@ class Target(TargetInfo):
     def _run_branches(self, ids: Tensor, own: Tensor, prefix: Tensor, cache: StatefulCache) -> TargetOutput:
         """`branches` of a target with states: every branch is run behind its text from the beginning."""
         hidden = torch.zeros(*ids.shape, self.hidden_size, dtype=self.dtype, device=self.device)
-        todo = [(row, chain) for row in range(len(ids)) for chain in chains(own[row])]
-        for start in range(0, len(todo), BRANCHES):
-            part = todo[start : start + BRANCHES]
-            ends = [int(prefix[row, chain[0]]) for row, chain in part]
-            texts = [
-                [*cache.rows[row].ids[:end], *ids[row, chain].tolist()]
-                for (row, chain), end in zip(part, ends, strict=True)
-            ]
-            found = self.trajectories(pad_rows(texts, self.device)).hidden
-            for i, ((row, chain), end) in enumerate(zip(part, ends, strict=True)):
-                hidden[row, chain] = found[i, end : end + len(chain)]
+        for place, text, end in branch_texts(ids, own, prefix, cache):
+            rows = torch.tensor([text], device=self.device)
+            hidden[place] = self.trajectories(rows).hidden[0, end:]
         return TargetOutput(hidden, None)
 
     def describe(self) -> dict:
@@ -379,12 +378,6 @@ class Target(TargetInfo):
             "speculative_decoding": f"yes, every row by itself, {step}",
             "trees": "no: states follow one chain of tokens",
         }
-
-
-def pad_rows(rows: Sequence[Sequence[int]], device: torch.device, fill: int = 0) -> Tensor:
-    """Right-pads lists of ids to a tensor [rows, longest]."""
-    width = max(map(len, rows))
-    return torch.tensor([[*r, *[fill] * (width - len(r))] for r in rows], device=device)
 
 
 def _output(hidden: Tensor, found: dict[int, Tensor], layers: Sequence[int]) -> TargetOutput:

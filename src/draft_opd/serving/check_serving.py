@@ -21,7 +21,8 @@ from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.verification import verify_greedy
 from draft_opd.drafters import Drafter
 from draft_opd.evaluation.regret import regret
-from draft_opd.hindsight.trace import hindsight_traces, pad_rows
+from draft_opd.hindsight.trace import hindsight_traces
+from draft_opd.models.rows import pad_rows
 from draft_opd.models.target import Target
 from draft_opd.serving.vllm_process import Acceptance, read_metrics
 from draft_opd.utils.errors import UserError, one_line

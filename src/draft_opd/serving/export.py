@@ -7,6 +7,7 @@ the type of the weights, and its README.md says what the drafter is and how to s
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from draft_opd.models.target_info import TargetInfo
 from draft_opd.serving.engines import ENGINES, serve_command
 from draft_opd.serving.model_card import model_card
 from draft_opd.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def export(
@@ -42,6 +45,13 @@ def export(
     if format not in helper.formats:
         raise UserError(
             f"--format {format}: this {helper.family} drafter has {', '.join(helper.formats)} only"
+        )
+    scale = getattr(helper, "embedding_scale", None)
+    if scale not in (None, 1.0):
+        log.warning(
+            "this drafter was trained on embeddings multiplied by %.4g, as its target does. An engine that "
+            "shares the table without that accepts less: run check-serving, which names it",
+            scale,
         )
     path = resolve_path(target)
     serve = serve_command(helper, path, out, "vllm" if format == "speculators" else format)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from draft_opd.data.trajectory import Trajectory
-from draft_opd.hindsight.trace import pad_rows
 from draft_opd.models.kv_cache import PositionCache
+from draft_opd.models.rows import pad_rows
 from draft_opd.models.target import Target
 from draft_opd.training.config import Data
 from draft_opd.training.distributed import ParallelContext
