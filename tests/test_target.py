@@ -17,6 +17,7 @@ import draft_opd as d
 from draft_opd.hindsight.trace import hindsight_traces
 from draft_opd.models.gqa_attention import NAME, grouped
 from draft_opd.models.hub import resolve_path
+from draft_opd.models.rows import pad_rows
 from draft_opd.training.batches import BatchSource
 from draft_opd.training.blocks import attach_drafts, pack_anchors
 from draft_opd.training.stage_opd import teacher_states
