@@ -64,12 +64,13 @@ def main() -> None:
     parser.add_argument("--texts", required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/hybrid"))
     parser.add_argument("--target-steps", type=int, default=1200)
-    parser.add_argument("--train", type=int, default=160, help="prompts")
-    parser.add_argument("--heldout", type=int, default=40)
+    parser.add_argument("--train", type=int, default=400, help="prompts")
+    parser.add_argument("--heldout", type=int, default=80)
     parser.add_argument("--tokens", type=int, default=160)
-    parser.add_argument("--sft", type=int, default=500)
-    parser.add_argument("--more", type=int, default=120)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--sft", type=int, default=800)
+    parser.add_argument("--more", type=int, default=250)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--name", default="hybrid")
     args = parser.parse_args()
     shape = {
@@ -97,7 +98,7 @@ def main() -> None:
         common = {
             "target": str(place),
             "seed": seed,
-            "batch_size": 8,
+            "batch_size": args.batch,
             "data": {
                 "trajectories": str(args.out / "train"),
                 "heldout": str(args.out / "heldout"),

