@@ -26,6 +26,16 @@ def compare_with_closed_forms() -> None:
                 torch.testing.assert_close(slope.float(), gradient * 0.7, rtol=bound, atol=bound)
 
 
+def nan_stays_nan() -> None:
+    """A step that is not finite must show."""
+    for score, fused in fused_kernels.FUSED.items():
+        for side in range(1 if score is cross_entropy else 2):
+            logits = [torch.randn(2, 50) for _ in range(2)]
+            logits[side][0, 7] = torch.nan
+            found, _ = fused(*logits, torch.tensor([1, 2]), 1.0, 1.0)
+            assert found.isnan().tolist() == [True, False]
+
+
 def compare_losses() -> None:
     """Through `chunked_score`: values and gradients, a frozen and a trained head."""
     generator = torch.Generator().manual_seed(1)
@@ -55,4 +65,5 @@ def compare_losses() -> None:
 
 if __name__ == "__main__":
     compare_with_closed_forms()
+    nan_stays_nan()
     compare_losses()

@@ -228,6 +228,14 @@ def test_lengths_are_those_of_whole_traces(target, trained, heldout, monkeypatch
         assert all(r.drafted == [] for trace in found for r in trace)
 
 
+def test_rows_without_a_response_have_no_rounds(target, trained, heldout):
+    batch = BatchSource(target, trained.target_layers).batch(
+        [replace(t, response_ids=[]) for t in heldout[:2]]
+    )
+    for at_once in (False, True):
+        assert hindsight_rollout(target, trained, batch, 4, whole=False, at_once=at_once) == [[], []]
+
+
 def test_sampled_lengths_depend_on_the_text_and_the_seed_alone(target, trained, heldout):
     """Both ways find the same, in any company; another seed draws other coins."""
     sampling = Sampling(temperature=1.0, top_p=0.95)
@@ -260,7 +268,7 @@ def test_sampled_lengths_have_the_distribution_of_sampled_traces(target, trained
 
 
 def test_ties_among_drafts_go_to_the_lowest_id(target, trained):
-    judge = Argmax(trained)
+    judge = Argmax(target, trained)
     size = trained.head(target).weight.shape[0]
     logits = torch.zeros(2, 1, size)
     logits[:, :, [5, 9]] = 1.0

@@ -227,6 +227,13 @@ def test_layers_that_go_on_with_single_tokens_only_are_found():
     assert tiny_target("jamba").one_by_one and not tiny_target("nemotron-h").one_by_one
 
 
+def test_a_target_without_the_usual_cache_is_refused():
+    options = {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "expand": 2}
+    config = transformers.Mamba2Config(vocab_size=96, hidden_size=32, num_hidden_layers=2, **options)
+    with pytest.raises(d.UserError, match=r"cannot be decoded here|is not supported"):
+        d.Target(transformers.Mamba2ForCausalLM(config), None, "mamba")
+
+
 def test_trees_are_refused_before_anything_runs():
     target = tiny_target("lfm2")
     drafter = FAMILIES["eagle3"].create(target, torch.ones(96), draft_length=3)

@@ -64,7 +64,8 @@ def read_rows(name: str | Path) -> Iterator[Row]:
 def rows_behind(name: str | Path, first: int) -> Iterator[tuple[int, Row]]:
     """Rows behind the `first` lines (of anything but lines: rows), each with the lines up to it.
 
-    A file of lines may be a log that grows: a last line that is being written is left for later.
+    A file of lines may be a log that grows: a last line that has no end yet, and is no whole object, is
+    left for later.
     """
     path = rows_path(name)
     if path.is_dir() or path.suffix in PACKED or _kind(path) == ".parquet" or not path.exists():
@@ -76,8 +77,10 @@ def rows_behind(name: str | Path, first: int) -> Iterator[tuple[int, Row]]:
                 yield from itertools.islice(enumerate(_listed(path, file), 1), first, None)
                 return
             for number, line in enumerate(file, 1):
-                if number > first and line.endswith(b"\n") and line.strip():
-                    yield number, parse_line(str(path), number, line)
+                if number > first and line.strip():
+                    row = parse_line(str(path), number, line)
+                    if row.value is not None or line.endswith(b"\n"):
+                        yield number, row
     except OSError as error:
         raise UserError(f"'{path}' cannot be read ({error.strerror})") from None
 

@@ -60,7 +60,7 @@ class GraphRunner:
         try:
             self.graphs[key] = self._capture(batch, kept, *key)
             return
-        except RuntimeError as error:
+        except Exception as error:  # compilers raise what they like
             if is_out_of_memory(error):
                 raise
             what = "layers cannot be compiled" if batch.fused else "rounds cannot be captured"

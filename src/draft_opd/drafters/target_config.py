@@ -63,7 +63,7 @@ def drafter_rope(config: Any) -> dict:
 def config_for(target: Target, options: ShapeOptions) -> dict[str, Any]:
     """Keys of a transformers config for layers that fit `target`. Raises `UserError`."""
     o, t = options, target.config
-    heads = o.num_attention_heads or t.num_attention_heads
+    heads = o.num_attention_heads or config_number(t, "num_attention_heads") or 8
     kv_heads = o.num_key_value_heads or config_number(t, "num_key_value_heads") or heads
     kv_heads = min(heads, kv_heads)
     if heads % kv_heads:

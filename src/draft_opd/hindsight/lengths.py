@@ -35,7 +35,9 @@ KEPT = 0.75  # of the rows of a walk: rows that have ended are dropped once fewe
 
 
 class Judge(Protocol):
-    """Whether draft tokens emit the text's."""
+    """Whether draft tokens emit the text's. width: logits that a row takes on the way."""
+
+    width: int
 
     def __call__(self, logits: Tensor, text: Tensor, rows: Tensor, anchors: Tensor, first: int) -> Tensor:
         """logits [n, m, Vd] of offsets first + 1.. of blocks at `anchors` [n] of rows `rows` [n];
@@ -45,8 +47,8 @@ class Judge(Protocol):
 class Argmax:
     """Drafts are the drafter's argmax."""
 
-    def __init__(self, drafter: Drafter):
-        self.vocabulary = drafter.vocabulary
+    def __init__(self, target: Target, drafter: Drafter):
+        self.vocabulary, self.width = drafter.vocabulary, drafter.head(target).weight.shape[0]
 
     def __call__(self, logits, text, rows, anchors, first):
         best = logits.argmax(-1)
@@ -60,14 +62,14 @@ class Sampled:
     """
 
     def __init__(self, target, drafter, trajectories, ids, hidden, sampling: Sampling, seed: int):
-        self.vocabulary, self.size, self.sampling = drafter.vocabulary, target.vocab_size, sampling
+        self.vocabulary, self.width, self.sampling = drafter.vocabulary, target.vocab_size, sampling
         self.label_probs = label_probs(target, trajectories, ids, hidden, sampling)
         texts = [t.ids for t in trajectories]
         self.keys = torch.tensor(row_keys([seed] * len(texts), texts), device=ids.device)
         self.longest = drafter.draft_length
 
     def __call__(self, logits, text, rows, anchors, first):
-        probs = self.sampling.probabilities(over_target(logits, self.vocabulary, self.size))
+        probs = self.sampling.probabilities(over_target(logits, self.vocabulary, self.width))
         q = probs.gather(-1, text[..., None])[..., 0]
         offset = first + torch.arange(text.shape[1], device=text.device)
         at = (anchors[:, None] + 1 + offset).clamp_max(self.label_probs.shape[1] - 1)
@@ -120,9 +122,8 @@ def accepted_lengths(
     row_of = rows.repeat_interleave(anchors.shape[1])
     lengths, agreed = torch.zeros_like(anchors).flatten(), known[:, 0].clone()
     head, flat, anchor = drafter.head(target), text.flatten(0, 1), anchors.flatten()
-    size_of_head, kind = head.weight.shape[0], ids.device.type
-    most, done, width = logits_at_once(ids.device, size_of_head), 0, 1
-    cheap = CHEAP.get(kind, CHEAP["cuda"]) // size_of_head
+    most, done, width = logits_at_once(ids.device, judge.width), 0, 1
+    cheap = CHEAP.get(ids.device.type, CHEAP["cuda"]) // judge.width
     for hidden in drafter.hidden_along_text(target, context, anchors, last, text):
         hidden, first = hidden.flatten(0, 1), done
         while done < first + hidden.shape[1]:
@@ -169,15 +170,15 @@ def everywhere(
     firsts = [len(t.prompt_ids) - 1 for t in trajectories]
     lasts = [len(t.ids) - 1 for t in trajectories]
     starts, ends = (torch.tensor(x, device=ids.device) for x in (firsts, lasts))
-    count = max(last - first for first, last in zip(firsts, lasts, strict=True))
+    count = max((last - first for first, last in zip(firsts, lasts, strict=True)), default=0)
+    if count <= 0:
+        return [[] for _ in trajectories]
     tokens = BLOCK_TOKENS.get(ids.device.type, BLOCK_TOKENS["cuda"])
     size = max(1, max(tokens // 4, tokens // len(ids)) // (num_draft_tokens + 1))
     found = []
     for step in torch.arange(count, device=ids.device).split(size):
         at = torch.minimum(starts[:, None] + step, (ends - 1).clamp_min(0)[:, None])
         found.append(accepted_lengths(target, drafter, context, ids, at, ends, num_draft_tokens, judge))
-    if not found:
-        return [[] for _ in trajectories]
     lengths = torch.cat(found, 1).tolist()  # the only transfer
     return [follow(*row) for row in zip(lengths, firsts, lasts, strict=True)]
 

@@ -8,6 +8,7 @@ the vocabulary: it sums in float32, then writes the gradient in place. Values an
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -57,8 +58,10 @@ if triton is not None:
     ):
         row = tl.program_id(0).to(tl.int64)
         base, label = draft + row * stride, tl.load(labels + row)
+        # Loaded before the sums, whose barriers keep it before the gradient that overwrites it.
+        logit = tl.load(base + label).to(tl.float32) * scale
         norm = _log_norm(base, columns, scale, block)
-        tl.store(scores + row, norm - tl.load(base + label).to(tl.float32) * scale)
+        tl.store(scores + row, norm - logit)
         for start in range(0, columns, block):
             at = start + tl.arange(0, block)
             q = tl.exp(_load(base, at, columns, scale) - norm)
@@ -87,7 +90,7 @@ if triton is not None:
             log_q = _load(base, at, columns, scale) - norm
             log_p = _load(other, at, columns, other_scale) - other_norm
             p = tl.exp(log_p)
-            score += tl.sum(tl.where(p > 0, p * (log_p - log_q), 0.0))
+            score += tl.sum(tl.where(p == 0, 0.0, p * (log_p - log_q)))
             tl.store(base + at, ((tl.exp(log_q) - p) * scale).to(draft.dtype.element_ty), mask=at < columns)
         tl.store(scores + row, score)
 
@@ -113,15 +116,20 @@ if triton is not None:
             log_q = _load(base, at, columns, scale) - norm
             log_p = _load(other, at, columns, other_scale) - other_norm
             q = tl.exp(log_q)
-            score += tl.sum(tl.where(q > 0, q * (log_q - log_p), 0.0))
+            score += tl.sum(tl.where(q == 0, 0.0, q * (log_q - log_p)))
         tl.store(scores + row, score)
         for start in range(0, columns, block):
             at = start + tl.arange(0, block)
             log_q = _load(base, at, columns, scale) - norm
             log_p = _load(other, at, columns, other_scale) - other_norm
             q = tl.exp(log_q)
-            slope = tl.where(q > 0, q * (log_q - log_p - score), 0.0) * scale
+            slope = tl.where(q == 0, 0.0, q * (log_q - log_p - score)) * scale
             tl.store(base + at, slope.to(draft.dtype.element_ty), mask=at < columns)
+
+
+def _device_of(draft: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which may be another one."""
+    return torch.cuda.device(draft.device) if draft.is_cuda else nullcontext()
 
 
 def _scores(draft: Tensor) -> Tensor:
@@ -131,16 +139,18 @@ def _scores(draft: Tensor) -> Tensor:
 def _cross_entropy(draft, _target, labels, draft_scale, _target_scale):
     scores = _scores(draft)
     columns, stride = draft.shape[1], draft.stride(0)
-    _cross_entropy_kernel[(len(draft),)](draft, labels, scores, columns, stride, draft_scale, block=BLOCK)
+    with _device_of(draft):
+        _cross_entropy_kernel[(len(draft),)](draft, labels, scores, columns, stride, draft_scale, block=BLOCK)
     return scores, draft
 
 
 def _divergence(kernel: object) -> Fused:
     def run(draft, target, _labels, draft_scale, target_scale):
         scores, strides = _scores(draft), (draft.stride(0), target.stride(0))
-        kernel[(len(draft),)](
-            draft, target, scores, draft.shape[1], *strides, draft_scale, target_scale, block=BLOCK
-        )
+        with _device_of(draft):
+            kernel[(len(draft),)](
+                draft, target, scores, draft.shape[1], *strides, draft_scale, target_scale, block=BLOCK
+            )
         return scores, draft
 
     return run

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Sequence
+from types import FunctionType
 
 import torch
 import torch.fx.experimental._config
@@ -76,7 +77,8 @@ def _with_weights(template: nn.Module, apply: Apply) -> Callable[..., Tensor]:
 
         return apply(call, *inputs)
 
-    return run
+    # torch counts the variants of a code object, and all kinds would share this one.
+    return FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
 
 
 def kind_of(layer: nn.Module) -> Hashable:

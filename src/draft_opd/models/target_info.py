@@ -41,9 +41,10 @@ def check_prompt(ids: Sequence[int], target: TargetInfo, name: str) -> None:
 def config_number(config: Any, name: str) -> Any:
     """A number of a transformers config; None where it has none, or where its layers differ in it."""
     try:
-        return getattr(config, name, None)
+        value = getattr(config, name, None)
     except RuntimeError:  # configs of unequal layers raise it
         return None
+    return value if isinstance(value, (int, float)) else None  # others list a number a layer
 
 
 def longest_context(config: Any) -> int:

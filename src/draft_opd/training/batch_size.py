@@ -1,7 +1,8 @@
 """`batch_size: auto`: the trajectories of a step in as few forwards as the memory takes.
 
-A step's parts add up to it, so how many there are changes no gradient. It is decided once, when a run
-begins; what was found stands in the run's recipe.yaml.
+How a step is split changes which texts stand together, and each forward's mean counts the same: results
+differ a little with the memory of the machine. It is decided once, when a run begins; what was found stands
+in the run's recipe.yaml, and a resumed run takes it from there.
 """
 
 from __future__ import annotations

@@ -42,14 +42,14 @@ def hindsight_rollout(
 ) -> Traces:
     """Traces of the current drafter on stored text. whole: with all that was drafted
     (`trace_sequential`); else anchors and accepted lengths only, by `lengths.walk` or, `at_once`, by
-    `lengths.everywhere`, which find the same."""
+    `lengths.everywhere`, which find the same, but where a block reaches beyond the context."""
     sampling = sampling or Sampling()
     with torch.inference_mode():
         context = drafter.build_cache(target, batch.ids, batch.features)
         rows = (target, drafter, batch.trajectories, batch.ids, context, num_draft_tokens)
         if whole:
             return trace_sequential(*rows, batch.hidden, sampling, seed)
-        judge: Judge = Argmax(drafter)
+        judge: Judge = Argmax(target, drafter)
         if not sampling.takes_argmax:
             judge = Sampled(target, drafter, batch.trajectories, batch.ids, batch.hidden, sampling, seed)
         return (everywhere if at_once else walk)(*rows, judge)
@@ -99,8 +99,8 @@ class Rollouts:
     """Batches with their traces, by the forward's index since the run began.
 
     Traces of `trace_every` steps are made together; `state` is what is left of them. costs: what
-    tracing takes, by the number of rows (the next power of two); a checkpoint keeps them, so that a
-    resumed run chooses what the run would have.
+    tracing takes, by the number of rows (the next power of two); a checkpoint keeps the main
+    process's, so that a resumed run chooses by the same costs.
     `call(part, ...)` runs `part` with the drafter's weights at hand.
     """
 
@@ -210,10 +210,10 @@ class Rollouts:
         )
 
     def _measure(self, batch: Batch, seed: int) -> TraceCosts:
-        """What both ways take here. On a GPU the second of two times: the first compiles."""
+        """What both ways take here: the second of two times, since the first warms up and compiles."""
         seconds = {}
         for at_once in (False, True):
-            for _ in range(2 if self.target.device.type == "cuda" else 1):
+            for _ in range(2):
                 began = synchronized(self.target.device)
                 traces = self._traces(batch, seed, False, at_once)
                 seconds[at_once] = synchronized(self.target.device) - began

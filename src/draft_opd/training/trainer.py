@@ -175,10 +175,11 @@ class Run:
         )
 
     def _attempt(self, recipe: Recipe, rows: Rows) -> None:
-        """A forward and backward pass, to see whether the memory holds it. Leaves nothing behind."""
+        """A forward and backward pass beside the room that gradients and moments will take."""
         fresh = recipe.opd.model_copy(update={"trace_every": 1})
         self._set_up_stage(recipe.model_copy(update={"opd": fresh}), rows)
         try:
+            _room = [torch.empty_like(p) for p in self.drafter.parameters() for _ in range(3)]
             self._forward(0)[0].backward()
         finally:
             self.optimizer.forget()
