@@ -185,7 +185,7 @@ class Recipe(Section):
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         16,
         description="trajectories a forward, of all processes. auto: 16 times accumulate a step, in as "
-        "few forwards as memory takes; decided once, when a run begins",
+        "few forwards as memory takes (a split changes results a little); decided once, when a run begins",
     )
     accumulate: int = Field(1, ge=1, description="forwards an optimiser step")
     seed: int = Field(0, ge=0, lt=2**32, description="of weights, data order, anchors and sampling")
