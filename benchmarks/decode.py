@@ -30,6 +30,8 @@ from draft_opd.evaluation.draft_length_advice import weights_read
 from draft_opd.evaluation.measure import rotated
 from draft_opd.models.hub import resolve_path
 from draft_opd.models.target import Target
+from draft_opd.serving.transformers_assistant import as_assistant
+from draft_opd.utils.errors import UserError
 
 
 def zlab_side(path: str, target: Target, drafter: Drafter, tokens: int):
@@ -47,6 +49,28 @@ def zlab_side(path: str, target: Target, drafter: Drafter, tokens: int):
     def run(ids: torch.Tensor) -> list[int]:
         with torch.no_grad():
             return dflash_generate(theirs, plain_model(target), ids, tokens, stops)[0].tolist()
+
+    return run
+
+
+def transformers_side(target: Target, drafter: Drafter, tokens: int):
+    """transformers' own DFlash loop with this drafter, or None."""
+    try:
+        assistant = as_assistant(drafter)
+    except UserError:
+        return None
+    model, stops = plain_model(target), sorted(target.stop_ids)
+
+    def run(ids: torch.Tensor) -> list[int]:
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            assistant_model=assistant,
+            speculation_type="dflash",
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=stops,
+        )[0].tolist()
 
     return run
 
@@ -103,6 +127,8 @@ def decode(target: Target, path: str, prompts: str, limit: int, tokens: int) -> 
     }
     if zlab := zlab_side(path, target, drafter, tokens):
         sides["z-lab's dflash_generate"] = zlab
+    if assisted := transformers_side(target, drafter, tokens):
+        sides["transformers, our drafter as its assistant"] = assisted
     rows_of = [torch.tensor([p.ids(target)], device=target.device) for p in read_prompts(prompts, limit)]
     weights = weights_read(target.model, target.head.weight) * target.dtype.itemsize
 
