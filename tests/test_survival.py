@@ -88,7 +88,7 @@ def test_twenty_kills_change_nothing(forked, command, whole, family, tmp_path):
     expected, wanted = whole, 20 if family == "dflash" else 5
     out, arguments = tmp_path / "run", command(tmp_path / "run")
     log, rng = tmp_path / "log", random.Random(8)
-    kills, steps, lines, longest = 0, [], out / "metrics.jsonl", 0.6
+    kills, steps, lines, longest = 0, [], out / "metrics.jsonl", 1.0
     while kills < wanted:
         began = time.time_ns()
         process = forked.start(*arguments, log=log)
@@ -105,8 +105,8 @@ def test_twenty_kills_change_nothing(forked, command, whole, family, tmp_path):
         kills += 1
         progress = out / "last" / "training" / "progress.json"
         steps.append(json.loads(progress.read_text())["step"] if progress.exists() else -1)
-        if len(set(steps[-3:])) == 1:  # on a busy machine everything takes longer
-            longest *= 1.3
+        if len(set(steps[-2:])) == 1:  # on a busy machine everything takes longer
+            longest *= 1.8
     assert len(set(steps)) > wanted // 4, steps
     finish(forked, *arguments, log=log)
     assert same_files(expected, out, *WEIGHTS), steps
