@@ -49,16 +49,14 @@ class FusedLayers:
 
     def __init__(self, layers: Sequence[nn.Module], apply: Apply, backend: str | Callable = "inductor"):
         # Copies without values: were it one of the layers, the compiler would see whose weights are given.
-        templates: dict[Hashable, nn.Module] = {}
-        for layer in layers:
-            if kind_of(layer) not in templates:
-                templates[kind_of(layer)] = copy.deepcopy(layer).to("meta")
-        order = list(templates)
-        self.kinds = [order.index(kind_of(layer)) for layer in layers]
+        kinds = [kind_of(layer) for layer in layers]
+        order = list(dict.fromkeys(kinds))
+        self.kinds = [order.index(kind) for kind in kinds]
+        templates = [copy.deepcopy(layers[kinds.index(kind)]).to("meta") for kind in order]
         self.weights = [{**dict(x.named_parameters()), **dict(x.named_buffers())} for x in layers]
         self.functions = [
             torch.compile(_with_weights(template, apply), dynamic=True, fullgraph=True, backend=backend)
-            for template in templates.values()
+            for template in templates
         ]
 
     def __call__(self, index: int, *inputs: Tensor) -> Tensor:

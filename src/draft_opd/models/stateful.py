@@ -38,7 +38,7 @@ class RowState:
         if start == self.end:
             self._keep()
         else:
-            self.cache, self.end = restored(self.kept), self.base
+            self.cache, self.end = snapshot(self.kept), self.base
         again = self.ids[self.end : start]
         del self.ids[self.end :]
         if len(again) + len(ids) > REPLAY and again:
@@ -97,11 +97,6 @@ def snapshot(cache: Any) -> Any:
     written in place.
     """
     return None if cache is None else _copied(cache)
-
-
-def restored(kept: Any) -> Any:
-    """A cache from a snapshot, which stays as it is."""
-    return snapshot(kept)
 
 
 def _copied(value: Any, name: str = "") -> Any:
