@@ -83,6 +83,32 @@ def test_its_state_is_that_of_the_dynamic_loop(target, trained, heldout):
     assert int(batch.anchors[0]) == ids.shape[1] and int(batch.last[0]) == tokens[-1]
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_table_that_is_read_late_changes_no_text(target, trained, heldout, sampling):
+    """Four prompts in two rows; the rows go on for a round before anybody knows that they have ended."""
+    prompts, limit = [t.prompt_ids for t in heldout[:4]], 24
+    keys, rounds = row_keys([5] * 4, prompts), []
+    wanted = d.speculate(target, trained, prompts, max_new_tokens=limit, sampling=sampling, seed=5)
+    for late in (False, True):
+        batch = StaticBatch(target, trained, sampling, 2, 1024, trained.draft_length)
+        texts: dict[int, list[int]] = {i: [] for i in range(4)}
+        issued: list[int] = []
+
+        def take(prompt, line, texts=texts):
+            texts[prompt] += [*line[2 : 2 + line[0]], line[1]]
+            return len(texts[prompt]) >= limit or bool(target.stop_ids & set(texts[prompt]))
+
+        def run(batch, *shape, issued=issued):
+            issued.append(shape[0])
+            eager(batch, *shape)
+
+        decode_rows(batch, prompts, keys, take, run=run, late=late)
+        rounds.append(len(issued))
+        for text, made in zip(texts.values(), wanted, strict=True):
+            assert text[: len(made.token_ids)] == made.token_ids
+    assert rounds[0] < rounds[1] <= rounds[0] + 4
+
+
 def test_idle_rows_change_nothing(target, trained, heldout):
     prompts = [t.prompt_ids for t in heldout[:2]]
     batch = StaticBatch(target, trained, GREEDY, 2, 512, 7)

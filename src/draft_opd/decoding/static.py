@@ -137,6 +137,23 @@ class StaticBatch:
         last.copy_(torch.where(alive, table[:, 1], last))
         anchors.add_((table[:, 0] + 1) * alive)
 
+    def read(self, rows: int, count: int) -> Callable[[], list[list[int]]]:
+        """Begins to copy the table of a round; what is returned waits for it."""
+        table = self.table[:rows, : 2 + count]
+        if table.device.type != "cuda":
+            copied = table.clone()
+            return copied.tolist
+        host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
+        host.copy_(table, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def wait() -> list[list[int]]:
+            done.synchronize()
+            return host.tolist()
+
+        return wait
+
 
 Run = Callable[[StaticBatch, int, int, int], None]  # batch, rows, slots, drafted tokens
 
@@ -144,6 +161,15 @@ Run = Callable[[StaticBatch, int, int, int], None]  # batch, rows, slots, drafte
 def eager(batch: StaticBatch, rows: int, slots: int, count: int) -> None:
     """A round as it is."""
     batch.round(rows, slots, count)
+
+
+@dataclass
+class _Issued:
+    """A round that was handed to the device: which prompts stood in which rows, and its table."""
+
+    count: int
+    rows: dict[int, int]  # row -> prompt
+    read: Callable[[], list[list[int]]]
 
 
 @torch.inference_mode()
@@ -157,18 +183,22 @@ def decode_rows(
     choose: Callable[[], int] | None = None,
     record: Callable[[int, Iterable[int]], None] = lambda *_: None,
     most: int | None = None,
+    late: bool = False,
 ) -> None:
     """Decodes prompts, `most` (default: `batch.rows`) at a time; ended rows are refilled.
 
     on_table(prompt's index, line of the table): takes a round's result and says whether the prompt has
     ended. choose: tokens drafted in the next round (default: `batch.longest`); record: what came of it.
-    Prompts are prefilled in groups: once an eighth of the rows is free, or none is alive.
+    Prompts are prefilled in groups: once an eighth of the rows is free, or none is alive. late: a table is
+    read while the next round runs. Every prompt then takes one round more, which is thrown away, and
+    `capacity` needs room for it.
     """
     batch.alive.zero_()  # should an earlier call have been interrupted
     waiting = list(range(len(prompts)))[::-1]
     prompt_of: list[int | None] = [None] * batch.rows
-    reached = [0] * batch.rows  # the anchor of each row
+    reached = [len(p) - 1 for p in prompts]  # the anchor of each prompt
     most = min(most or batch.rows, batch.rows)
+    unread: _Issued | None = None
     while True:
         free = [row for row, prompt in enumerate(prompt_of[:most]) if prompt is None]
         if waiting and (len(free) == most or len(free) >= max(1, most // 8)):
@@ -176,39 +206,60 @@ def decode_rows(
             rows = free[: len(chosen)]
             batch.admit(rows, [prompts[i] for i in chosen], [keys[i] for i in chosen])
             for row, i in zip(rows, chosen, strict=True):
-                prompt_of[row], reached[row] = i, len(prompts[i]) - 1
-        busy = [row for row, prompt in enumerate(prompt_of) if prompt is not None]
-        if not busy:
-            return
-        rows = padded_rows(len(busy), batch.rows)
-        if not waiting and busy[-1] >= rows:
-            _compact(batch, prompt_of, reached, busy, rows)
-            busy = [row for row, prompt in enumerate(prompt_of) if prompt is not None]
-        rows = padded_rows(busy[-1] + 1, batch.rows)
-        count = choose() if choose else batch.longest
-        slots = bucket_of(max(reached[row] for row in busy) + count + 1, batch.capacity)
-        batch.draw()
-        run(batch, rows, slots, count)
-        table = batch.table[:rows, : 2 + count].tolist()
-        record(count, [table[row][0] for row in busy])
+                prompt_of[row] = i
+        issued = _issue(batch, prompt_of, reached, run, choose, not waiting, unread)
+        if late:
+            issued, unread = unread, issued
+        if issued is None:
+            if unread is None:
+                return
+            continue
+        table = issued.read()
+        running = {row: i for row, i in issued.rows.items() if i in prompt_of}
+        record(issued.count, [table[row][0] for row in running])
         ended = []
-        for row in busy:
-            reached[row] += table[row][0] + 1
-            if on_table(prompt_of[row], table[row]):
-                prompt_of[row] = None
-                ended.append(row)
+        for row, i in running.items():
+            reached[i] += table[row][0] + 1
+            if on_table(i, table[row]):
+                ended.append(prompt_of.index(i))
+        for row in ended:
+            prompt_of[row] = None
         if ended:
             batch.release(ended)
 
 
-def _compact(
-    batch: StaticBatch, prompt_of: list[int | None], reached: list[int], busy: list[int], rows: int
-) -> None:
+def _issue(
+    batch: StaticBatch,
+    prompt_of: list[int | None],
+    reached: list[int],
+    run: Run,
+    choose: Callable[[], int] | None,
+    compact: bool,
+    unread: _Issued | None,
+) -> _Issued | None:
+    """Runs the next round of the rows that have a prompt; None where no row has one. unread: the round
+    before, as long as nobody knows how far it went."""
+    busy = [row for row, prompt in enumerate(prompt_of) if prompt is not None]
+    if not busy:
+        return None
+    rows = padded_rows(len(busy), batch.rows)
+    if compact and busy[-1] >= rows:
+        _compact(batch, prompt_of, busy, rows)
+        busy = [row for row, prompt in enumerate(prompt_of) if prompt is not None]
+    rows = padded_rows(busy[-1] + 1, batch.rows)
+    count = choose() if choose else batch.longest
+    standing = {row: prompt for row in busy if (prompt := prompt_of[row]) is not None}
+    furthest = max(reached[i] for i in standing.values()) + (unread.count + 1 if unread else 0)
+    batch.draw()
+    run(batch, rows, bucket_of(furthest + count + 1, batch.capacity), count)
+    return _Issued(count, standing, batch.read(rows, count))
+
+
+def _compact(batch: StaticBatch, prompt_of: list[int | None], busy: list[int], rows: int) -> None:
     """Moves busy rows to the first places, so that fewer rows need to run."""
     places = [row for row in range(rows) if prompt_of[row] is None]
     moved = [row for row in busy if row >= rows]
     places = places[: len(moved)]
     batch.move(moved, places)
     for old, new in zip(moved, places, strict=True):
-        prompt_of[new], reached[new] = prompt_of[old], reached[old]
-        prompt_of[old] = None
+        prompt_of[new], prompt_of[old] = prompt_of[old], None
