@@ -16,48 +16,23 @@ from pathlib import Path
 import limits
 import torch
 from decode import decode
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from draft_opd.data.collect import collect, summary
 from draft_opd.data.prompts import read_prompts
-from draft_opd.decoding.captured import GraphRunner
 from draft_opd.decoding.generate import speculate
-from draft_opd.decoding.sampling import Sampling
-from draft_opd.decoding.static import StaticBatch, bucket_of, eager
-from draft_opd.decoding.step import DecodeStep
 from draft_opd.drafters import Drafter
-from draft_opd.evaluation.draft_length_advice import weights_read
 from draft_opd.models.hub import EMBEDDED
-from draft_opd.models.kv_cache import PositionCache
 from draft_opd.models.target import Target
-from draft_opd.training.config import Model, parse_recipe
-from draft_opd.training.setup import new_drafter
+from draft_opd.training.config import parse_recipe
 from draft_opd.training.trainer import Run
 from draft_opd.utils.machine import speed_over_float32
-
-QWEN3 = {  # the shapes of Qwen3-0.6B and 4B (their config.json on the hub); weights are random
-    "Qwen3-0.6B": {
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-    },
-    "Qwen3-4B": {
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-}
 
 
 @dataclass(frozen=True)
 class Size:
     """How much is measured. `seconds`: what a phase takes at that size, before it was tried."""
 
-    shapes: tuple[str, ...]  # of `rounds`: in QWEN3, or EMBEDDED
+    shapes: tuple[str, ...]  # of `rounds`: in `phases_rounds.QWEN3`, or EMBEDDED
     contexts: tuple[int, ...]
     rows: tuple[int, ...]  # of the static step
     repeats: int
@@ -110,10 +85,12 @@ SIZES = {
             "objectives": 40,
             "eagle3": 40,
             "decode": 20,
+            "extents": 60,
+            "late": 15,
         },
     ),
     "gpu": Size(
-        shapes=("Qwen3-0.6B", "Qwen3-4B"),
+        shapes=("Qwen3-0.6B", "Qwen3-4B", "Qwen3-8B"),
         contexts=(256, 2048),
         rows=(1, 4, 16, 32),
         repeats=10,
@@ -141,7 +118,7 @@ SIZES = {
         seconds={
             "machine": 20,
             "lossless": 90,
-            "rounds": 90,
+            "rounds": 240,
             "collect": 450,
             "sft": 540,
             "league": 300,
@@ -150,6 +127,8 @@ SIZES = {
             "objectives": 500,
             "eagle3": 600,
             "decode": 120,
+            "extents": 60,
+            "late": 60,
         },
     ),
 }
@@ -299,141 +278,6 @@ class Lossless(Phase):
             "of": sum(r[3] for r in rows),
             "table": table(columns, rows),
         }
-
-
-def random_target(shape: str, device: torch.device, dtype: torch.dtype) -> Target:
-    """A model of that shape with random weights; the shipped target by its name."""
-    if shape == EMBEDDED:
-        return Target.from_pretrained(EMBEDDED, device=device)
-    config = Qwen3Config(
-        vocab_size=151_936,
-        head_dim=128,
-        tie_word_embeddings=True,
-        max_position_embeddings=40_960,
-        rope_theta=1e6,
-        **QWEN3[shape],
-    )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = Qwen3ForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    return Target(model, None, shape)
-
-
-class RoundCosts(Phase):
-    name, title = "rounds", "What a round costs, eager (DFlash, 15 draft tokens)"
-
-    @torch.inference_mode()
-    def run(self) -> dict:
-        s, rows, found = self.setup, [], []
-        for shape in self.size.shapes:
-            target = random_target(shape, s.device, s.dtype)
-            counts = torch.arange(target.vocab_size).flip(0)
-            options = {"num_layers": 5, "block_size": 16, "mask_token_id": target.vocab_size - 1}
-            drafter = new_drafter(Model(family="dflash", options=options), target, counts)
-            drafter = drafter.to(s.device, target.dtype).eval()
-            size = weights_read(target.model, target.head.weight) * target.dtype.itemsize
-            reading = size / limits.bandwidth(target.dtype, s.device, max(1, size >> 20))
-            for context in self.size.contexts:
-                times = self._times(target, drafter, context)
-                static = self._static_times(target, drafter, context)
-                found.append(
-                    {"shape": shape, "context": context, "read_seconds": reading, **times, "static": static}
-                )
-                ms = [1000 * times[k]["median"] for k in times]
-                names = ("one", "round", "one_fused", "round_fused")
-                first = [1000 * static[0][k]["median"] if k in static[0] else None for k in names]
-                rows.append([shape, context, *ms, *first, 1000 * reading])
-            del target, drafter
-        columns = [
-            "shape",
-            "context",
-            "target, 1 token",
-            "verify 16",
-            "draft 15",
-            "a round",
-            "captured: 1 token",
-            "captured: a round",
-            "fused: 1 token",
-            "fused: a round",
-            "read the weights",
-        ]
-        return {"milliseconds": found, "table": table(columns, rows)}
-
-    def _times(self, target: Target, drafter: Drafter, context: int) -> dict:
-        s, length = self.setup, drafter.draft_length
-        ids = torch.randint(3, 250, (1, context), device=s.device)
-        capacity = context + length + 2
-        cache: PositionCache = target.cache(capacity)
-        out = target.trajectories(ids, drafter.target_layers, cache)
-        memory = drafter.build_cache(target, ids, out.features)
-        memory.reserve(capacity)
-        anchors = torch.full((1,), context, device=s.device)
-        last = torch.full((1,), 5, device=s.device)
-        full = DecodeStep(target, drafter, cache, memory, Sampling())
-        alone = DecodeStep(target, None, cache, None, Sampling())
-        block = torch.randint(3, 250, (1, length + 1), device=s.device)
-        at = context + torch.arange(length + 1, device=s.device)[None]
-
-        def one():
-            alone.set_bound(context + 1, filled=True)
-            return alone(anchors, last, 0)
-
-        def verify():
-            alone.set_bound(context + length + 1, filled=True)
-            hidden = target.extend(block, at, cache, drafter.target_layers).hidden
-            return target.logits(hidden).argmax(-1)
-
-        choose = Sampling().chooser()
-
-        def draft():
-            full.set_bound(context + length + 1, filled=True)
-            return drafter.propose(target, memory, anchors[:, None], last[:, None], length, choose)
-
-        def whole():
-            full.set_bound(context + length + 1, filled=True)
-            return full(anchors, last, length).tolist()
-
-        return {
-            "one": s.seconds(one),
-            "verify": s.seconds(verify),
-            "draft": s.seconds(draft),
-            "round": s.seconds(whole),
-        }
-
-    def _static_times(self, target: Target, drafter: Drafter, context: int) -> list[dict]:
-        """The static step, captured on a GPU: target alone and with the drafter, by batch size, there
-        with compiled layers too. Rows are not alive, so that they stay where they are: the work is the
-        same."""
-        s, found = self.setup, []
-        on_gpu = s.device.type == "cuda"
-        sides = {"one": (None, False), "round": (drafter, False)}
-        if on_gpu:
-            sides |= {"one_fused": (None, True), "round_fused": (drafter, True)}
-        for rows in self.size.rows:
-            line = {"rows": rows}
-            for name, (helper, fused) in sides.items():
-                length = helper.draft_length if helper else 0
-                capacity = context + 2 * length + 2
-                batch = StaticBatch(target, helper, Sampling(), rows, capacity, length, fused)
-                prompts = torch.randint(3, 250, (rows, context)).tolist()
-                batch.admit(range(rows), prompts, range(rows))
-                batch.alive.zero_()
-                run = GraphRunner() if on_gpu else eager
-                slots = bucket_of(context + length + 1, batch.capacity)
-
-                def step(batch=batch, run=run, rows=rows, slots=slots, length=length):
-                    run(batch, rows, slots, length)
-                    return batch.table.tolist()
-
-                line[name] = s.seconds(step)
-                if run is not eager:
-                    line[f"{name}_capture"] = {"seconds": run.seconds, "megabytes": run.megabytes}
-            found.append(line)
-        return found
 
 
 class Collect(Phase):

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import machine
 import torch
 from make_smollm2 import convert
-from phases import SIZES, Collect, Decode, Lossless, Machine, Phase, RoundCosts, Setup
+from phases import SIZES, Collect, Decode, Lossless, Machine, Phase, Setup
+from phases_rounds import Extents, Late, RoundCosts
 from phases_training import Eagle3, League, Objectives, Seeds, Sft, Steps
 
 from draft_opd.models.hub import EMBEDDED
@@ -45,6 +46,8 @@ PHASES: dict[str, type[Phase]] = {
         League,
         Steps,
         Decode,
+        Extents,
+        Late,
         Seeds,
         Objectives,
         Eagle3,
@@ -53,7 +56,7 @@ PHASES: dict[str, type[Phase]] = {
 # Paths that earlier phases must have made, by the phase that needs them.
 DATA_FILES = ["data/train", "data/heldout"]
 NEEDS = {"sft": DATA_FILES, "eagle3": DATA_FILES}
-NEEDS |= {name: ["sft/best"] for name in ("league", "steps", "decode", "seeds", "objectives")}
+NEEDS |= {name: ["sft/best"] for name in ("league", "steps", "decode", "late", "seeds", "objectives")}
 DATA = {"train": "gsm8k_train.jsonl", "heldout": "gsm8k_test.jsonl"}
 
 
