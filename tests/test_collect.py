@@ -9,7 +9,7 @@ from forked import Process
 import draft_opd as d
 from draft_opd.data.collect import collect
 from draft_opd.data.prompts import read_prompts
-from draft_opd.data.trajectory import TrajectoryWriter
+from draft_opd.data.trajectory import Trajectory, TrajectoryWriter, read_trajectories, write_trajectories
 
 FAMILY = "dflash"
 
@@ -167,3 +167,16 @@ def test_a_torn_last_line_is_cut_off(tmp_path):
     writer = TrajectoryWriter(path)
     writer.close()
     assert set(writer.done) == {"1"} and path.read_text().count("\n") == 1
+
+
+def test_a_limit_draws_the_same_rows_in_any_order(tmp_path):
+    """Collections are sorted by length, so the first rows would be the shortest prompts."""
+    rows = [Trajectory([1] * (3 + i), [2, 3], f"p{i}") for i in range(200)]
+    found = []
+    for name, order in (("sorted", rows), ("reversed", rows[::-1])):
+        path = write_trajectories(tmp_path / name, order, {})
+        drawn = read_trajectories(path, limit=40)
+        assert [t.id for t in drawn] == [t.id for t in order if t.id in {d.id for d in drawn}]
+        found.append({t.id for t in drawn})
+        assert abs(sum(len(t.prompt_ids) for t in drawn) / 40 - 102.5) < 25  # of all lengths
+    assert found[0] == found[1] and len(found[0]) == 40

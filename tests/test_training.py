@@ -72,6 +72,7 @@ def test_every_objective_lowers_its_own_loss(target, recipe_for, trained_folder,
         "evaluation.every=8",
         "optim.learning_rate=3e-4",
         "opd.max_anchors=200",
+        "opd.trace_every=8",  # and the same rounds
         "opd.objective.trajectory_weight=0",
         "data.max_length=80",
         "data.heldout_limit=1",

@@ -293,7 +293,7 @@ def analyze(
     drafter: DrafterName,
     trajectories: Annotated[str, typer.Option(help="trajectories.jsonl or its folder.")],
     out: Annotated[Path, typer.Option(help="Folder for analysis.json and report.html.")],
-    limit: Annotated[int | None, typer.Option(help="Only the first N trajectories.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only N trajectories, drawn by their ids.")] = None,
     draft_length: Length = None,
     device: Device = None,
     dtype: Dtype = None,

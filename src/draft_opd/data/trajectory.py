@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -87,7 +88,8 @@ def read_trajectories(
 ) -> list[Trajectory]:
     """Reads a trajectories file (or the folder that holds `trajectories.jsonl`).
 
-    Raises `UserError` naming file and line for anything malformed: an empty response too.
+    limit: keep so many, drawn by a hash of their ids, in the file's order. Collecting writes short prompts
+    first, so the first ones of a file are not like the rest. Raises `UserError` naming file and line for anything malformed: an empty response too.
     """
     path = Path(path)
     if path.is_dir():
@@ -108,11 +110,15 @@ def read_trajectories(
             raise UserError(
                 f"{where}: line {seen[result[-1].id]} has the id '{result[-1].id}' already: make ids unique"
             )
-        if limit is not None and len(result) == limit:
-            break
     if not result:
         raise UserError(f"'{path}' holds no trajectories")
-    return result
+    return result if limit is None else drawn(result, limit)
+
+
+def drawn(rows: list[Trajectory], count: int) -> list[Trajectory]:
+    """`count` of them, in order, the same ones however the rows are ordered."""
+    by_hash = sorted(range(len(rows)), key=lambda i: hashlib.sha256(rows[i].id.encode()).digest())
+    return [rows[i] for i in sorted(by_hash[:count])]
 
 
 def check_trajectories(rows: Iterable[Trajectory], target: Target, where: str) -> None:

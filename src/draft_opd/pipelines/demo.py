@@ -13,7 +13,7 @@ import torch
 from draft_opd.data.collect import collect
 from draft_opd.data.prompts import Prompt, read_prompts
 from draft_opd.data.tasks import Task
-from draft_opd.data.trajectory import read_trajectories
+from draft_opd.data.trajectory import drawn, read_trajectories
 from draft_opd.decoding.generate import speculate
 from draft_opd.decoding.rounds import Round, tau
 from draft_opd.drafters import FAMILIES, Drafter
@@ -262,7 +262,7 @@ def _measure(
     evaluation = timed.report()
     speed = {n: side.mean.speedup for n, side in zip(folders, evaluation.sides, strict=True)}
     analyses = {
-        LABELS[name]: analyse(target, drafters[name], list(alone.values())[:ANALYSED])
+        LABELS[name]: analyse(target, drafters[name], drawn(list(alone.values()), ANALYSED))
         for name in ("sft", "draft_opd")
     }
     taus = {name: tau(r for rounds in rows for r in rounds) for name, rows in traces.items()}

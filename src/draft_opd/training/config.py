@@ -28,8 +28,8 @@ class Data(Section):
 
     trajectories: str = Field(description="trajectories.jsonl or its folder, from `collect`")
     heldout: str = Field(description="trajectories that τ is measured on, never trained on")
-    limit: int | None = Field(None, ge=1, description="use only the first N trajectories")
-    heldout_limit: int | None = Field(64, ge=1, description="of them, only the first N")
+    limit: int | None = Field(None, ge=1, description="use only N trajectories, drawn by their ids")
+    heldout_limit: int | None = Field(64, ge=1, description="of them, only N, drawn by their ids")
     max_length: int | None = Field(None, ge=8, description="cut trajectories to N tokens")
     cache_features: Literal["none", "memory", "device", "disk"] = Field(
         "none",
