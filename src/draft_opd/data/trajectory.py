@@ -89,7 +89,8 @@ def read_trajectories(
     """Reads a trajectories file (or the folder that holds `trajectories.jsonl`).
 
     limit: keep so many, drawn by a hash of their ids, in the file's order. Collecting writes short prompts
-    first, so the first ones of a file are not like the rest. Raises `UserError` naming file and line for anything malformed: an empty response too.
+    first, so the first ones of a file are not like the rest. Raises `UserError` naming file and line for
+    anything malformed: an empty response too.
     """
     path = Path(path)
     if path.is_dir():
