@@ -3,7 +3,8 @@ r"""How fast is decoding, against others on the same weights, and what would be 
     python benchmarks/decode.py --drafter runs/demo/draft_opd/last --prompts embedded:heldout
 
 One prompt at a time, greedily, all sides in one process and in alternation. A prompt's rate is
-tokens over seconds, prefill included (the others do not report it). z-lab's own loop takes part
+tokens over seconds, prefill included (the others do not report it); `fixed_over_this` compares our drafter at
+its trained length with each side, prompt by prompt. z-lab's own loop takes part
 where its package is installed (`pip install "dflash[local]"`) and the drafter is a DFlash one.
 
 limit: what a single step of the target must read, over what products of one row read a second here,
@@ -118,9 +119,10 @@ def decode(target: Target, path: str, prompts: str, limit: int, tokens: int) -> 
 
         return run
 
+    fixed = f"drafter, K = {drafter.draft_length}"
     sides = {
         "target alone": ours("target alone", None),
-        f"drafter, K = {drafter.draft_length}": ours("fixed", drafter),
+        fixed: ours("fixed", drafter),
         "drafter, automatic K": ours("automatic", drafter, pace=pace),
         "transformers": theirs(),
         "transformers, prompt look-up": theirs(prompt_lookup_num_tokens=10),
@@ -161,6 +163,7 @@ def decode(target: Target, path: str, prompts: str, limit: int, tokens: int) -> 
             "side": name,
             "tokens_per_second": statistics.median(rates[name]),
             "over_target_alone": machine.ratio(rates[name], rates["target alone"]),
+            "fixed_over_this": machine.ratio(rates[fixed], rates[name]),
             "same_text": f"{same[name]}/{len(rows_of)}",
         }
         for name in sides

@@ -1,5 +1,7 @@
 """Speculative decoding: the text is the target's whoever drafts; hindsight sees its rounds."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -77,6 +79,29 @@ def test_one_at_a_time_is_the_same_as_in_a_batch(target, trained, heldout):
         assert result.token_ids == t.response_ids
         same_rounds(target, trained, t, d.hindsight_trace(target, trained, t), result.rounds)
         assert result.tau == pytest.approx(d.tau(result.rounds)) and result.tau >= 1
+
+
+def test_rounds_that_draft_nothing_lose_no_context(target, trained, heldout):
+    """A row alone leaves its context's keys to the next block; a row in a batch does not. Draft lengths
+    go up and down, 0 among them, which no block follows."""
+
+    class Lengths:
+        def __init__(self):
+            self.next = itertools.cycle([7, 0, 0, 3, 15, 0, 1])
+
+        def choose(self, at_most):
+            return min(next(self.next), at_most)
+
+        def record(self, *_):
+            pass
+
+    for t in heldout[:2]:
+        alone, twice = (
+            d.speculate(target, trained, [t.prompt_ids] * n, max_new_tokens=60, pace=Lengths())
+            for n in (1, 2)
+        )
+        assert alone[0].rounds == twice[0].rounds == twice[1].rounds
+        assert any(r.accepted for r in alone[0].rounds)
 
 
 def test_rounds_account_for_every_token(target, trained, heldout):

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from draft_opd.models.cpu_linear import PrepackedLinear, available, prepack
+from draft_opd.models.cpu_linear import PrepackedLinear, available, prepack, unpack
 from draft_opd.models.cpu_linear import _takes as takes
 
 pytestmark = pytest.mark.skipif(not available(), reason="this torch has no oneDNN")
@@ -119,3 +121,29 @@ def test_weights_made_in_inference_mode_and_wrong_types():
         assert torch.allclose(packed(x), plain(x), atol=1e-4)
     with pytest.raises(RuntimeError):  # as nn.Linear, and as a GPU
         packed(torch.randn(3, 64).bfloat16())
+
+
+@settings(max_examples=40)
+@given(shape=st.lists(st.integers(1, 9), max_size=3), width=st.integers(1, 300), seed=st.integers(0, 99))
+def test_norms_give_the_same_bits(shape, width, seed):
+    torch.manual_seed(seed)
+    norm = Qwen3RMSNorm(width, eps=1e-6).requires_grad_(False)
+    norm.weight.normal_()
+    twin = copy.deepcopy(norm)
+    prepack(twin)
+    assert "forward" in vars(twin)
+    x = torch.randn(*shape, width) * 10
+    with torch.no_grad():
+        assert torch.equal(norm(x), twin(x))
+        assert torch.equal(norm(x.bfloat16()), twin(x.bfloat16()))
+        twin.weight.mul_(2)
+        assert torch.equal(copy.deepcopy(twin)(x), 2 * norm(x))  # follows its weight, and so do copies
+    unpack(twin)
+    assert "forward" not in vars(twin)
+
+
+def test_a_norm_that_computes_otherwise_stays():
+    """Gemma's multiplies with 1 + weight."""
+    norm = Gemma3RMSNorm(8, eps=1e-6)
+    prepack(norm)
+    assert "forward" not in vars(norm)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 
 from draft_opd.models.gqa_attention import FEW, grouped
 from draft_opd.utils.errors import UserError
@@ -44,6 +44,11 @@ class Rotary:
         return self._embedding(like, positions)
 
 
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [batch, heads, m, d] at rotary positions; cos, sin [batch, m, d]."""
+    return x * cos[:, None] + rotate_half(x) * sin[:, None]
+
+
 class ProjectedAttention(nn.Module):
     """Queries, keys and values of an attention layer, as Llama (`normed`: as Qwen3) makes them; the
     names are those of published files."""
@@ -68,13 +73,13 @@ class ProjectedAttention(nn.Module):
     def queries(self, x: Tensor, rotary) -> Tensor:
         """[batch, m, inputs] -> rotated queries [batch, heads, m, d]."""
         q = self.q_norm(self._split(self.q_proj(x))).transpose(1, 2)
-        return apply_rotary_pos_emb(q, q, *rotary)[0]
+        return rotated(q, *rotary)
 
     def keys_values(self, x: Tensor, rotary) -> tuple[Tensor, Tensor]:
         """[batch, m, inputs] -> rotated keys and values, each [batch, kv_heads, m, d]."""
         k = self.k_norm(self._split(self.k_proj(x))).transpose(1, 2)
         v = self._split(self.v_proj(x)).transpose(1, 2)
-        return apply_rotary_pos_emb(k, k, *rotary)[0], v
+        return rotated(k, *rotary), v
 
 
 @dataclass

@@ -9,6 +9,7 @@ itself; embeddings and LM head are the target's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -62,8 +63,12 @@ class DFlashAttention(ProjectedAttention):
         super().__init__(config, config.hidden_size, config.attention_bias)
         self.kind = config.layer_types[layer]
 
-    def forward(self, x: Tensor, join: Join, rotary, visibility):
-        out = attend(self.queries(x, rotary), *join(*self.keys_values(x, rotary)), visibility, self.kind)
+    def forward(self, x: Tensor, join: Join, rotary, visibility, before: Tensor | None = None):
+        """before [batch, n, H]: context states in front of the block, whose keys are not in the cache yet;
+        `rotary` then holds their positions too."""
+        every = x if before is None else torch.cat([before, x], 1)
+        own = rotary if before is None else tuple(r[:, -x.shape[1] :] for r in rotary)
+        out = attend(self.queries(x, own), *join(*self.keys_values(every, rotary)), visibility, self.kind)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -75,8 +80,8 @@ class DFlashLayer(nn.Module):
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, join: Join, rotary, visibility):
-        x = x + self.self_attn(self.input_layernorm(x), join, rotary, visibility)
+    def forward(self, x: Tensor, join: Join, rotary, visibility, before: Tensor | None = None):
+        x = x + self.self_attn(self.input_layernorm(x), join, rotary, visibility, before)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -90,6 +95,15 @@ class DFlashOptions(ShapeOptions):
     )
     num_target_features: int | None = Field(None, ge=1, description="how many, if spread evenly")
     mask_token_id: int | None = Field(None, ge=0, description="None: one that the target never says")
+
+
+@dataclass
+class Unwritten:
+    """Features [1, m, F] at slots start.. of a cache, whose keys have not been made yet."""
+
+    features: Tensor
+    positions: Tensor
+    start: int
 
 
 @register("dflash")
@@ -213,9 +227,13 @@ class DFlashDrafter(Drafter):
     def _rotary(self, like: Tensor, positions: Tensor):
         return self.rotary(like, positions)
 
+    def _states(self, features: Tensor) -> Tensor:
+        """Features [batch, m, F] -> context states [batch, m, H], which the layers' keys are made of."""
+        return self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
+
     def _project(self, features: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Features [batch, m, F] -> keys and values of every draft layer."""
-        hidden = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
+        hidden = self._states(features)
         rotary = self._rotary(hidden, positions)
         return [layer.self_attn.keys_values(hidden, rotary) for layer in self.layers]
 
@@ -225,6 +243,24 @@ class DFlashDrafter(Drafter):
         return PositionCache.of([k for k, _ in pairs], [v for _, v in pairs])
 
     def extend_cache(self, context, target, ids, features, positions) -> None:
+        if context.filled and not context.static:
+            # One row, whose next block will tell how much of this was committed. Its forward makes the
+            # keys of both: half the operators.
+            self._write_unwritten(context, context.bound - features.shape[1])
+            context.unwritten = Unwritten(features, positions, context.bound - features.shape[1])
+            return
+        self._write(context, features, positions)
+
+    def _write_unwritten(self, context: PositionCache, end: int) -> None:
+        """What a block has not written, up to slot `end`."""
+        if (kept := context.unwritten) is not None:
+            bound, context.unwritten = context.bound, None
+            count = end - kept.start
+            context.set_bound(end, filled=True)
+            self._write(context, kept.features[:, :count], kept.positions[:, :count])
+            context.set_bound(bound, filled=True)
+
+    def _write(self, context: PositionCache, features: Tensor, positions: Tensor) -> None:
         context.prepare(positions)
         for i, (k, v) in enumerate(self._project(features, positions)):
             context.update(k, v, i)
@@ -243,8 +279,12 @@ class DFlashDrafter(Drafter):
         x = target.embed(tokens.flatten(1)).to(self.fc.weight.dtype)
         if self.embedding_scale is not None and self.embedding_scale != target.embedding_scale:
             x = x * (self.embedding_scale / target.embedding_scale)
-        in_place = count == 1 and context.bound is not None
+        in_place, before = count == 1 and context.bound is not None, None
         if in_place:  # decoding: the block uses the slots of its positions; `extend_cache` overwrites them
+            if (kept := context.unwritten) is not None and context.filled:
+                committed = context.bound - size - kept.start
+                before, context.unwritten = self._states(kept.features[:, :committed]), None
+                positions = torch.cat([kept.positions[:, :committed], positions], 1)
             context.prepare(positions)
             visible = context.visible
         else:
@@ -275,7 +315,7 @@ class DFlashDrafter(Drafter):
                 storage = (context.positions, context.keys[i], context.values[i])
                 x = self.fused(i, x, *rotary, mask, *storage)
             else:
-                x = self.run(layer, x, partial(join, layer=i), rotary, visibility)
+                x = self.run(layer, x, partial(join, layer=i), rotary, visibility, before)
         return self.norm(x).view(batch, count, size, -1)[:, :, 1:]
 
     def replay(self, target, context, anchors, ids, drafted) -> Tensor:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from draft_opd.models.cpu_norm import fuse_norms, unfuse_norms
+
 # A smaller matrix stays in the cache, and a call costs as much as a product of few rows.
 LARGE = 1 << 18
 LEAST = 1 << 21  # multiplications from which the packed product pays for a smaller matrix
@@ -106,11 +108,13 @@ def unpack(module: nn.Module) -> None:
         if type(part) is PrepackedLinear:
             part.__class__ = nn.Linear
             del part._kept, part._least
+    unfuse_norms(module)
 
 
 def prepack(module: nn.Module) -> None:
     """Lets every plain nn.Linear of a module on a CPU multiply with packed weights, from its next
-    use on. This takes as much memory again as the matrices do."""
+    use on, and its RMS norms run as one operator. This takes as much memory again as the matrices do."""
+    fuse_norms(module)
     if not available():
         return
     for part in module.modules():

@@ -42,6 +42,7 @@ class PositionCache(Cache):
         self.positions: Tensor | None = None
         self.visible = 0
         self.branch = False
+        self.unwritten: Any = None  # a drafter's, see `DFlashDrafter.extend_cache`
         self._start: int | None = None
         self._branched: dict[int, tuple[Tensor, Tensor]] = {}
 
