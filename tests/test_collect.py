@@ -180,3 +180,39 @@ def test_a_limit_draws_the_same_rows_in_any_order(tmp_path):
         found.append({t.id for t in drawn})
         assert abs(sum(len(t.prompt_ids) for t in drawn) / 40 - 102.5) < 25  # of all lengths
     assert found[0] == found[1] and len(found[0]) == 40
+
+
+def test_trajectories_are_handed_on_as_they_end(target, heldout, monkeypatch):
+    """Where ended prompts are replaced by the next ones, a kill loses less than a batch of ended ones."""
+    from draft_opd.data import collect as module
+
+    requests = [(t.id, t.prompt_ids) for t in heldout[:12]]
+    texts: dict[str, list[int]] = {}
+    for group in (1, 3):  # the second as where rounds are captured
+        monkeypatch.setattr(module, "GROUP", group)
+        monkeypatch.setattr(d.Target, "capturable", group > 1)
+        monkeypatch.setattr(module, "speculate", _static if group > 1 else d.speculate)
+        seen: list[int] = []
+
+        def emit(rows, seen=seen):
+            seen.append(len(rows))
+            for t in rows:
+                assert texts.setdefault(t.id, t.response_ids) == t.response_ids
+
+        module.decode_trajectories(target, requests, emit, max_new_tokens=24, batch_size=4)
+        assert seen == [4, 4, 4]
+    assert len(texts) == 12
+
+
+def _static(target, drafter, prompts, **options):
+    from draft_opd.decoding import generate as loop
+    from draft_opd.decoding.static import eager
+
+    def path(job, length, rows, pace, clock):
+        loop_static(job, length, rows, pace, clock, eager)
+
+    loop_static, loop._decode_static = loop._decode_static, path
+    try:
+        return d.speculate(target, drafter, prompts, **options)
+    finally:
+        loop._decode_static = loop_static

@@ -162,8 +162,11 @@ def sampled(target, heldout):
     """Texts of the target at temperature 1, 2 a prompt."""
     sampling = HOT
     requests = [(f"{t.id}-{i}", t.prompt_ids) for t in heldout[:16] for i in range(2)]
-    made = decode_trajectories(target, requests, max_new_tokens=100, batch_size=64, sampling=sampling, seed=5)
-    return [t for batch in made for t in batch]
+    made: list = []
+    decode_trajectories(
+        target, requests, made.extend, max_new_tokens=100, batch_size=64, sampling=sampling, seed=5
+    )
+    return made
 
 
 def test_expected_tau_is_the_mean_of_many_traces(target, trained, sampled):

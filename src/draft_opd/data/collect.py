@@ -6,7 +6,7 @@ import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 from draft_opd.data.prompts import Prompt, usable
 from draft_opd.data.skipped import Filters, Skipped
 from draft_opd.data.trajectory import Trajectory, TrajectoryWriter, read_trajectories
-from draft_opd.decoding.generate import speculate
+from draft_opd.decoding.generate import Generation, speculate
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.drafters.base import Drafter
 from draft_opd.models.target import Target
@@ -41,44 +41,50 @@ Answer = Callable[[list[Request], Callable[[list[Trajectory]], None]], None]
 def decode_trajectories(
     target: Target,
     requests: list[tuple[str, list[int]]],
+    emit: Callable[[list[Trajectory]], None],
     *,
     max_new_tokens: int,
     batch_size: int = 16,
     sampling: Sampling | None = None,
     seed: int = 0,
     drafter: Drafter | None = None,
-) -> Iterator[list[Trajectory]]:
-    """Decodes (id, prompt ids) pairs in length-sorted groups, yielding each group when done.
+) -> None:
+    """Decodes (id, prompt ids) pairs in length-sorted groups, handing trajectories to `emit` as they end.
 
     A group is a batch; where rounds are captured, several, whose prompts take the place of ended ones.
     """
     sampling = sampling or Sampling()
     ordered = sorted(requests, key=lambda r: len(r[1]))
     size = batch_size * (GROUP if target.capturable else 1)
+    ended: dict[int, Trajectory] = {}
+
+    def write() -> None:
+        emit([ended[i] for i in sorted(ended)])
+        ended.clear()
+
     for start in range(0, len(ordered), size):
-        batch = ordered[start : start + size]
+        group = ordered[start : start + size]
         # From the names, so that a collection that goes on later draws the same.
-        seeds = [seed + zlib.crc32(name.encode()) for name, _ in batch]
-        made = speculate(
+        seeds = [seed + zlib.crc32(name.encode()) for name, _ in group]
+
+        def on_end(index: int, made: Generation, group=group, seeds=seeds) -> None:
+            (name, ids), how = group[index], (made.finish_reason, *sampling.as_tuple)
+            ended[index] = Trajectory(ids, made.token_ids, name, *how, seeds[index])
+            if len(ended) == batch_size:  # a write waits for the disk
+                write()
+
+        speculate(
             target,
             drafter,
-            [ids for _, ids in batch],
+            [ids for _, ids in group],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seeds,
             rows=batch_size,
+            on_end=on_end,
         )
-        yield [
-            Trajectory(
-                ids,
-                g.token_ids,
-                name,
-                g.finish_reason,
-                *sampling.as_tuple,
-                row_seed,
-            )
-            for (name, ids), g, row_seed in zip(batch, made, seeds, strict=True)
-        ]
+        if ended:
+            write()
 
 
 def gather(
@@ -206,16 +212,16 @@ def collect(
     sampling = sampling or Sampling()
 
     def answer(requests: list[Request], emit) -> None:
-        for batch in decode_trajectories(
+        decode_trajectories(
             target,
             [(r.id, r.prompt_ids) for r in requests],
+            emit,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             sampling=sampling,
             seed=seed,
             drafter=drafter,
-        ):
-            emit(batch)
+        )
 
     about = how_made(sampling, seed, max_new_tokens, samples)
     return gather(

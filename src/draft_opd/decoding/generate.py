@@ -48,6 +48,9 @@ class Generation:
         return tau(self.rounds)
 
 
+OnEnd = Callable[[int, Generation], None]
+
+
 @dataclass
 class Timing:
     """Seconds spent, summed over rounds; `prefill` is the prompts' forward, `first_token` all until
@@ -80,6 +83,7 @@ class _Job:
     stops: frozenset[int]
     seeds: list[int]
     on_round: OnRound | None
+    on_end: OnEnd | None
 
     @property
     def keys(self) -> list[int]:
@@ -97,6 +101,8 @@ class _Job:
             self.on_round(index, tokens, result.rounds[-1])
         if ended:
             result.finish_reason = ended
+            if self.on_end:
+                self.on_end(index, result)
         return ended is not None
 
 
@@ -242,6 +248,7 @@ def speculate(
     pace: DraftLengthController | None = None,
     timing: Timing | None = None,
     on_round: OnRound | None = None,
+    on_end: OnEnd | None = None,
     rows: int | None = None,
 ) -> list[Generation]:
     """Decodes a batch of prompts; every row accepts what it accepts.
@@ -259,6 +266,7 @@ def speculate(
         seed: of the random numbers, where the target samples; for all rows, or one a row. A row's text
             depends on its seed, its prompt and its place among equal rows, not on the others.
         timing: filled in when given (this adds a device synchronisation a phase).
+        on_end: called with a prompt's index and its generation, as soon as that has ended.
         rows: the most prompts that are decoded at a time where rounds are captured (on a GPU; see
             `Target.capturable`). Ended ones are replaced by the next.
 
@@ -296,7 +304,7 @@ def speculate(
     if not limits or min(limits) < 1:
         return results
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-    job = _Job(target, drafter, sampling, results, limits, stops, seeds, on_round)
+    job = _Job(target, drafter, sampling, results, limits, stops, seeds, on_round, on_end)
     clock = timing or Timing()
     if target.capturable and not tree and not is_sharded(drafter):
         _decode_static(job, length, rows, pace, clock)

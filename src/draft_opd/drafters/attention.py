@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +10,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 
+from draft_opd.models.block_sparse import FLEX_MINIMUM, TILE, flex, tile_mask
 from draft_opd.models.gqa_attention import FEW, grouped
 from draft_opd.utils.errors import UserError
-
-# Below this many queries the dense mask is small and flex_attention's overhead does not pay.
-FLEX_MINIMUM = 1024
-TILE = 128  # queries and keys of a tile that flex_attention computes or skips
 
 
 class Rotary:
@@ -149,19 +145,13 @@ class BlockMask:
         return self._made[kind]
 
     def sparse(self, kind: str):
-        """The same as flex_attention's BlockMask, from the anchors: no [queries, keys] matrix is made."""
-        from torch.nn.attention.flex_attention import BlockMask as TileMask
-
+        """The same as tiles for `flex`, from the anchors: no [queries, keys] matrix is made."""
         if ("sparse", kind) not in self._made:
             some, whole = self.tiles(kind)
             context = torch.full((), self.context, device=self.anchors.device)
-            self._made["sparse", kind] = TileMask.from_kv_blocks(
-                *_ordered(some & ~whole),
-                *_ordered(whole),
-                BLOCK_SIZE=TILE,
-                mask_mod=self.rule(kind, context),
-                seq_lengths=(self.anchors.shape[1] * self.size, self.keys),
-            )
+            rule = self.rule(kind, context)
+            queries = self.anchors.shape[1] * self.size
+            self._made["sparse", kind] = tile_mask(some, whole, rule, queries, self.keys)
         return self._made["sparse", kind]
 
     def tiles(self, kind: str) -> tuple[Tensor, Tensor]:
@@ -186,13 +176,6 @@ class BlockMask:
         return some, whole
 
 
-def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Booleans [batch, queries, keys] -> how many are set [batch, 1, queries], and which, these first
-    [batch, 1, queries, keys]."""
-    order = tiles.logical_not().to(torch.int8).argsort(dim=-1, stable=True)
-    return tiles.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
-
-
 @dataclass
 class DenseMask:
     """A mask that has been made already [batch, 1, queries, keys], in the place of a `BlockMask`."""
@@ -203,22 +186,13 @@ class DenseMask:
         return self.mask
 
 
-@cache
-def _compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, visibility: BlockMask | DenseMask, kind: str) -> Tensor:
     """q [batch, heads, A * size, d]; k, v [batch, kv_heads, context + A * size, d] -> like q.
 
     SDPA with a dense mask; flex_attention on CUDA when there are many blocks.
     """
     if q.is_cuda and q.shape[2] >= FLEX_MINIMUM:
-        # Norms leave q and k float32 under autocast, and the kernel wants one type.
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        return _compiled_flex()(q, k, v, block_mask=visibility.sparse(kind), enable_gqa=True)
+        return flex(q, k, v, visibility.sparse(kind))
     if q.shape[2] <= FEW:
         return grouped(q, k, v, visibility.dense(kind))
     groups = q.shape[1] // k.shape[1]

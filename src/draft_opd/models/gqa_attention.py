@@ -14,6 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from draft_opd.models.block_sparse import TileMask, flex
+
 NAME = "draft_opd_grouped"
 FEW = 64  # queries; of more, repeating the mask would cost more than repeating keys
 
@@ -30,6 +32,8 @@ def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float |
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    if isinstance(attention_mask, TileMask):
+        return flex(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
     one_mask = attention_mask is not None and attention_mask.shape[1] == 1
     more = kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
     if query.shape[2] > FEW or not one_mask or dropout or more:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from draft_opd.models.block_sparse import FLEX_MINIMUM, branch_mask
 from draft_opd.models.cpu_linear import prepack
 from draft_opd.models.gqa_attention import use_grouped
 from draft_opd.models.hub import EMBEDDED
@@ -157,6 +158,13 @@ class Target(TargetInfo):
         fixed = not {"dynamic", "longrope"} & set(kinds)
         possible = fixed and self.walk is not None and not self.sharded and not self.is_mixture
         return self.captured and possible and self.device.type == "cuda"
+
+    @property
+    def skips_tiles(self) -> bool:
+        """Whether its attention takes masks of tiles: ours, without sliding windows."""
+        plain = self.masks.booleans and not self.masks.window
+        capped = getattr(self.config, "attn_logit_softcapping", None)
+        return plain and not capped and self.walk is not None and not self.sharded
 
     @property
     def is_mixture(self) -> bool:
@@ -338,6 +346,8 @@ class Target(TargetInfo):
             return self._run_branches(ids, own, prefix, cache)
         width = cache.reach(prefix - 1)
         cache.prepare(positions, branch=True, visible=width)
+        if self.skips_tiles and ids.is_cuda and ids.shape[1] >= FLEX_MINIMUM:
+            return self._over_cache(ids, positions, branch_mask(own, prefix, width), cache, layers)
         slots = torch.arange(width, device=ids.device)[None]
         visible = torch.cat([slots[:, None, :] < prefix[:, :, None], own], -1)
         key = torch.cat([slots.expand(len(ids), -1), positions], -1)
