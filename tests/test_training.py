@@ -1,16 +1,27 @@
 """Training: it learns, it resumes to the same weights, and recipes complain usefully."""
 
+import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import draft_opd as d
+from draft_opd.data.trajectory import Trajectory
 from draft_opd.drafters import dflash
 from draft_opd.training.anchors import random_anchors
-from draft_opd.training.batches import BatchSource, batch_at, batch_order
+from draft_opd.training.batches import (
+    BatchSource,
+    EpochBatches,
+    batch_order,
+    forward_cost,
+    length_groups,
+)
 from draft_opd.training.blocks import attach_drafts, pack_anchors
 from draft_opd.training.config import load_recipe
 from draft_opd.training.inputs import truncate
@@ -247,7 +258,44 @@ def test_an_epoch_visits_everything_once_and_depends_on_its_seed_only():
     assert sorted(i for b in batches for i in b) == sorted({i for b in batches for i in b})
     assert sum(map(len, batches)) >= 96 and batches == batch_order(lengths, 8, 3, 0)
     assert batches != batch_order(lengths, 8, 4, 0) and batches != batch_order(lengths, 8, 3, 1)
-    assert batch_at(lengths, 8, 3, len(batches)) == batch_order(lengths, 8, 3, 1)[0]
+    rows = [Trajectory([1], [2] * (n - 1), str(i)) for i, n in enumerate(lengths)]
+    at = EpochBatches(rows, 8, 3)
+    for index in (len(batches), 0, len(batches) - 1):  # in any order
+        epoch, place = divmod(index, len(batches))
+        assert at(index) == [rows[i] for i in batch_order(lengths, 8, 3, epoch)[place]]
+
+
+@settings(max_examples=60)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=7), cost=st.integers(0, 80))
+def test_rows_are_split_as_is_cheapest(lengths, cost):
+    def tokens(groups):
+        return sum(len(g) * max(lengths[i] for i in g) + cost for g in groups)
+
+    groups = length_groups(lengths, cost)
+    assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    cuts = itertools.product([False, True], repeat=len(order) - 1)
+    every = [[list(g) for g in _cut(order, places)] for places in cuts]
+    assert tokens(groups) == min(map(tokens, every))
+
+
+def _cut(order, places):
+    groups = [[order[0]]]
+    for i, new in zip(order[1:], places, strict=True):
+        groups.append([i]) if new else groups[-1].append(i)
+    return groups
+
+
+def test_rows_that_run_in_groups_have_the_same_states(target, heldout):
+    """One long text among short ones."""
+    rows = [replace(t, response_ids=t.response_ids[: 6 + 2 * i]) for i, t in enumerate(heldout[:5])]
+    rows.insert(1, replace(heldout[5], response_ids=heldout[5].response_ids * 4))
+    batch = BatchSource(target, (1, 3)).batch(rows)
+    assert len(length_groups([len(t.ids) for t in rows], forward_cost(target))) > 1
+    for i, t in enumerate(rows):
+        alone = target.trajectories(torch.tensor([t.ids]), (1, 3))
+        for found, wanted in ((batch.features, alone.features), (batch.hidden, alone.hidden)):
+            torch.testing.assert_close(found[i, : len(t.ids)], wanted[0], rtol=1e-4, atol=1e-4)
 
 
 def test_random_anchors_have_a_next_token(target, heldout):

@@ -17,7 +17,7 @@ from draft_opd.decoding.rounds import by_accepted, tau_of
 from draft_opd.models.target import Target
 from draft_opd.training import nonfinite
 from draft_opd.training.batch_size import Rows, fitting
-from draft_opd.training.batches import open_sources, rows_at
+from draft_opd.training.batches import EpochBatches, open_sources
 from draft_opd.training.checkpoint import (
     Checkpoints,
     Progress,
@@ -105,7 +105,7 @@ class Run:
         if self.recipe.batch_size == "auto":
             self.recipe = fitting(self.recipe, self.train_set, self._attempt, self.group.world)
         recipe = self.recipe
-        self._set_up_stage(recipe, partial(rows_at, self.train_set, recipe.batch_size, recipe.seed))
+        self._set_up_stage(recipe, EpochBatches(self.train_set, recipe.batch_size, recipe.seed))
         self._begin_record(resume_from, bfloat16_speed)
 
     # -- setting up -------------------------------------------------------------------------
