@@ -17,6 +17,7 @@ from torch import Tensor
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.verification import acceptance_probability
 from draft_opd.drafters.base import Drafter
+from draft_opd.losses.rounds_to_go import occupancy
 from draft_opd.models.rows import pad_rows
 from draft_opd.models.target import Target
 from draft_opd.utils.machine import logits_at_once
@@ -35,10 +36,12 @@ def text_acceptance(
     anchors: Tensor,
     num_draft_tokens: int,
     sampling: Sampling,
+    sharpness: float | None = None,
 ) -> Tensor:
     """α [batch, A, K] of blocks at `anchors` [batch, A] along `ids` [batch, L].
 
-    hidden [batch, L, H]: the target's states, for its distributions. Past the end of a row the
+    hidden [batch, L, H]: the target's states, for its distributions. sharpness: β for the smooth surrogate
+    q(y)^β, instead of what verification accepts. Past the end of a row the
     values mean nothing.
     """
     batch, count = anchors.shape
@@ -53,6 +56,10 @@ def text_acceptance(
         at = anchors[:, part]
         states = drafter.replay(target, context, at, ids.gather(1, at), text[:, part])
         logits = drafter.logits(target, states)
+        if sharpness is not None:
+            log_q = logits.float().log_softmax(-1).gather(-1, text[:, part, :, None])
+            alpha[:, part] = (sharpness * log_q[..., 0]).exp()
+            continue
         if sampling.takes_argmax:
             alpha[:, part] = (logits.argmax(-1) == text[:, part]).float()
             continue
@@ -62,23 +69,6 @@ def text_acceptance(
         found = acceptance_probability(text[:, part].flatten(0, 1), p, q)
         alpha[:, part] = found.unflatten(0, (batch, -1))
     return alpha
-
-
-def occupancy(alpha: Tensor, valid: Tensor) -> Tensor:
-    """Probability [..., A] that a round begins at each of A consecutive anchors.
-
-    alpha, valid [..., A, K]; the first anchor begins a round. Offsets past the end of the text are
-    not valid. v(a + n + 1) += v(a) P(n | a).
-    """
-    count, num_draft_tokens = alpha.shape[-2:]
-    alpha = torch.where(valid, alpha.double(), 0.0)
-    survival = torch.cat([torch.ones_like(alpha[..., :1]), alpha.cumprod(-1)], -1)
-    stops = survival - torch.cat([survival[..., 1:], torch.zeros_like(survival[..., :1])], -1)
-    begins = alpha.new_zeros(*alpha.shape[:-2], count + num_draft_tokens + 1)
-    begins[..., 0] = 1.0
-    for a in range(count):
-        begins[..., a + 1 : a + num_draft_tokens + 2] += begins[..., a, None] * stops[..., a, :]
-    return begins[..., :count] * valid.any(-1)
 
 
 def expected_accepted(alpha: Tensor, valid: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ class Objective(Section):
       auf               -log q(y) up to and including the first wrong proposal (Spec-AUF)
       dpace             -log q(y) with D-PACE's weights
       expected_length   -Σ_k Π_{j<=k} q_j(y_j): expected accepted length, surrogate for greedy
+      rounds            the gradient of the expected number of rounds that the text takes
+      advantage         -log q(y), weighted with the rounds that accepting the token would save
     distributions along the block:
       expected_overlap  -Σ_k Π_{j<=k} Σ_v min(p_j, q_j): expected accepted length when sampling
       chain_tv          the same per block, accepted and first rejected offsets only
@@ -35,6 +37,8 @@ class Objective(Section):
         "auf",
         "dpace",
         "expected_length",
+        "rounds",
+        "advantage",
         "expected_overlap",
         "chain_tv",
     ] = Field("acceptance_aware", description="the loss, see Objectives")
@@ -53,7 +57,10 @@ class Objective(Section):
         "exact", description="of the streams' KL: whole vocabulary, top_k, or the drafted token"
     )
     top_k: int = Field(64, ge=1, description="tokens that the estimator top_k looks at")
-    dpace_alpha: float = Field(0.5, ge=0, le=1, description="smoothing of D-PACE's weights")
+    dpace_alpha: float = Field(0.5, ge=0, le=1, description="smoothing of D-PACE's and advantage's weights")
+    value_sharpness: float = Field(
+        1.0, gt=0, description="β: rounds and advantage take q(y)^β for the acceptance of argmax drafts"
+    )
     supervision_temperature: float = Field(1.0, gt=0, description="temperature of p in the loss")
     draft_temperature: float = Field(1.0, gt=0, description="temperature of q in the loss")
     trajectory_weight: float = Field(

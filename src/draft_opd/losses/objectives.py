@@ -32,6 +32,7 @@ from draft_opd.losses.divergences import (
     total_variation,
     up_to_first_rejection,
 )
+from draft_opd.losses.rounds_to_go import advantages, survival_before
 
 
 @dataclass
@@ -40,6 +41,7 @@ class ReplayedBlocks:
 
     hidden [N, K, H] with gradient; states [N, K, Ht], the target's (None when nothing asks for
     them); labels, drafted [N, K]; accepted [N]; valid [N, K]; weight [N]; heads [Vd, H], [V, Ht];
+    ahead [N, K + 1]: the text's rounds to go at the positions behind the anchor (None as states);
     decay γ_sft; target_map: what the target does to its logits behind the head. With a draft
     vocabulary [Vd] q is 0 outside of it, and draftable [N, K] says which
     labels are in it. `total` sums over the processes that share a batch. Losses and figures are
@@ -63,6 +65,7 @@ class ReplayedBlocks:
     supervision_temperature: float = 1.0
     draft_temperature: float = 1.0
     total: Callable[[Tensor], Tensor] = Tensor.detach
+    ahead: Tensor | None = None
 
     def score(self, score: Score, where: Tensor, tokens: Tensor | None = None) -> Tensor:
         """A score against the target, dense [N, K], zero outside `where`."""
@@ -136,12 +139,14 @@ class ObjectiveSpec:
     loss: replay and options -> loss (0-d) and figures. conditioned_on: whether offset k follows the
     text or the drafted tokens. needs_target_states: whether the target's distribution enters.
     needs_branches: whether it enters behind the first rejection, in states off the trajectory.
+    needs_values: whether it reads the rounds to go at the positions of a block.
     """
 
     loss: Callable[[ReplayedBlocks, Objective], tuple[Tensor, dict]]
     conditioned_on: Literal["text", "draft"] = "text"
     needs_target_states: bool = False
     needs_branches: bool = False
+    needs_values: bool = False
 
 
 OBJECTIVES: dict[str, ObjectiveSpec] = {}
@@ -237,6 +242,25 @@ def _auf(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
 def _dpace(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     """Σ w_k (-log q(y_k)) / blocks, w by D-PACE (its authors' normalisation)."""
     weights = dpace_weights((-r.label_nll).exp(), r.reachable, o.dpace_alpha)
+    return r.block_mean((r.label_nll * weights).sum(1), r.valid), {}
+
+
+@objective("rounds", needs_values=True)
+def _rounds(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
+    """Its gradient is that of the expected rounds, V(first), where anchors stand for the occupancy:
+    Σ Π_{j<k} α_j (C(k) - V(a + k)) ∇α_k / blocks, with α = q(y)^β (`rounds_to_go`)."""
+    accept = (-o.value_sharpness * r.label_nll).exp() * r.reachable
+    fixed = accept.detach()
+    saved = survival_before(fixed) * advantages(fixed, r.ahead)
+    return r.block_mean(-(accept * saved).sum(1), r.valid), {}
+
+
+@objective("advantage", needs_values=True)
+def _advantage(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
+    """Σ w_k (-log q(y_k)) / blocks, w_k = Π_{j<k} s_j (V(a + k) - C(k))₊ with D-PACE's smoothing
+    s = (1 - α) q(y) + α, no gradient through w."""
+    smooth = ((1 - o.dpace_alpha) * (-r.label_nll.detach()).exp() + o.dpace_alpha) * r.reachable
+    weights = survival_before(smooth) * advantages(smooth, r.ahead).clamp_min(0)
     return r.block_mean((r.label_nll * weights).sum(1), r.valid), {}
 
 

@@ -95,9 +95,10 @@ def replay(
     states: Tensor | None = None,
     objective: Objective | None = None,
     total: Callable[[Tensor], Tensor] = Tensor.detach,
+    ahead: Tensor | None = None,
 ) -> ReplayedBlocks:
-    """Replays the blocks, with gradient; `states` [batch, A, K, Ht] are the target's; `total` as
-    in `ReplayedBlocks`."""
+    """Replays the blocks, with gradient; `states` [batch, A, K, Ht] are the target's; `total` and
+    `ahead` [batch, A, K + 1] as in `ReplayedBlocks`."""
     temperatures = (
         {}
         if objective is None
@@ -122,5 +123,6 @@ def replay(
         sees_drafts=drafter.sees_drafts,
         draftable=drafter.can_draft(blocks.labels).flatten(0, 1),
         total=total,
+        ahead=None if ahead is None else ahead.flatten(0, 1),
         **temperatures,
     )

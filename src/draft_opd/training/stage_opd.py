@@ -19,6 +19,7 @@ from draft_opd.training.blocks import Blocks, replay, text_states
 from draft_opd.training.config import Opd
 from draft_opd.training.stage import StageContext, StepOutput
 from draft_opd.training.stopwatch import Stopwatch
+from draft_opd.training.values import rounds_ahead, without_cut_ends
 
 
 def teacher_states(target: Target, batch: Batch, blocks: Blocks) -> Tensor:
@@ -88,12 +89,17 @@ def opd_loss(
             states = teacher_states(target, batch, blocks)
         elif spec.needs_target_states:
             states = text_states(batch, blocks)
+    ahead = None
+    if spec.needs_values:
+        with clock("values"):
+            ahead = rounds_ahead(target, drafter, batch, blocks, objective, sampling or Sampling())
+            blocks = without_cut_ends(batch, blocks)
     if spec.conditioned_on == "text":
         blocks = replace(blocks, drafted=blocks.labels)
     # torch before 2.10 may have remembered weights in autocast's type without their graph.
     torch.clear_autocast_cache()
     with clock("forward"):
-        replayed = replay(target, drafter, batch, blocks, states, objective, total)
+        replayed = replay(target, drafter, batch, blocks, states, objective, total, ahead)
         loss, figures = objective_loss(replayed, objective)
     rounds = [r for trace in traces for r in trace]
     return loss, {
