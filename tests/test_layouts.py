@@ -75,8 +75,8 @@ def test_a_whole_vocabulary_has_no_tables(target, tmp_path, verifier):
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [
-        ("dflash", {"draft_vocab_size": 150}, "draft vocabulary"),
-        ("dflash", {"sample_from_anchor": True}, "anchor"),
+        ("dflash", {"draft_vocab_size": 150}, "lacks the tensor 'd2t'"),
+        ("dflash", {"markov_rank": 64}, "DSpark drafter"),
         ("dflash", {"aux_hidden_state_layer_ids": None}, "aux_hidden_state_layer_ids"),
         ("dflash", {"mask_token_id": None}, "mask_token_id"),
         ("eagle3", {"transformer_layer_config": {"model_type": "gpt2"}}, "gpt2"),

@@ -111,7 +111,83 @@ def eagle3(**keys):
     }
 
 
+def speculators_dflash(**keys):
+    """As RedHat's speculators write it."""
+    layer = dflash(2, [], 36)
+    for key in ("dflash_config", "block_size", "num_target_layers", "auto_map"):
+        del layer[key]
+    return {
+        "architectures": ["DFlashDraftModel"],
+        "speculators_model_type": "dflash",
+        "speculators_version": "0.9.0",
+        "block_size": 8,
+        "mask_token_id": VOCAB - 1,
+        "aux_hidden_state_layer_ids": [2, 18, 34],
+        "draft_vocab_size": VOCAB,
+        "sample_from_anchor": False,
+        "sliding_window_non_causal": True,
+        "target_hidden_size": HIDDEN,
+        "speculators_config": {"algorithm": "dflash", "proposal_methods": [{"speculative_tokens": 7}]},
+        "transformer_layer_config": {**SIZES, **layer},
+        **keys,
+    }
+
+
+SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "vocab_size": VOCAB,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+}
+# What files of these also hold. copies: the target's embeddings and head; prefix: of every name; shards: two
+# files; rotary: a buffer; verifier: what trainers keep of the target.
+EXTRAS = {
+    "z-lab Qwen3-8B, sharded": {"shards", "prefix", "rotary"},
+    "speculators DFlash Qwen3-8B": {"copies", "verifier"},
+    "speculators DFlash Qwen3-8B, draft vocabulary": {"verifier"},
+    "DeepSpec DFlash Qwen3-4B": {"copies"},
+    "EAGLE-3 Qwen3-8B (NVIDIA)": {"rotary"},
+}
 DRAFTERS = {
+    "z-lab Qwen3-8B, sharded": ("Qwen3-8B", dflash(3, [1, 17, 33], 36)),
+    "z-lab Qwen3-8B, biases": ("Qwen3-8B", dflash(1, [1, 17, 33], 36, attention_bias=True)),
+    "speculators DFlash Qwen3-8B": ("Qwen3-8B", speculators_dflash()),
+    "speculators DFlash Qwen3-8B, draft vocabulary": (
+        "Qwen3-8B",
+        speculators_dflash(draft_vocab_size=DRAFT_VOCAB),
+    ),
+    "speculators DFlash Qwen3-8B, anchor first": (
+        "Qwen3-8B",
+        speculators_dflash(
+            sample_from_anchor=True,
+            speculators_config={"algorithm": "dflash", "proposal_methods": [{"speculative_tokens": 8}]},
+        ),
+    ),
+    "DFlash narrower than Qwen3-8B": (
+        "Qwen3-8B",
+        dflash(1, [1, 17, 33], 36, hidden_size=32, target_hidden_size=HIDDEN),
+    ),
+    "DeepSpec DFlash Qwen3-4B": (  # flat keys; the anchor's slot predicts
+        "Qwen3-4B",
+        {
+            **{k: v for k, v in dflash(5, [], 36).items() if k != "dflash_config"},
+            "architectures": ["Qwen3DSparkModel"],
+            "block_size": 7,
+            "mask_token_id": VOCAB - 1,
+            "target_layer_ids": [1, 9, 17, 25, 33],
+            "num_anchors": 512,
+            "markov_rank": 0,
+            "markov_head_type": "vanilla",
+            "enable_confidence_head": False,
+            "confidence_head_with_markov": False,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "EAGLE-3 Qwen3-8B (NVIDIA)": (
+        "Qwen3-8B",
+        eagle3(eagle_config={"eagle_aux_hidden_state_layer_ids": [], "use_aux_hidden_state": True}),
+    ),
     "z-lab Qwen3-4B": ("Qwen3-4B", dflash(5, [1, 9, 17, 25, 33], 36)),
     "z-lab Qwen3-8B": ("Qwen3-8B", dflash(5, [1, 9, 17, 25, 33], 36)),
     "z-lab Qwen3-30B-A3B": (
@@ -220,35 +296,55 @@ def make_target(tmp_path_factory):
     return make
 
 
+def write_tensors(folder, tensors, extras, target) -> None:
+    more = {}
+    if "copies" in extras:
+        more |= {"embed_tokens.weight": target.model.get_input_embeddings().weight.clone()}
+        more |= {"lm_head.weight": target.head.weight.clone()}
+    if "verifier" in extras:
+        more |= {"verifier_norm.weight": torch.ones(HIDDEN)}
+        more |= {"verifier_lm_head.weight": target.head.weight.clone()}
+    if "rotary" in extras:
+        more |= {"rotary_emb.inv_freq": torch.ones(4)}
+    tensors = {**tensors, **more}
+    if "prefix" in extras:
+        tensors = {f"model.{k}": v for k, v in tensors.items()}
+    if "shards" not in extras:
+        save_file(tensors, folder / "model.safetensors")
+        return
+    names = sorted(tensors)
+    files = {k: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, k in enumerate(names)}
+    for file in set(files.values()):
+        save_file({k: tensors[k] for k in names if files[k] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_published_shapes_load_draft_and_replay(make_target, tmp_path, name):
     torch.manual_seed(1)
     target_name, config = DRAFTERS[name]
     target = make_target(target_name)
-    sizes = {
-        "hidden_size": HIDDEN,
-        "intermediate_size": 96,
-        "vocab_size": VOCAB,
-        "head_dim": 8,
-        "max_position_embeddings": 512,
-    }
     if "transformer_layer_config" not in config:
-        config = {**sizes, **config}
+        config = {**SIZES, **config}
     family = family_of(config)
     assert is_drafter(config)
     # The tensors that such a file has, random.
     tables = {"d2t": torch.arange(DRAFT_VOCAB) // 3, "t2d": torch.zeros(VOCAB, dtype=torch.bool)}
     tables["t2d"][tables["d2t"] + torch.arange(DRAFT_VOCAB)] = True
     head = {"lm_head.weight": torch.zeros(DRAFT_VOCAB, HIDDEN)}
-    shape, _ = family.from_files(config, {**tables, **head} if family.sees_drafts else {})
+    reduced = config.get("draft_vocab_size") == DRAFT_VOCAB
+    shape, _ = family.from_files(config, {**tables, **head} if reduced else {})
     tensors = {
         k: torch.randn_like(v) / 8 if v.is_floating_point() else v for k, v in shape.state_dict().items()
     }
-    tensors.update(tables if family.sees_drafts else {})
+    tensors.update(tables if reduced else {})
     (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(tensors, tmp_path / "model.safetensors")
+    write_tensors(tmp_path, tensors, EXTRAS.get(name, set()), target)
     drafter = d.Drafter.from_pretrained(str(tmp_path), device="cpu")
     drafter.bind(target)
+    length = {"DeepSpec DFlash Qwen3-4B": 7, "speculators DFlash Qwen3-8B, anchor first": 8}
+    assert drafter.draft_length == length.get(name, drafter.draft_length)
 
     prompts = [torch.randint(2, VOCAB, (n,)).tolist() for n in (40, 23)]
     alone = speculate(target, None, prompts, max_new_tokens=20)
@@ -290,3 +386,65 @@ def test_a_target_with_attention_sinks_loads_by_name(make_target, tmp_path):
     with torch.no_grad():
         ours = target.logits(target.trajectories(ids).hidden)
         torch.testing.assert_close(ours, target.model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_copies_of_another_target_are_told(make_target, tmp_path, caplog):
+    """A file with embeddings that are not the target's: they are not used, and that is said."""
+    target = make_target("Qwen3-8B")
+    _, config = DRAFTERS["speculators DFlash Qwen3-8B"]
+    shape, _ = family_of(config).from_files(config, {})
+    tensors = dict(shape.state_dict())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    own = target.model.get_input_embeddings().weight
+    for copy, message in (
+        (own.half().float(), None),  # rounded
+        (own * 1.2, "differs by 20 %"),
+        (torch.randn_like(own), "looks random"),
+        (own[:, :8].clone(), "not used: the target's is"),
+    ):
+        save_file({**tensors, "embed_tokens.weight": copy.contiguous()}, tmp_path / "model.safetensors")
+        drafter = d.Drafter.from_pretrained(str(tmp_path), device="cpu")
+        caplog.clear()
+        drafter.bind(target)
+        drafter.bind(target)  # once is enough
+        assert [message in r.message for r in caplog.records] == ([True] if message else [])
+
+
+def test_the_slot_convention_shifts_by_one(make_target):
+    """A block of B slots drafts B tokens where the anchor's slot predicts, else B - 1."""
+    target = make_target("Qwen3-8B")
+    _, config = DRAFTERS["speculators DFlash Qwen3-8B"]
+    drafters = []
+    for first in (False, True):
+        torch.manual_seed(3)
+        made, _ = family_of(config).from_files({**config, "sample_from_anchor": first}, {})
+        made.bind(target)
+        drafters.append(made.eval())
+    plain, first = drafters
+    assert (plain.draft_length, first.draft_length) == (7, 8)
+    ids = torch.randint(2, VOCAB, (1, 30))
+    out = target.trajectories(ids, plain.target_layers)
+    anchors, labels = torch.tensor([[9, 20]]), torch.zeros(1, 2, 8, dtype=torch.long)
+    states = []
+    with torch.no_grad():
+        for drafter in drafters:
+            context = drafter.build_cache(target, ids, out.features)
+            count = drafter.draft_length
+            at = ids.gather(1, anchors)
+            states.append(drafter.replay(target, context, anchors, at, labels[:, :, :count]))
+    # The same eight slots: one convention throws the first one's output away.
+    torch.testing.assert_close(states[1][:, :, 1:], states[0])
+
+
+def test_shards_that_are_not_there(tmp_path):
+    _, config = DRAFTERS["z-lab Qwen3-8B, sharded"]
+    (tmp_path / "config.json").write_text(json.dumps({**SIZES, **config}))
+    index = tmp_path / "model.safetensors.index.json"
+    for text, message in (
+        (json.dumps({"weight_map": {"fc.weight": "model-00001-of-00002.safetensors"}}), "it is not there"),
+        (json.dumps({"weight_map": {"fc.weight": "../other.safetensors"}}), "it is not there"),
+        ("{", "no index of shards"),
+    ):
+        index.write_text(text)
+        with pytest.raises(d.UserError, match=message):
+            d.Drafter.from_pretrained(str(tmp_path), device="cpu")

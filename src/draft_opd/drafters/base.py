@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from pydantic import BaseModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from draft_opd.drafters.registry import FAMILIES, family_of
+from draft_opd.drafters.weights import compare_copies, read_tensors
 from draft_opd.models.cpu_linear import prepack
 from draft_opd.models.fused_layers import FusedLayers
 from draft_opd.models.hub import find_drafter_files
@@ -83,6 +84,7 @@ class Drafter(nn.Module):
     layout: str = ""  # the layout of the files it was read from
     has_trees: ClassVar[bool] = False
     sees_drafts: ClassVar[bool] = False  # an offset is conditioned on the tokens before it
+    copies: Mapping[str, Tensor] = MappingProxyType({})  # of the target's, in its files; until `bind`
     fused: FusedLayers | None = None  # made when a context first asks for compiled layers
     soft_labels: ClassVar[bool] = False  # SFT learns the target's distribution, not its token
 
@@ -130,6 +132,9 @@ class Drafter(nn.Module):
         the drafter is used; may be repeated. Raises `UserError` as `check_target` does."""
         self.check_target(target)
         prepack(self)
+        if self.copies and hasattr(target, "model"):
+            compare_copies(self.copies, target)
+            self.copies = {}
 
     def build_cache(self, target: Target, ids: Tensor, features: Tensor) -> DraftCache:
         """ids [batch, L], features [batch, L, F] of whole right-padded rows."""
@@ -298,18 +303,15 @@ class Drafter(nn.Module):
         Raises `UserError` for anything that is not one: no config, an unknown layout, missing,
         misnamed or misshapen tensors, or weights that are not safetensors.
         """
-        config, weights = find_drafter_files(path_or_id)
-        folder = weights.parent
+        config, files = find_drafter_files(path_or_id)
+        weights, folder = files[0], files[0].parent
         family = family_of(config)
         if family is None:
             raise UserError(
                 f"'{path_or_id}' is not a drafter we know: its config.json names "
                 f"{config.get('architectures')}; known families: {', '.join(FAMILIES)}"
             )
-        try:
-            tensors = load_file(weights)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"'{weights}' is not a readable safetensors file ({error})") from error
+        tensors = read_tensors(files)
         try:
             drafter, tensors = family.from_files(config, tensors)
         except UserError:

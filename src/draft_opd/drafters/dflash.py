@@ -24,6 +24,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from draft_opd.drafters.attention import BlockMask, DenseMask, ProjectedAttention, Rotary, attend
 from draft_opd.drafters.base import Choose, Drafter
 from draft_opd.drafters.layouts import dflash as layout
+from draft_opd.drafters.layouts.vocabulary import as_buffers, checked_ids, target_ids
+from draft_opd.drafters.mask_token import find_mask_token
 from draft_opd.drafters.registry import register
 from draft_opd.drafters.target_config import (
     ShapeOptions,
@@ -113,14 +115,18 @@ class DFlashDrafter(Drafter):
     vllm_method = "dflash"
     options = DFlashOptions
 
-    def __init__(self, config: Qwen3Config):
+    def __init__(self, config: Qwen3Config, *, own_embeddings: bool = False, own_head: bool = False):
+        """own_embeddings, own_head: not the target's, as a draft vocabulary or another width need."""
         super().__init__()
         options = getattr(config, "dflash_config", None) or {}
         self.config = config
         self.block_size: int = getattr(config, "block_size", None) or options.get("block_size", 16)
         if type(self.block_size) is not int or self.block_size < 2:
             raise UserError(f"the block size is {self.block_size}: it must be 2 or more")
-        self.draft_length = self.block_size - 1
+        # Whether the anchor's slot predicts too: a block of B slots drafts B tokens then, not B - 1.
+        given = options.get("sample_from_anchor", getattr(config, "sample_from_anchor", None))
+        self.anchor_first = bool(given)
+        self.draft_length = self.block_size - (0 if self.anchor_first else 1)
         self.mask_token_id: int = options["mask_token_id"]
         # What the target's embedding table is multiplied with; None: whatever the target does.
         self.embedding_scale: float | None = options.get(EMBEDDING_SCALE)
@@ -133,25 +139,40 @@ class DFlashDrafter(Drafter):
         if self.causal is None and "sliding_attention" not in config.layer_types:
             self.causal = False
         hidden = config.hidden_size
-        self.fc = nn.Linear(len(self.target_layers) * hidden, hidden, bias=False)
+        self.feature_size: int = getattr(config, "target_hidden_size", None) or hidden
+        self.fc = nn.Linear(len(self.target_layers) * self.feature_size, hidden, bias=False)
         self.hidden_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(DFlashLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.rotary = Rotary(config=config)
+        self.embed_tokens = self.lm_head = None
+        size = getattr(config, "draft_vocab_size", None) or config.vocab_size
+        if own_embeddings:
+            self.embed_tokens = nn.Embedding(config.vocab_size, hidden).requires_grad_(False)
+        if own_head:
+            self.lm_head = nn.Linear(hidden, size, bias=False)
+        if size < config.vocab_size:
+            d2t, t2d = as_buffers(torch.arange(size), config.vocab_size)
+            self.register_buffer("d2t", d2t)
+            self.register_buffer("t2d", t2d)
         initialise(self)
 
     # -- configuration ----------------------------------------------------------------------
 
     @classmethod
     def matches(cls, config: dict) -> bool:
-        return layout.ARCHITECTURE in (config.get("architectures") or [])
+        return layout.matches(config)
 
     @classmethod
     def from_files(cls, config: dict, tensors: dict[str, Tensor]):
-        config, name = layout.read(config)
-        drafter = cls(Qwen3Config.from_dict(config))
-        drafter.layout = name
-        return drafter, tensors
+        files = layout.read(config, tensors)
+        drafter = cls(
+            Qwen3Config.from_dict(files.config),
+            own_embeddings=files.own_embeddings,
+            own_head=files.own_head,
+        )
+        drafter.layout, drafter.copies = files.layout, files.copies
+        return drafter, files.tensors
 
     @classmethod
     def create(cls, target: Target, counts=None, **options) -> DFlashDrafter:
@@ -199,13 +220,22 @@ class DFlashDrafter(Drafter):
 
     @property
     def formats(self) -> tuple[str, ...]:
+        if self.anchor_first or self.lm_head is not None or self.embed_tokens is not None:
+            return ("speculators",) if self.causal is False else ()
         # speculators and vLLM read the causal keys differently; they agree where no layer is causal.
         plain = ("z-lab", "sglang", "vllm")
         return plain if self.causal is not False else (*plain, "speculators")
 
     def check_target(self, target: Target) -> None:
-        if self.config.hidden_size != target.hidden_size:
-            raise_mismatch(target, "hidden size", self.config.hidden_size, target.hidden_size)
+        if self.feature_size != target.hidden_size:
+            what = "hidden size" if self.feature_size == self.config.hidden_size else "features of"
+            raise_mismatch(target, what, self.feature_size, target.hidden_size)
+        own = self.embed_tokens is not None and self.lm_head is not None
+        if self.config.hidden_size != target.hidden_size and not own:
+            raise UserError(
+                f"the drafter is {self.config.hidden_size} wide, the target '{target.name}' "
+                f"{target.hidden_size}: its files must hold embed_tokens and lm_head of their own"
+            )
         if self.config.vocab_size != target.vocab_size:
             raise_mismatch(target, "vocabulary of", self.config.vocab_size, target.vocab_size)
         layers = list(self.target_layers)
@@ -214,6 +244,8 @@ class DFlashDrafter(Drafter):
         if layers[0] < 0 or layers[-1] > target.num_layers - 2:
             # The last layer's output is normed in some engines and not in others.
             raise_mismatch(target, "tapped layers", layers, f"usable layers 0..{target.num_layers - 2}")
+        if self.vocabulary is not None:
+            checked_ids(self.d2t, target.vocab_size)
         if not 0 <= self.mask_token_id < target.vocab_size:
             raise_mismatch(target, "mask token", self.mask_token_id, f"vocabulary of {target.vocab_size}")
 
@@ -266,26 +298,38 @@ class DFlashDrafter(Drafter):
             context.update(k, v, i)
 
     def head(self, target: Target) -> nn.Linear:
-        return target.head
+        return self.lm_head or target.head
+
+    @property
+    def vocabulary(self) -> Tensor | None:
+        return target_ids(self.d2t) if "d2t" in self._buffers else None
+
+    def _embed(self, target: Target, ids: Tensor) -> Tensor:
+        if self.embed_tokens is not None:
+            return self.embed_tokens(ids)
+        x = target.embed(ids).to(self.fc.weight.dtype)
+        if self.embedding_scale is not None and self.embedding_scale != target.embedding_scale:
+            x = x * (self.embedding_scale / target.embedding_scale)
+        return x
 
     def _blocks(self, target: Target, context, anchors: Tensor, ids: Tensor, num_draft_tokens: int) -> Tensor:
         """anchors, ids [batch, A] -> hidden states [batch, A, num_draft_tokens, H] of the mask slots."""
         batch, count = anchors.shape
-        size = num_draft_tokens + 1
+        size = num_draft_tokens + (0 if self.anchor_first else 1)
         tokens = ids.new_full((batch, count, size), self.mask_token_id)
         tokens[:, :, 0] = ids
         offsets = torch.arange(size, device=ids.device)
         positions = (anchors[:, :, None] + offsets).flatten(1)  # [batch, A * size]
-        x = target.embed(tokens.flatten(1)).to(self.fc.weight.dtype)
-        if self.embedding_scale is not None and self.embedding_scale != target.embedding_scale:
-            x = x * (self.embedding_scale / target.embedding_scale)
+        x = self._embed(target, tokens.flatten(1))
         in_place, before = count == 1 and context.bound is not None, None
         if in_place:  # decoding: the block uses the slots of its positions; `extend_cache` overwrites them
-            if (kept := context.unwritten) is not None and context.filled:
-                committed = context.bound - size - kept.start
+            # A row that is alone reaches the bound with K + 1 slots, of which a block of K uses the first.
+            end = context.bound - (1 if self.anchor_first else 0) if context.filled else None
+            if (kept := context.unwritten) is not None and end is not None:
+                committed = end - size - kept.start
                 before, context.unwritten = self._states(kept.features[:, :committed]), None
                 positions = torch.cat([kept.positions[:, :committed], positions], 1)
-            context.prepare(positions)
+            context.prepare(positions, visible=end)
             visible = context.visible
         else:
             visible = min(context.reach(anchors - 1), context.capacity)
@@ -316,7 +360,7 @@ class DFlashDrafter(Drafter):
                 x = self.fused(i, x, *rotary, mask, *storage)
             else:
                 x = self.run(layer, x, partial(join, layer=i), rotary, visibility, before)
-        return self.norm(x).view(batch, count, size, -1)[:, :, 1:]
+        return self.norm(x).view(batch, count, size, -1)[:, :, size - num_draft_tokens :]
 
     def replay(self, target, context, anchors, ids, drafted) -> Tensor:
         # The masks are filled in parallel: what was drafted does not enter.
@@ -332,7 +376,7 @@ class DFlashDrafter(Drafter):
         return default_decay(num_draft_tokens + 1)
 
     def forward_token_counts(self, num_draft_tokens: int) -> list[int]:
-        return [num_draft_tokens + 1]
+        return [num_draft_tokens + (0 if self.anchor_first else 1)]
 
     def sglang_flags(self) -> dict[str, int | str]:
         return {"algorithm": "DFLASH", "num-draft-tokens": self.block_size}
@@ -342,26 +386,3 @@ def _over_slots(layer, x, cos, sin, mask, slots, keys, values) -> Tensor:
     """A layer over its part of a cache whose storage does not move, for `FusedLayers`."""
     join = LayerSlots(keys, values, slots, mask.shape[-1]).update
     return layer(x, join, (cos, sin), DenseMask(mask))
-
-
-def find_mask_token(target: Target) -> int:
-    """A token id that never occurs in text, to stand for MASK.
-
-    In this order: the tokenizer's own mask token, an unused row of the embedding table, a
-    special token that neither starts, ends nor pads text.
-    """
-    tokenizer = target.tokenizer
-    if tokenizer is not None:
-        if tokenizer.mask_token_id is not None:
-            return tokenizer.mask_token_id
-        if len(tokenizer) < target.vocab_size:
-            return len(tokenizer)
-        used = {tokenizer.bos_token_id, tokenizer.eos_token_id, *target.stop_ids}
-        used |= {tokenizer.pad_token_id}
-        template = tokenizer.chat_template or ""
-        for token_id, token in sorted(tokenizer.added_tokens_decoder.items()):
-            if token.special and token_id not in used and token.content not in str(template):
-                return token_id
-    raise UserError(
-        f"target '{target.name}' has no spare token for MASK: set model.options.mask_token_id in the recipe"
-    )

@@ -15,7 +15,7 @@ from draft_opd.utils.errors import UserError
 EMBEDDED = "embedded"
 # What no target's config.json has: keys, and words in the names of architectures.
 DRAFTER_KEYS = ("dflash_config", "draft_vocab_size", "speculators_model_type")
-DRAFTER_WORDS = ("Draft", "DFlash", "Eagle")
+DRAFTER_WORDS = ("Draft", "DFlash", "DSpark", "Eagle")
 
 
 def resolve_path(path_or_id: str) -> str:
@@ -118,24 +118,47 @@ def find_target_files(path_or_id: str, weights: bool = True) -> tuple[str, dict 
     return path, config
 
 
-def find_drafter_files(path_or_id: str | Path) -> tuple[dict, Path]:
-    """A drafter's config.json and its weights file, of which only the header is read.
+def find_drafter_files(path_or_id: str | Path) -> tuple[dict, list[Path]]:
+    """A drafter's config.json and its weights file or shards, of which only the headers are read.
 
     Raises `UserError` where one of them is missing or damaged.
     """
     folder = find_folder(path_or_id, "drafter")
     config = read_config(folder, "drafter")
-    weights = folder / "model.safetensors"
-    if not weights.exists():
+    files = _weights(folder)
+    for weights in files:
+        try:
+            with safe_open(weights, "np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"'{weights}' is not a readable safetensors file ({error})") from error
+    return config, files
+
+
+def _weights(folder: Path) -> list[Path]:
+    if (single := folder / "model.safetensors").exists():
+        return [single]
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [folder / name for name in names]
+            inside = all(file.parent == folder for file in files)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise UserError(f"'{index}' is no index of shards ({type(error).__name__})") from error
+        missing = [file.name for file in files if not file.exists()]
+        if missing or not files or not inside:
+            raise UserError(f"'{index}' names {missing[0] if missing else 'no shards'}: it is not there")
+        return files
+    if len(others := sorted(folder.glob("*.safetensors"))) == 1:
+        return others
+    pickles = sorted(p.name for e in ("bin", "pt", "pth") for p in folder.glob(f"*.{e}"))
+    if pickles:
         raise UserError(
-            f"drafter '{folder}' has no model.safetensors, and no other format is read: convert what it has"
+            f"drafter '{folder}' has no safetensors but {pickles[0]}, a pickle, which is never read here: "
+            f"draft-opd convert {folder} OUT"
         )
-    try:
-        with safe_open(weights, "np"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"'{weights}' is not a readable safetensors file ({error})") from error
-    return config, weights
+    raise UserError(f"drafter '{folder}' has no model.safetensors")
 
 
 def check_models(target: str | None, *drafters: str, weights: bool = True) -> None:

@@ -82,7 +82,7 @@ class PositionCache(Cache):
         # Where all rows write the same slots one copy is enough. Comparing positions on a GPU would wait
         # for it, so they are compared on a CPU only.
         if self.filled and self.bound:
-            self._start = self.bound - positions.shape[1]
+            self._start = self.visible - positions.shape[1]
         elif not self.static and positions.is_cpu and bool((positions == positions[:1]).all()):
             self._start = int(positions[0, 0])
 

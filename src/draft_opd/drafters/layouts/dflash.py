@@ -2,23 +2,82 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from draft_opd.drafters.layouts.speculators import flatten, is_speculators, wrap
+from draft_opd.drafters.layouts.vocabulary import as_buffers, checked_ids
 from draft_opd.drafters.target_config import older_rope_keys
+from draft_opd.drafters.weights import split_copies
 from draft_opd.utils.errors import UserError
 
 if TYPE_CHECKING:
     from draft_opd.drafters.dflash import DFlashDrafter
 
 ARCHITECTURE = "DFlashDraftModel"
+DEEPSPEC = ("Qwen3DSparkModel", "DSparkDraftModel")  # DeepSpec trains DFlash with this class, heads off
+SPECULATORS_KEYS = ("draft_vocab_size", "target_hidden_size")
+# Keys that make a drafter of another family of a DFlash body.
+OTHER_FAMILIES = {
+    "markov_rank": "DSpark drafter (Markov head)",
+    "enable_confidence_head": "DSpark drafter (confidence head)",
+    "conv_kernel_size": "DFlash2 drafter (convolutions)",
+    "selector_rank": "DFlash2 drafter (path selector)",
+    "gru_hidden_dim": "Domino drafter",
+    "output_multiplier": "drafter whose logits are scaled",
+    "final_logit_softcapping": "drafter whose logits are capped",
+}
 
 
-def read(config: dict) -> tuple[dict, str]:
-    """config.json of either layout in z-lab's keys, and the layout's name. Raises `UserError`."""
+def matches(config: dict) -> bool:
+    names = config.get("architectures") or []
+    return ARCHITECTURE in names or any(n in names for n in DEEPSPEC)
+
+
+@dataclass
+class Files:
+    """What a drafter is made from: config in z-lab's keys, tensors under the drafter's own names, and copies
+    of the target's."""
+
+    config: dict
+    tensors: dict[str, Tensor]
+    layout: str
+    copies: dict[str, Tensor]
+    own_embeddings: bool
+    own_head: bool
+
+
+def read(config: dict, tensors: dict[str, Tensor]) -> Files:
+    """From any of the layouts. Raises `UserError` for what is none of them, or not DFlash."""
+    config, layout = _read_config(config)
+    hidden, vocab = config.get("hidden_size"), config.get("vocab_size")
+    size = config.get("draft_vocab_size") or vocab
+    narrow = (config.get("target_hidden_size") or hidden) != hidden
+    own = {"embed_tokens.weight"} if narrow else set()
+    own |= {"lm_head.weight"} if narrow or size != vocab else set()
+    tensors, copies = split_copies(tensors, {"embed_tokens.weight", "lm_head.weight"} - own)
+    if size == vocab:  # tables of a whole vocabulary say nothing
+        tensors = {k: v for k, v in tensors.items() if k not in ("d2t", "t2d") or (v.any() and k == "d2t")}
+    elif "d2t" in tensors and "t2d" not in tensors:
+        tensors["t2d"] = as_buffers(checked_ids(tensors["d2t"], vocab), vocab)[1]
+    return Files(config, tensors, layout, copies, "embed_tokens.weight" in own, "lm_head.weight" in own)
+
+
+def _read_config(config: dict) -> tuple[dict, str]:
+    """config.json of any layout in z-lab's keys, and the layout's name."""
+    options = config.get("dflash_config")
+    more = {**config, **options} if isinstance(options, dict) else config
+    if wrong := next((k for k in OTHER_FAMILIES if more.get(k)), None):
+        raise UserError(
+            f"the config.json has {wrong}: it is that of a {OTHER_FAMILIES[wrong]}, which is not supported"
+        )
     layout = "z-lab"
     if is_speculators(config):
         layout, config = "speculators", _from_speculators(config)
+    elif any(n in (config.get("architectures") or []) for n in DEEPSPEC) and "dflash_config" not in config:
+        layout, config = "deepspec", _from_deepspec(config)
     options = config.get("dflash_config")
     if not isinstance(options, dict) or not isinstance(options.get("mask_token_id"), int):
         raise UserError(
@@ -32,23 +91,31 @@ def read(config: dict) -> tuple[dict, str]:
 
 def _from_speculators(config: dict) -> dict:
     """speculators' config.json in z-lab's keys. Raises `UserError` for what has no counterpart."""
-    flat, num_draft_tokens = flatten(config, ("block_size",))
+    flat, num_draft_tokens = flatten(config, ("block_size", *SPECULATORS_KEYS))
     taps = config.get("aux_hidden_state_layer_ids")
     if not isinstance(taps, list) or not taps:
         raise UserError("the DFlash config.json names no aux_hidden_state_layer_ids")
-    size = config.get("draft_vocab_size")
-    if size not in (None, flat.get("vocab_size")):
-        raise UserError("DFlash drafters with a draft vocabulary are not supported")
-    if config.get("sample_from_anchor"):
-        raise UserError("DFlash drafters that sample from the anchor are not supported")
     sliding = "sliding_attention" in (flat.get("layer_types") or [])
     causal = None if sliding and not config.get("sliding_window_non_causal") else False
-    flat.setdefault("block_size", (num_draft_tokens or 15) + 1)
+    anchor_first = bool(config.get("sample_from_anchor"))
+    flat.setdefault("block_size", (num_draft_tokens or 15) + (0 if anchor_first else 1))
     options = {
         "mask_token_id": config.get("mask_token_id"),
         "target_layer_ids": [i - 1 for i in taps],
+        "sample_from_anchor": anchor_first,
     }
     return {**flat, "is_causal": causal, "dflash_config": options, "num_target_layers": None}
+
+
+def _from_deepspec(config: dict) -> dict:
+    """DeepSpec's flat config.json in z-lab's keys. Its DFlash drafters are DSpark ones without the heads, so
+    their anchor's slot predicts, unless the file says otherwise."""
+    options = {
+        "mask_token_id": config.get("mask_token_id"),
+        "target_layer_ids": config.get("target_layer_ids"),
+        "sample_from_anchor": config.get("sample_from_anchor", True),
+    }
+    return {**config, "is_causal": False, "dflash_config": options}
 
 
 def config_of(drafter: DFlashDrafter) -> dict:
@@ -64,27 +131,33 @@ def config_of(drafter: DFlashDrafter) -> dict:
     config.pop("is_causal", None)
     if drafter.causal is not None:
         config["is_causal"] = drafter.causal
+    if drafter.vocabulary is None:
+        config.pop("draft_vocab_size", None)
+    if drafter.feature_size == drafter.config.hidden_size:
+        config.pop("target_hidden_size", None)
     config["dflash_config"] = {
         **(getattr(drafter.config, "dflash_config", None) or {}),
         "mask_token_id": drafter.mask_token_id,
         "target_layer_ids": list(drafter.target_layers),
         "block_size": drafter.block_size,
     }
+    if drafter.anchor_first:
+        config["dflash_config"]["sample_from_anchor"] = True
     return config
 
 
 def speculators_config(drafter: DFlashDrafter, verifier: dict) -> dict:
     """config.json in speculators' layout; `verifier` names the target."""
     config = config_of(drafter)
-    for key in ("dflash_config", "block_size", "num_target_layers", "is_causal"):
+    for key in ("dflash_config", "block_size", "num_target_layers", "is_causal", *SPECULATORS_KEYS):
         config.pop(key, None)
     own = {
         "block_size": drafter.block_size,
         "mask_token_id": drafter.mask_token_id,
         "aux_hidden_state_layer_ids": [i + 1 for i in drafter.target_layers],
-        "draft_vocab_size": config["vocab_size"],
-        "target_hidden_size": config["hidden_size"],
-        "sample_from_anchor": False,
+        "draft_vocab_size": drafter.config.vocab_size if drafter.vocabulary is None else len(drafter.d2t),
+        "target_hidden_size": drafter.feature_size,
+        "sample_from_anchor": drafter.anchor_first,
         # vLLM 0.33 makes every layer causal where this is false.
         "sliding_window_non_causal": True,
     }
