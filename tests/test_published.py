@@ -448,3 +448,57 @@ def test_shards_that_are_not_there(tmp_path):
         index.write_text(text)
         with pytest.raises(d.UserError, match=message):
             d.Drafter.from_pretrained(str(tmp_path), device="cpu")
+
+
+def test_pickles_become_safetensors(make_target, tmp_path, capsys):
+    """SafeAILab's files are pickles: a command of its own converts them, and says what it did."""
+    from draft_opd.cli.main import run
+
+    _, config = DRAFTERS["EAGLE-3 Qwen3-8B (NVIDIA)"]
+    tables = {"d2t": torch.arange(DRAFT_VOCAB) // 3, "lm_head.weight": torch.zeros(DRAFT_VOCAB, HIDDEN)}
+    shape, _ = family_of(config).from_files({**SIZES, **config}, dict(tables))
+    tensors = {**shape.state_dict(), "d2t": tables["d2t"]}
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps({**SIZES, **config}))
+    torch.save(tensors, source / "pytorch_model.bin")
+    torch.save({"lr": 1.0}, source / "optimizer.pt")
+    assert run(["inspect", str(source)]) == 2
+    assert f"draft-opd convert {source} OUT" in capsys.readouterr().err
+    assert run(["convert", str(source), str(out), "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["tensors"] == len(tensors) and value["left_out"] == ["optimizer.pt"]
+    drafter = d.Drafter.from_pretrained(str(out), device="cpu")
+    assert all(torch.equal(v, tensors[k]) for k, v in drafter.state_dict().items() if k != "t2d")
+    assert run(["convert", str(source), str(out)]) == 2 and "exists" in capsys.readouterr().err
+
+
+def test_pickles_that_are_not_read(tmp_path, capsys):
+    """Code, other objects, no pickle at all: one line, and nothing is written."""
+    from draft_opd.cli.main import run
+
+    (tmp_path / "config.json").write_text("{}")
+    file, out = tmp_path / "pytorch_model.bin", tmp_path / "out"
+
+    class Evil:
+        def __reduce__(self):
+            return (print, ("this must never be printed",))
+
+    for content, message in (
+        ({"fc.weight": torch.ones(2), "x": Evil()}, "holds more than tensors"),
+        ({"fc.weight": torch.ones(2), "step": 3}, "'step', which is no tensor"),
+        ([torch.ones(2)], "no tensors by name"),
+    ):
+        torch.save(content, file)
+        assert run(["convert", str(tmp_path), str(out)]) == 2
+        said = capsys.readouterr()
+        assert message in said.err and "never be printed" not in said.out + said.err and not out.exists()
+    torch.save({"fc.weight": torch.ones(999)}, file)
+    whole = file.read_bytes()
+    for content, message in ((b"no pickle", "not a pickle"), (whole[:900], "not a"), (b"\x80", "not a")):
+        file.write_bytes(content)
+        assert run(["convert", str(tmp_path), str(out)]) == 2
+        assert message in capsys.readouterr().err
+    file.unlink()
+    assert run(["convert", str(tmp_path), str(out)]) == 2 and "no pickled weights" in capsys.readouterr().err
+    assert run(["convert", str(file), str(out)]) == 2 and "not a folder" in capsys.readouterr().err

@@ -161,6 +161,21 @@ def export(
     screen.result(value, facts(value["path"], shown), f"Serve it with:\n{value['serve']}")
 
 
+@app.command(epilog=example("draft-opd convert downloads/EAGLE3-LLaMA3.1-8B drafters/eagle3-llama"))
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder with config.json and pytorch_model.bin.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    json: Json = False,
+) -> None:
+    """Make safetensors of pickled weights, which no other command reads. Nothing in a pickle is run."""
+    from draft_opd.models.pickles import convert as run
+    from draft_opd.models.pickles import described
+
+    screen = Screen(json)
+    value = run(source, out)
+    screen.result(value, facts(value["path"], described(value)))
+
+
 @app.command(epilog=example("draft-opd inspect runs/demo/sft"))
 def inspect(
     path: Annotated[str, typer.Argument(help="Drafter, target, trajectories or run; 'embedded'.")],

@@ -113,7 +113,7 @@ def find_target_files(path_or_id: str, weights: bool = True) -> tuple[str, dict 
     config = read_config(folder, "target")
     if weights and not any(folder.glob("*.safetensors")):
         pickles = sorted(p.name for e in ("bin", "pt", "pth") for p in folder.glob(f"*.{e}"))
-        hint = f"; {pickles[0]} is a pickle, which is never read: convert it" if pickles else ""
+        hint = f"; {pickles[0]} is a pickle, never read here: draft-opd convert {path} OUT" if pickles else ""
         raise UserError(f"target '{path}' has no safetensors{hint}")
     return path, config
 

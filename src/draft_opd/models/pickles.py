@@ -1,0 +1,95 @@
+"""Pickled weights (pytorch_model.bin) as safetensors. The only place that reads pickles: tensors, no code."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from draft_opd.models.hub import read_config
+from draft_opd.utils.errors import UserError, one_line
+from draft_opd.utils.files import replace_folder
+
+PICKLES = ("*.bin", "*.pt", "*.pth")
+BESIDE = ("*.json", "*.txt", "*.jinja", "*.model")  # configs and tokenizers
+PICKLED = b"\x80"  # how a pickle that is no archive begins
+TRAINER_FILES = ("training_args", "optimizer", "scheduler", "rng_state", "trainer_state")
+
+
+def convert(source: Path, out: Path) -> dict[str, Any]:
+    """Writes `out`: the tensors of the folder's pickles in model.safetensors, its configs and tokenizer.
+
+    Returns what was done, for the screen. Raises `UserError` where there is nothing to convert, a pickle
+    holds more than tensors, or `out` exists.
+    """
+    if not source.is_dir():
+        raise UserError(f"'{source}' is not a folder: give one with config.json and a pickle of weights")
+    if out.exists():
+        raise UserError(f"'{out}' exists: choose a new folder or remove it")
+    read_config(source, "drafter or target")
+    files = [p for pattern in PICKLES for p in sorted(source.glob(pattern))]
+    left_out = [p.name for p in files if p.name.startswith(TRAINER_FILES)]
+    files = [p for p in files if p.name not in left_out]
+    if not files:
+        hint = ": it has safetensors already" if any(source.glob("*.safetensors")) else ""
+        raise UserError(f"'{source}' has no pickled weights ({', '.join(PICKLES)}){hint}")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        for name, tensor in _tensors(file).items():
+            if name in tensors:
+                raise UserError(f"'{file}': the tensor '{name}' is in another file too: keep one of them")
+            tensors[name] = tensor
+    index = "pytorch_model.bin.index.json"
+    kept = [p for pattern in BESIDE for p in sorted(source.glob(pattern)) if p.name != index]
+    with replace_folder(out) as temporary:
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        for path in kept:
+            shutil.copyfile(path, temporary / path.name)
+    types = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
+    return {
+        "path": str(out),
+        "read": [p.name for p in files],
+        "tensors": len(tensors),
+        "megabytes": round(sum(t.numel() * t.itemsize for t in tensors.values()) / 1e6, 1),
+        "types": types,
+        "copied": [p.name for p in kept],
+        "left_out": left_out,
+    }
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    """A pickle's tensors, by `torch.load(weights_only=True)`: nothing in it is run."""
+    try:
+        with file.open("rb") as opened:
+            begins = opened.read(1)
+        if begins != PICKLED and not zipfile.is_zipfile(file):
+            raise UserError(f"'{file}' is not a pickle of weights")
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"'{file}' holds more than tensors, which could be code: it is not read. Load it where you "
+            "trust it, and save its state_dict"
+        ) from None
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"'{file}' is not a readable pickle of weights ({one_line(error, 80)})") from None
+    if isinstance(found, dict) and len(found) == 1 and isinstance(next(iter(found.values())), dict):
+        found = next(iter(found.values()))  # {"state_dict": ...}
+    tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, dict) else {}
+    others = sorted(map(str, set(found) - set(tensors))) if isinstance(found, dict) else []
+    if not tensors or others:
+        what = f"'{others[0]}', which is no tensor" if others else "no tensors by name"
+        raise UserError(f"'{file}' holds {what}: save a state_dict")
+    # safetensors stores no tensor twice: tied ones get their own storage.
+    return {k: v.contiguous().clone() for k, v in tensors.items()}
+
+
+def described(value: dict[str, Any]) -> dict[str, str]:
+    """`convert`'s result for a table."""
+    return {k: ", ".join(v) if isinstance(v, list) else json.dumps(v).strip('"') for k, v in value.items()}
