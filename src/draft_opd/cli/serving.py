@@ -140,8 +140,26 @@ def check_serving(
             found = ask(server, asked, max_new_tokens, update)
     model = to_target(target, device, kind, trust_remote_code)
     value = compare(model, to_drafter(drafter, model), found, length, thinking)
-    screen.result(value, *_shown(value))
+    more = []
+    if not value["equal"]:
+        value["report"] = str(place)
+        _keep(place, value, found.rows, drafter)
+        more = [f"What was asked, answered and counted is in {place}: attach it to a report."]
+    screen.result(value, *_shown(value), *more)
     return 0 if value["equal"] else 1
+
+
+def _keep(place: Path, value: dict, rows: list, drafter: str) -> None:
+    """The finding, the engine's answers and the drafter's config, beside the engine's log."""
+    from draft_opd.data.trajectory import write_trajectories
+    from draft_opd.models.hub import find_folder
+    from draft_opd.utils.files import write_json
+    from draft_opd.utils.machine import machine
+
+    write_trajectories(place / "answers", rows, {"kind": "an engine's answers, from check-serving"})
+    write_json(place / "check.json", {**value, "machine": machine()})
+    config = find_folder(drafter, "drafter") / "config.json"
+    (place / "drafter-config.json").write_bytes(config.read_bytes())
 
 
 def default_dtype(target: str, device: str | None) -> str:

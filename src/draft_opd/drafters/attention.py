@@ -71,9 +71,10 @@ class ProjectedAttention(nn.Module):
         q = self.q_norm(self._split(self.q_proj(x))).transpose(1, 2)
         return rotated(q, *rotary)
 
-    def keys_values(self, x: Tensor, rotary) -> tuple[Tensor, Tensor]:
-        """[batch, m, inputs] -> rotated keys and values, each [batch, kv_heads, m, d]."""
-        k = self.k_norm(self._split(self.k_proj(x))).transpose(1, 2)
+    def keys_values(self, x: Tensor, rotary, norm: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """[batch, m, inputs] -> rotated keys and values, each [batch, kv_heads, m, d]; `norm` in the place of
+        the layer's own."""
+        k = (norm or self.k_norm)(self._split(self.k_proj(x))).transpose(1, 2)
         v = self._split(self.v_proj(x)).transpose(1, 2)
         return rotated(k, *rotary), v
 

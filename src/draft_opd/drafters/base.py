@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 # the distribution [..., V] they were drawn from (None for argmax in greedy decoding).
 Choose = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
+# Changes config and tensors of a drafter's files in place; may return what the drafter itself does otherwise.
+Fault = Callable[[dict, dict[str, Tensor]], Callable[[Any], None] | None]
+
 
 class DraftCache(Protocol):
     """What a drafter keeps of a batch of texts that the target has already run on (for DFlash,
@@ -210,29 +213,31 @@ class Drafter(nn.Module):
         """What SGLang's command line needs to know, by the names of its --speculative flags."""
         raise NotImplementedError
 
-    def known_faults(self, num_layers: int) -> dict[str, Callable[[dict, dict[str, Tensor]], None]]:
-        """{name: change(config, tensors)} for `with_fault`: each reproduces a known bug of an export
-        or an engine. num_layers: the target's.
+    def known_faults(self, num_layers: int) -> dict[str, Fault]:
+        """{name: change} for `with_fault`: each reproduces a known bug of an export or an engine.
+        num_layers: the target's.
         """
         raise NotImplementedError
 
     # -- common -----------------------------------------------------------------------------
 
-    def with_fault(self, change: Callable[[dict, dict[str, Tensor]], None]) -> Drafter | None:
+    def with_fault(self, change: Fault) -> Drafter | None:
         """A copy through its files, after `change(config, tensors)`; None if that is no drafter."""
         config = json.loads(json.dumps(self.config_dict()))
         tensors = {k: v.detach().cpu().clone() for k, v in self.tensors().items()}
-        change(config, tensors)
+        adjust = change(config, tensors)
         try:
             drafter, tensors = type(self).from_files(config, tensors)
             drafter.load_state_dict(tensors)
         except (UserError, RuntimeError):
             return None
+        if adjust is not None:
+            adjust(drafter)
         return drafter.to(self.device, next(self.parameters()).dtype).eval()
 
     def common_faults(self, num_layers: int, shift: Callable[[dict, int], None]) -> dict:
         """Those of every family; `shift(config, by)` moves the tapped layers."""
-        faults: dict[str, Callable[[dict, dict[str, Tensor]], None]] = {}
+        faults: dict[str, Fault] = {}
         for by, name in ((1, "one higher"), (-1, "one lower")):
             if self.target_layers[0] + by >= 0 and self.target_layers[-1] + by < num_layers - 1:
                 faults[f"the target's layers are tapped {name} than trained"] = partial(_shifted, shift, by)

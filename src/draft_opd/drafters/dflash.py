@@ -22,7 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from draft_opd.drafters.attention import BlockMask, DenseMask, ProjectedAttention, Rotary, attend
-from draft_opd.drafters.base import Choose, Drafter
+from draft_opd.drafters.base import Choose, Drafter, Fault
 from draft_opd.drafters.layouts import dflash as layout
 from draft_opd.drafters.layouts.vocabulary import as_buffers, checked_ids, target_ids
 from draft_opd.drafters.mask_token import find_mask_token
@@ -41,6 +41,10 @@ from draft_opd.utils.errors import UserError
 
 # In dflash_config, as published DFlash2 drafters have it.
 EMBEDDING_SCALE = "input_embedding_scale"
+FIRST_NORM = (
+    "every layer's context keys are normed with the first layer's weights (a bug of vLLM's CPU build, seen "
+    "in 0.32: serve on a GPU, or train one layer)"
+)
 # A layer's keys and values of a block -> those that the block sees, its own among them.
 Join = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -113,6 +117,7 @@ class DFlashDrafter(Drafter):
     """See the module docstring. `config` is a Qwen3Config with the z-lab keys."""
 
     vllm_method = "dflash"
+    first_context_norm = False  # an engine's bug, for `known_faults`
     options = DFlashOptions
 
     def __init__(self, config: Qwen3Config, *, own_embeddings: bool = False, own_head: bool = False):
@@ -206,10 +211,12 @@ class DFlashDrafter(Drafter):
         def unscaled(config, _):
             config["dflash_config"][EMBEDDING_SCALE] = 1.0
 
-        scaled = {}
+        scaled: dict[str, Fault] = {}
         if self.embedding_scale not in (None, 1.0):
             name = f"the target's embeddings are not scaled, trained was with {self.embedding_scale:.4g}"
             scaled = {f"{name} (vLLM before its #41703, for Gemma)": unscaled}
+        if len(self.layers) > 1:
+            scaled[FIRST_NORM] = lambda *_: lambda drafter: setattr(drafter, "first_context_norm", True)
         other = not self.causal
         causal = "attention inside the block is " + ("causal" if other else "not causal")
         return {
@@ -267,7 +274,8 @@ class DFlashDrafter(Drafter):
         """Features [batch, m, F] -> keys and values of every draft layer."""
         hidden = self._states(features)
         rotary = self._rotary(hidden, positions)
-        return [layer.self_attn.keys_values(hidden, rotary) for layer in self.layers]
+        norm = self.layers[0].self_attn.k_norm if self.first_context_norm else None
+        return [layer.self_attn.keys_values(hidden, rotary, norm) for layer in self.layers]
 
     def build_cache(self, target: Target, ids: Tensor, features: Tensor) -> PositionCache:
         positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
@@ -275,7 +283,7 @@ class DFlashDrafter(Drafter):
         return PositionCache.of([k for k, _ in pairs], [v for _, v in pairs])
 
     def extend_cache(self, context, target, ids, features, positions) -> None:
-        if context.filled and not context.static:
+        if context.filled and not context.static and not self.first_context_norm:
             # One row, whose next block will tell how much of this was committed. Its forward makes the
             # keys of both: half the operators.
             self._write_unwritten(context, context.bound - features.shape[1])

@@ -190,7 +190,10 @@ def likely_causes(
         ]
     if good:
         return [f"{name} (its counts are {far} from the engine's, ours {base})" for far, name in good]
-    return ["none of the known faults gives the engine's counts"]
+    return [
+        "none of the known faults gives the engine's counts: try --dtype float32 (near-ties), --engine-args "
+        "--enforce-eager (compiled kernels), another export format with --served, another engine version"
+    ]
 
 
 def compare(
