@@ -183,6 +183,17 @@ def test_a_planted_fault_is_named(capsys, engine, family, serveable, tmp_path, f
         assert value["same_text"] == {"matched": 8, "of": 8}
 
 
+@pytest.mark.parametrize("family", ["dflash"], indirect=True)
+def test_the_engine_s_own_bug_is_named(capsys, engine, family, trained_folder):
+    """Two layers: this build norms the context keys of both with the first one's weights."""
+    status, value = check(capsys, engine, trained_folder)
+    assert status == 1 and value["same_text"] == {"matched": 8, "of": 8}
+    assert "first layer's weights" in value["causes"][0] and "counts are 0 from" in value["causes"][0]
+    assert {"check.json", "answers", "drafter-config.json", "vllm.log"} <= {
+        p.name for p in Path(value["report"]).iterdir()
+    }
+
+
 @pytest.mark.parametrize("family", ["eagle3"], indirect=True)
 def test_another_thinking_template_is_named(capsys, engine, family, serveable):
     status, value = check(capsys, engine, serveable, "--no-thinking")
