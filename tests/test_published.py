@@ -22,6 +22,7 @@ from draft_opd.models.hub import is_drafter, resolve_path
 from draft_opd.training.batches import BatchSource
 from draft_opd.training.blocks import attach_drafts, pack_anchors, replay
 
+FAMILY = "dflash"  # of the fixtures
 VOCAB, HIDDEN, DRAFT_VOCAB = 320, 64, 200
 
 TARGETS = {  # layers and what differs from a plain decoder
@@ -502,3 +503,24 @@ def test_pickles_that_are_not_read(tmp_path, capsys):
     file.unlink()
     assert run(["convert", str(tmp_path), str(out)]) == 2 and "no pickled weights" in capsys.readouterr().err
     assert run(["convert", str(file), str(out)]) == 2 and "not a folder" in capsys.readouterr().err
+
+
+def test_the_wrong_slot_convention_is_noticed(target, heldout, trained_folder, tmp_path):
+    """A trained drafter, and the same file with the other convention in its config."""
+    from draft_opd.evaluation.misreadings import better_misreadings
+
+    right = d.Drafter.from_pretrained(str(trained_folder), device="cpu")
+    right.bind(target)
+    texts = [d.Trajectory(t.prompt_ids, t.response_ids[:40], t.id) for t in heldout[:32]]
+    right.save_pretrained(tmp_path / "d")
+    path = tmp_path / "d" / "config.json"
+    config = json.loads(path.read_text())
+    config["dflash_config"]["sample_from_anchor"] = True
+    path.write_text(json.dumps(config))
+    wrong = d.Drafter.from_pretrained(str(tmp_path / "d"), device="cpu")
+    wrong.bind(target)
+    assert wrong.draft_length == right.draft_length + 1
+    assert better_misreadings(target, right, texts) == []
+    (line,) = better_misreadings(target, wrong, texts)
+    assert "predicts nothing" in line
+    assert better_misreadings(target, wrong, texts[:31]) == []  # too few to tell

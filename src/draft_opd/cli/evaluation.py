@@ -309,6 +309,7 @@ def analyze(
     rows = read_trajectories(trajectories, limit=limit)
     check_models(target, drafter)
     from draft_opd.evaluation.analysis import GROUPS, analyse
+    from draft_opd.evaluation.misreadings import better_misreadings
     from draft_opd.report.page import Report
     from draft_opd.training.run_folder import lineage
 
@@ -317,6 +318,7 @@ def analyze(
     helper = to_drafter(drafter, model)
     with screen.progress("analyze", len(rows)) as update:
         value = analyse(model, helper, rows, draft_length=draft_length, progress=update)
+    value["misread"] = better_misreadings(model, helper, rows)
     path = out / "analysis.json"
     write_json(path, value)
     lead = f"{drafter} along its own traces on {len(rows)} trajectories of {target}."
@@ -334,6 +336,7 @@ def analyze(
             ["state", "tokens", "share", "KL(p‖q)", "KL(q‖p)"],
             lines,
         ),
+        *(f"Is the drafter read rightly? {line}" for line in value["misread"]),
         f"Report: {page}",
     )
 

@@ -219,6 +219,10 @@ class Drafter(nn.Module):
         """
         raise NotImplementedError
 
+    def misreadings(self) -> dict[str, Fault]:
+        """{name: change} for `with_fault`: other ways in which tools read the same weights."""
+        return {}
+
     # -- common -----------------------------------------------------------------------------
 
     def with_fault(self, change: Fault) -> Drafter | None:

@@ -8,7 +8,6 @@ itself; embeddings and LM head are the target's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,12 +16,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3MLP,
     Qwen3RMSNorm,
 )
 
-from draft_opd.drafters.attention import BlockMask, DenseMask, ProjectedAttention, Rotary, attend
+from draft_opd.drafters.attention import BlockMask, DenseMask, Rotary
 from draft_opd.drafters.base import Choose, Drafter, Fault
+from draft_opd.drafters.dflash_layer import DFlashLayer
 from draft_opd.drafters.layouts import dflash as layout
 from draft_opd.drafters.layouts.vocabulary import as_buffers, checked_ids, target_ids
 from draft_opd.drafters.mask_token import find_mask_token
@@ -45,8 +44,6 @@ FIRST_NORM = (
     "every layer's context keys are normed with the first layer's weights (a bug of vLLM's CPU build, seen "
     "in 0.32: serve on a GPU, or train one layer)"
 )
-# A layer's keys and values of a block -> those that the block sees, its own among them.
-Join = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def default_target_layers(num_target_layers: int, count: int) -> tuple[int, ...]:
@@ -62,33 +59,6 @@ def default_decay(block_size: int) -> float:
     if block_size <= 10:
         return max(1.0, 4 + (block_size - 8) / 2)
     return 5 + (block_size - 10) / 3
-
-
-class DFlashAttention(ProjectedAttention):
-    def __init__(self, config: Qwen3Config, layer: int):
-        super().__init__(config, config.hidden_size, config.attention_bias)
-        self.kind = config.layer_types[layer]
-
-    def forward(self, x: Tensor, join: Join, rotary, visibility, before: Tensor | None = None):
-        """before [batch, n, H]: context states in front of the block, whose keys are not in the cache yet;
-        `rotary` then holds their positions too."""
-        every = x if before is None else torch.cat([before, x], 1)
-        own = rotary if before is None else tuple(r[:, -x.shape[1] :] for r in rotary)
-        out = attend(self.queries(x, own), *join(*self.keys_values(every, rotary)), visibility, self.kind)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
-
-class DFlashLayer(nn.Module):
-    def __init__(self, config: Qwen3Config, layer: int):
-        super().__init__()
-        self.self_attn = DFlashAttention(config, layer)
-        self.mlp = Qwen3MLP(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(self, x: Tensor, join: Join, rotary, visibility, before: Tensor | None = None):
-        x = x + self.self_attn(self.input_layernorm(x), join, rotary, visibility, before)
-        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class DFlashOptions(ShapeOptions):
@@ -203,6 +173,16 @@ class DFlashDrafter(Drafter):
     def speculators_files(self, verifier: dict):
         return layout.speculators_config(self, verifier), self.tensors()
 
+    def misreadings(self) -> dict[str, Fault]:
+        other = not self.anchor_first
+        what = "predicts too" if other else "predicts nothing"
+        name = f"the anchor's slot {what} (sample_from_anchor {str(other).lower()})"
+
+        def shift(config, _):
+            config["dflash_config"]["sample_from_anchor"] = other
+
+        return {name: shift}
+
     def known_faults(self, num_layers: int):
         def shift(config, by):
             options = config["dflash_config"]
@@ -220,6 +200,7 @@ class DFlashDrafter(Drafter):
         other = not self.causal
         causal = "attention inside the block is " + ("causal" if other else "not causal")
         return {
+            **self.misreadings(),
             causal: lambda config, _: config.update(is_causal=other),
             **scaled,
             **self.common_faults(num_layers, shift),
@@ -240,7 +221,7 @@ class DFlashDrafter(Drafter):
         own = self.embed_tokens is not None and self.lm_head is not None
         if self.config.hidden_size != target.hidden_size and not own:
             raise UserError(
-                f"the drafter is {self.config.hidden_size} wide, the target '{target.name}' "
+                f"this drafter has hidden size {self.config.hidden_size}, the target '{target.name}' "
                 f"{target.hidden_size}: its files must hold embed_tokens and lm_head of their own"
             )
         if self.config.vocab_size != target.vocab_size:
