@@ -19,6 +19,7 @@ from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.static import StaticBatch, bucket_of, decode_rows, eager
 from draft_opd.decoding.step import DecodeStep
 from draft_opd.drafters import Drafter
+from draft_opd.drafters.dflash import Unwritten
 from draft_opd.evaluation.draft_length_advice import weights_read
 from draft_opd.evaluation.measure import rotated
 from draft_opd.models.gqa_attention import grouped
@@ -142,12 +143,15 @@ class RoundCosts(Phase):
             return target.logits(hidden).argmax(-1)
 
         choose = Sampling().chooser()
+        before = context - 7 + torch.arange(7, device=s.device)[None]
 
         def draft():
             full.set_bound(context + length + 1, filled=True)
             return drafter.propose(target, memory, anchors[:, None], last[:, None], length, choose)
 
         def whole():
+            # A real round finds the features of the one before: of six accepted tokens and the next.
+            memory.unwritten = Unwritten(out.features[:, -7:], before, context - 7)
             full.set_bound(context + length + 1, filled=True)
             return full(anchors, last, length).tolist()
 

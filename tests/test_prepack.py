@@ -1,6 +1,7 @@
 """Prepacked matrices compute what nn.Linear computes, and follow their weights."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -92,6 +93,7 @@ def test_used_ones_are_copied_and_saved_without_what_was_packed():
 
 
 def test_the_target_and_drafters_use_them(target, trained):
+    trained.bind(target)
     wide = target.decoder.layers[0].mlp.down_proj
     assert type(wide) is type(target.head) is PrepackedLinear
     assert any(type(m) is PrepackedLinear for m in trained.modules())
@@ -138,6 +140,7 @@ def test_norms_give_the_same_bits(shape, width, seed):
         assert torch.equal(norm(x.bfloat16()), twin(x.bfloat16()))
         twin.weight.mul_(2)
         assert torch.equal(copy.deepcopy(twin)(x), 2 * norm(x))  # follows its weight, and so do copies
+        assert torch.equal(pickle.loads(pickle.dumps(twin))(x), twin(x))
     unpack(twin)
     assert "forward" not in vars(twin)
 

@@ -441,9 +441,11 @@ def test_shards_that_are_not_there(tmp_path):
     _, config = DRAFTERS["z-lab Qwen3-8B, sharded"]
     (tmp_path / "config.json").write_text(json.dumps({**SIZES, **config}))
     index = tmp_path / "model.safetensors.index.json"
+    save_file({"fc.weight": torch.ones(2)}, tmp_path.parent / "other.safetensors")
     for text, message in (
-        (json.dumps({"weight_map": {"fc.weight": "model-00001-of-00002.safetensors"}}), "it is not there"),
-        (json.dumps({"weight_map": {"fc.weight": "../other.safetensors"}}), "it is not there"),
+        (json.dumps({"weight_map": {"fc.weight": "model-00001-of-00002.safetensors"}}), "is not there"),
+        (json.dumps({"weight_map": {"fc.weight": "../other.safetensors"}}), "not a file of its folder"),
+        (json.dumps({"weight_map": {"fc.weight": 3}}), "no index of shards"),
         ("{", "no index of shards"),
     ):
         index.write_text(text)
@@ -487,7 +489,10 @@ def test_pickles_that_are_not_read(tmp_path, capsys):
 
     for content, message in (
         ({"fc.weight": torch.ones(2), "x": Evil()}, "holds more than tensors"),
-        ({"fc.weight": torch.ones(2), "step": 3}, "'step', which is no tensor"),
+        ({"fc.weight": torch.ones(2), "step": 3}, "'step', which is no plain tensor"),
+        ({3: torch.ones(2)}, "'3', which is no plain tensor"),
+        ({"fc.weight": torch.eye(2).to_sparse()}, "which is no plain tensor"),
+        ({"fc.weight": torch.ones(2, dtype=torch.complex128)}, "cannot be stored"),
         ([torch.ones(2)], "no tensors by name"),
     ):
         torch.save(content, file)

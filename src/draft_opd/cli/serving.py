@@ -90,7 +90,7 @@ def check_serving(
     from draft_opd.drafters import Drafter
     from draft_opd.models.target_info import TargetInfo
     from draft_opd.serving.check_serving import ask, compare
-    from draft_opd.serving.export import export
+    from draft_opd.serving.export import export, format_for_vllm
     from draft_opd.serving.vllm_process import Engine, EngineFailed, read_metrics
 
     screen = Screen(json)
@@ -117,8 +117,9 @@ def check_serving(
                 dtype=kind,
             )
             if served is None:
+                layout = format_for_vllm(helper)
                 export(
-                    target, drafter, "vllm", place / "export", dtype=kind, trust_remote_code=trust_remote_code
+                    target, drafter, layout, place / "export", dtype=kind, trust_remote_code=trust_remote_code
                 )
             screen.say(f"starting vLLM; its log: {start.log}")
             try:
@@ -140,26 +141,34 @@ def check_serving(
             found = ask(server, asked, max_new_tokens, update)
     model = to_target(target, device, kind, trust_remote_code)
     value = compare(model, to_drafter(drafter, model), found, length, thinking)
-    more = []
-    if not value["equal"]:
-        value["report"] = str(place)
-        _keep(place, value, found.rows, drafter)
-        more = [f"What was asked, answered and counted is in {place}: attach it to a report."]
-    screen.result(value, *_shown(value), *more)
-    return 0 if value["equal"] else 1
+    if value["equal"]:
+        screen.result(value, *_shown(value))
+        return 0
+    value["report"] = str(place / "report")
+    more = f"What was asked, answered and counted is in {value['report']}: attach it to a report."
+    screen.result(value, *_shown(value), more)
+    _keep(place, value, found.rows, drafter, served)
+    return 1
 
 
-def _keep(place: Path, value: dict, rows: list, drafter: str) -> None:
-    """The finding, the engine's answers and the drafter's config, beside the engine's log."""
+def _keep(place: Path, value: dict, rows: list, drafter: str, served: Path | None) -> None:
+    """place/report: the finding, the engine's answers and log, what was trained and what was served."""
     from draft_opd.data.trajectory import write_trajectories
     from draft_opd.models.hub import find_folder
-    from draft_opd.utils.files import write_json
+    from draft_opd.utils.files import make_folder, write_json
     from draft_opd.utils.machine import machine
 
-    write_trajectories(place / "answers", rows, {"kind": "an engine's answers, from check-serving"})
-    write_json(place / "check.json", {**value, "machine": machine()})
-    config = find_folder(drafter, "drafter") / "config.json"
-    (place / "drafter-config.json").write_bytes(config.read_bytes())
+    out = make_folder(place / "report")
+    write_trajectories(out / "answers", rows, {"kind": "an engine's answers, from check-serving"})
+    write_json(out / "check.json", {**value, "machine": machine()})
+    files = {
+        "drafter-config.json": find_folder(drafter, "drafter") / "config.json",
+        "served-config.json": (served or place / "export") / "config.json",
+        "vllm.log": place / "vllm.log",
+    }
+    for name, file in files.items():
+        if file.exists():
+            (out / name).write_bytes(file.read_bytes())
 
 
 def default_dtype(target: str, device: str | None) -> str:

@@ -146,7 +146,7 @@ class StaticBatch:
         host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
         host.copy_(table, non_blocking=True)
         done = torch.cuda.Event()
-        done.record()
+        done.record(torch.cuda.current_stream(table.device))
 
         def wait() -> list[list[int]]:
             done.synchronize()
@@ -216,7 +216,8 @@ def decode_rows(
             continue
         table = issued.read()
         running = {row: i for row, i in issued.rows.items() if i in prompt_of}
-        record(issued.count, [table[row][0] for row in running])
+        if running:  # else all had ended: the round is thrown away
+            record(issued.count, [table[row][0] for row in running])
         ended = []
         for row, i in running.items():
             reached[i] += table[row][0] + 1

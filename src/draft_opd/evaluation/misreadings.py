@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from draft_opd.data.trajectory import Trajectory
+from draft_opd.data.trajectory import Trajectory, drawn
 from draft_opd.decoding.rounds import tau
 from draft_opd.drafters.base import Drafter
 from draft_opd.evaluation.statistics import difference
 from draft_opd.hindsight.trace import hindsight_traces
 from draft_opd.models.target import Target
 
+MOST = 128  # texts that are looked at
 ENOUGH = 32  # texts, below which nothing is concluded
 
 
@@ -18,7 +19,7 @@ def better_misreadings(target: Target, drafter: Drafter, texts: Sequence[Traject
     """Readings of the same weights whose τ on these texts is higher, by an interval above 0."""
     if len(texts) < ENOUGH:
         return []
-    found = []
+    found, texts = [], drawn(list(texts), MOST)
     for name, change in drafter.misreadings().items():
         twin = drafter.with_fault(change)
         if twin is None:

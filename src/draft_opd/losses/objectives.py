@@ -302,7 +302,8 @@ def objective_loss(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     """The loss (0-d) and figures for the metrics."""
     spec = spec_of(o)
     loss, figures = spec.loss(r, o)
-    figures = {"supervised": int(r.reachable.sum()), **figures}
+    counted = r.reachable & (r.weight > 0)[:, None]
+    figures = {"supervised": int(counted.sum()), **figures}
     if o.trajectory_weight:
         figures["supervised"] = int(r.reachable.sum())
         along = r

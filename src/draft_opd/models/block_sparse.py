@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 # Below this many queries the dense mask is small and flex_attention's overhead does not pay.
 FLEX_MINIMUM = 1024
+VARIANTS = 64  # kernels: with and without gradient, kinds of layers, drafter and branches, types
 TILE = 128  # queries and keys of a tile that is computed or skipped
 
 
@@ -24,8 +25,12 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: TileMask, scale: float | None = 
     """q [batch, heads, m, d], k and v [batch, kv_heads, n, d] -> like q."""
     # Norms leave q and k float32 under autocast, and the kernel wants one type.
     q, k = q.to(v.dtype), k.to(v.dtype)
+    usual = q.shape[-1] ** -0.5
+    if scale is not None and abs(scale - usual) > 1e-6:
+        q = q * (scale / usual)  # not an argument: a compiler would make a kernel for every number
     attend = _compiled() if q.is_cuda else flex_attention
-    return attend(q, k, v, block_mask=mask, enable_gqa=True, scale=scale)
+    with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+        return attend(q, k, v, block_mask=mask, enable_gqa=True)
 
 
 def tile_mask(some: Tensor, whole: Tensor, rule, queries: int, keys: int) -> TileMask:

@@ -143,12 +143,12 @@ def _weights(folder: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             files = [folder / name for name in names]
-            inside = all(file.parent == folder for file in files)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise UserError(f"'{index}' is no index of shards ({type(error).__name__})") from error
-        missing = [file.name for file in files if not file.exists()]
-        if missing or not files or not inside:
-            raise UserError(f"'{index}' names {missing[0] if missing else 'no shards'}: it is not there")
+        if outside := [name for name in names if Path(name).name != name]:
+            raise UserError(f"'{index}' names '{outside[0]}', which is not a file of its folder")
+        if missing := [file.name for file in files if not file.exists()]:
+            raise UserError(f"'{index}' names '{missing[0]}', which is not there")
         return files
     if len(others := sorted(folder.glob("*.safetensors"))) == 1:
         return others
@@ -158,7 +158,10 @@ def _weights(folder: Path) -> list[Path]:
             f"drafter '{folder}' has no safetensors but {pickles[0]}, a pickle, which is never read here: "
             f"draft-opd convert {folder} OUT"
         )
-    raise UserError(f"drafter '{folder}' has no model.safetensors")
+    raise UserError(
+        f"drafter '{folder}' has no model.safetensors (of a hub repository that has pickles: hf download it, "
+        "then draft-opd convert)"
+    )
 
 
 def check_models(target: str | None, *drafters: str, weights: bool = True) -> None:

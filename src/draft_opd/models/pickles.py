@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from draft_opd.utils.files import replace_folder
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
 BESIDE = ("*.json", "*.txt", "*.jinja", "*.model")  # configs and tokenizers
+SAFE = (2, 10)  # the first torch whose unpickler is not known to be broken
 PICKLED = b"\x80"  # how a pickle that is no archive begins
 TRAINER_FILES = ("training_args", "optimizer", "scheduler", "rng_state", "trainer_state")
 
@@ -29,6 +31,11 @@ def convert(source: Path, out: Path) -> dict[str, Any]:
     Returns what was done, for the screen. Raises `UserError` where there is nothing to convert, a pickle
     holds more than tensors, or `out` exists.
     """
+    if torch.__version__ < SAFE:
+        raise UserError(
+            f"torch {torch.__version__} may run code that is hidden in a pickle (CVE-2026-24747): convert "
+            f"with torch {SAFE[0]}.{SAFE[1]} or newer"
+        )
     if not source.is_dir():
         raise UserError(f"'{source}' is not a folder: give one with config.json and a pickle of weights")
     if out.exists():
@@ -49,7 +56,10 @@ def convert(source: Path, out: Path) -> dict[str, Any]:
     index = "pytorch_model.bin.index.json"
     kept = [p for pattern in BESIDE for p in sorted(source.glob(pattern)) if p.name != index]
     with replace_folder(out) as temporary:
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"'{source}': its tensors cannot be stored ({one_line(error, 80)})") from None
         for path in kept:
             shutil.copyfile(path, temporary / path.name)
     types = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
@@ -81,13 +91,19 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         raise UserError(f"'{file}' is not a readable pickle of weights ({one_line(error, 80)})") from None
     if isinstance(found, dict) and len(found) == 1 and isinstance(next(iter(found.values())), dict):
         found = next(iter(found.values()))  # {"state_dict": ...}
-    tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, dict) else {}
-    others = sorted(map(str, set(found) - set(tensors))) if isinstance(found, dict) else []
+    tensors = {k: v for k, v in found.items() if _is_plain(k, v)} if isinstance(found, dict) else {}
+    others = [str(k) for k in found if k not in tensors] if isinstance(found, dict) else []
     if not tensors or others:
-        what = f"'{others[0]}', which is no tensor" if others else "no tensors by name"
+        what = f"'{others[0]}', which is no plain tensor" if others else "no tensors by name"
         raise UserError(f"'{file}' holds {what}: save a state_dict")
     # safetensors stores no tensor twice: tied ones get their own storage.
     return {k: v.contiguous().clone() for k, v in tensors.items()}
+
+
+def _is_plain(name: object, value: object) -> bool:
+    """Whether safetensors can hold it: a dense tensor by name."""
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+    return isinstance(name, str) and dense and not value.is_meta
 
 
 def described(value: dict[str, Any]) -> dict[str, str]:

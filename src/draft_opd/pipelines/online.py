@@ -34,6 +34,7 @@ from draft_opd.drafters import Drafter
 from draft_opd.models.hub import resolve_path
 from draft_opd.models.target import Target
 from draft_opd.serving.engines import serve_command
+from draft_opd.serving.export import format_for_vllm, verifier_of
 from draft_opd.serving.model_card import model_card
 from draft_opd.training.config import Recipe
 from draft_opd.training.inputs import check_online
@@ -173,10 +174,11 @@ class OnlineLoop:
             return
         made = Drafter.from_pretrained(drafter, device="cpu")
         made.bind(self.target)
-        engine = "vllm" if "vllm" in made.formats else made.formats[0]
         path = resolve_path(self.recipe.target)
-        card = model_card(made, drafter, path, serve_command(made, path, self.served, engine))
-        made.save_pretrained(self.served, getattr(torch, o.export_dtype), card=card)
+        speculators = format_for_vllm(made) == "speculators"
+        verifier = verifier_of(path, self.target) if speculators else None
+        card = model_card(made, drafter, path, serve_command(made, path, self.served, "vllm"))
+        made.save_pretrained(self.served, getattr(torch, o.export_dtype), card=card, verifier=verifier)
         if o.reload:
             self._reload(o.reload.replace("{drafter}", shlex.quote(str(self.served.resolve()))))
             self.server.wait()

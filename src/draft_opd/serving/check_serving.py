@@ -175,7 +175,7 @@ def likely_causes(
     base, found = distance(ours, served.counted), []
     for name, change in drafter.known_faults(target.num_layers).items():
         other = drafter.with_fault(change)  # one at a time: a drafter may be a good part of memory
-        if other is not None:
+        if other is not None and other.draft_length >= num_draft_tokens:
             counted = expected(target, other, served.rows, num_draft_tokens)
             found.append((distance(counted, served.counted), name))
     found.sort()

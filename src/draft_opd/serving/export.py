@@ -22,6 +22,19 @@ from draft_opd.utils.errors import UserError
 log = logging.getLogger(__name__)
 
 
+def format_for_vllm(drafter: Drafter) -> str:
+    """The layout in which vLLM gets this drafter. Raises `UserError` where it reads none of them."""
+    for name in ("vllm", "speculators"):
+        if name in drafter.formats:
+            return name
+    raise UserError(f"this {drafter.family} drafter has no layout that vLLM reads: its blocks are other ones")
+
+
+def verifier_of(path: str, model: TargetInfo) -> dict:
+    """What speculators' layout says of the target."""
+    return {"name_or_path": path, "architectures": model.architectures}
+
+
 def export(
     target: str,
     drafter: str,
@@ -43,9 +56,8 @@ def export(
     model = TargetInfo.from_pretrained(target, trust_remote_code=trust_remote_code)
     helper.bind(model)
     if format not in helper.formats:
-        raise UserError(
-            f"--format {format}: this {helper.family} drafter has {', '.join(helper.formats)} only"
-        )
+        only = f"has {', '.join(helper.formats)} only" if helper.formats else "is read by no engine"
+        raise UserError(f"--format {format}: this {helper.family} drafter {only}")
     scale = getattr(helper, "embedding_scale", None)
     if scale not in (None, 1.0):
         log.warning(
@@ -55,9 +67,7 @@ def export(
         )
     path = resolve_path(target)
     serve = serve_command(helper, path, out, "vllm" if format == "speculators" else format)
-    verifier = None
-    if format == "speculators":
-        verifier = {"name_or_path": path, "architectures": model.architectures}
+    verifier = verifier_of(path, model) if format == "speculators" else None
     card = model_card(helper, drafter, target, serve)
     helper.save_pretrained(out, dtype=getattr(torch, dtype), verifier=verifier, card=card)
     return {

@@ -104,7 +104,7 @@ class BatchSource:
         """Features and hidden states [batch, L, ..] of padded rows. Rows of very unequal length run in
         several forwards, so that little is computed at padding; what stands there is 0 then."""
         groups = [list(range(len(ids)))]
-        if cache is None and not self.target.sharded:
+        if cache is None and not self.target.sharded and not self.target.is_mixture:
             groups = length_groups(lengths, forward_cost(self.target))
         if len(groups) == 1:
             out = self.target.trajectories(ids, self.layers, cache)

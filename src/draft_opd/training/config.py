@@ -226,6 +226,14 @@ class Recipe(Section):
                 f"opd.objective.estimator '{objective.estimator}' estimates a KL divergence, not "
                 f"{objective.kind}: use exact or top_k"
             )
+        if objective.kind in ("rounds", "advantage"):
+            if not self.sampling.takes_argmax:
+                raise ValueError(
+                    f"opd.objective.kind '{objective.kind}' is for argmax drafts: sampling.temperature 0, or "
+                    "sampling.draft argmax"
+                )
+            if objective.draft_temperature != 1:
+                raise ValueError(f"opd.objective.kind '{objective.kind}' takes draft_temperature 1 only")
         if self.data.features and self.data.cache_features != "disk":
             raise ValueError("data.features goes with data.cache_features: disk")
         if objective.accepted_weight + objective.rejected_weight == 0:

@@ -41,7 +41,7 @@ def rounds_ahead(
         places.anchors,
         count,
         sampling,
-        objective.value_sharpness if sampling.takes_argmax else None,
+        objective.value_sharpness,
     )
     values = rounds_to_go(alpha, places.valid).to(alpha.dtype)
     first = batch.starts[:, None, None]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "DFlashDraftModel"
 DEEPSPEC = ("Qwen3DSparkModel", "DSparkDraftModel")  # DeepSpec trains DFlash with this class, heads off
+IDENTITY = {"output_multiplier": 1.0}
 SPECULATORS_KEYS = ("draft_vocab_size", "target_hidden_size")
 # Keys that make a drafter of another family of a DFlash body.
 OTHER_FAMILIES = {
@@ -69,7 +70,7 @@ def _read_config(config: dict) -> tuple[dict, str]:
     """config.json of any layout in z-lab's keys, and the layout's name."""
     options = config.get("dflash_config")
     more = {**config, **options} if isinstance(options, dict) else config
-    if wrong := next((k for k in OTHER_FAMILIES if more.get(k)), None):
+    if wrong := next((k for k in OTHER_FAMILIES if more.get(k) and more[k] != IDENTITY.get(k)), None):
         raise UserError(
             f"the config.json has {wrong}: it is that of a {OTHER_FAMILIES[wrong]}, which is not supported"
         )
