@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from draft_opd.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from draft_opd.models.target import Target
+    from draft_opd.models.target_info import TargetInfo
 
 PREFIXES = ("model.", "draft_model.")
 # Buffers that follow from the config.
@@ -53,13 +53,17 @@ def split_copies(
     return {k: v for k, v in tensors.items() if k not in copies}, copies
 
 
-def compare_copies(copies: dict[str, Tensor], target: Target) -> None:
-    """Warns where a file's copy of the target's tensor is another one: the target's is used."""
+def compare_copies(copies: Mapping[str, Tensor], target: TargetInfo) -> None:
+    """Warns where a file's copy of the target's tensor is another one: the target's is used. Needs its
+    weights, not its config alone."""
+    model = getattr(target, "model", None)
+    if model is None:
+        return
     for name, copy in copies.items():
         if "embed_tokens" in name:
-            own = target.model.get_input_embeddings().weight
+            own = model.get_input_embeddings().weight
         elif "lm_head" in name:
-            own = target.head.weight
+            own = model.get_output_embeddings().weight
         else:
             continue  # a norm that no drafter uses
         if copy.shape != own.shape:

@@ -272,7 +272,7 @@ class Target(TargetInfo):
         self,
         ids: Tensor,
         positions: Tensor,
-        mask: Tensor | dict[str, Tensor],
+        mask: Any,  # tensors, by kind of layer where they differ, or tiles
         cache: PositionCache | StatefulCache,
         layers: Sequence[int],
     ) -> TargetOutput:
