@@ -262,7 +262,7 @@ def tiles_up_to(anchors: Tensor, block: int, capacity: int) -> BlockMask:
 class Late(Phase):
     """The same prompts with tables read at once, or while the next round runs."""
 
-    name, title = "late", "Reading a round's table at once, or one round late"
+    name, title = "late", "Tables read at once, or one round late"
 
     def run(self) -> dict:
         s, size = self.setup, self.size

@@ -41,7 +41,7 @@ def parts_of(r: ReplayedBlocks, bounds: list[int]) -> tuple[list[ReplayedBlocks]
             return mass.detach()
 
         own = {f.name: getattr(r, f.name) for f in fields(ReplayedBlocks)}
-        for name in ("hidden", "states", "labels", "drafted", "accepted", "valid", "weight"):
+        for name in ("hidden", "states", "labels", "drafted", "accepted", "valid", "weight", "ahead"):
             own[name] = own[name][at]
         if r.draftable is not None:
             own["draftable"] = r.draftable[at]

@@ -84,6 +84,7 @@ def advantages(alpha: Tensor, ahead: Tensor) -> Tensor:
 
     alpha [..., K]; ahead [..., K + 1]: V at a + 1 .. a + K + 1.
     """
+    ahead = ahead.to(alpha)
     kept = ahead[..., -1]  # C(a, K) = V(a + K + 1)
     found = [ahead[..., -2] - kept]
     for k in range(alpha.shape[-1] - 2, -1, -1):

@@ -159,8 +159,8 @@ def _weights(folder: Path) -> list[Path]:
             f"draft-opd convert {folder} OUT"
         )
     raise UserError(
-        f"drafter '{folder}' has no model.safetensors (of a hub repository that has pickles: hf download it, "
-        "then draft-opd convert)"
+        f"drafter '{folder}' has no model.safetensors; of a hub repository that has pickles: hf download it, "
+        "then draft-opd convert"
     )
 
 

@@ -154,6 +154,9 @@ def as_resolved(recipe: Recipe, before: dict) -> Recipe:
     before.setdefault("extended_from", [])
     if isinstance(before.get("optim"), dict):
         before["optim"].setdefault("extension", "rewarm")
+    opd = before.get("opd")
+    if isinstance(opd, dict) and isinstance(opd.get("objective"), dict):
+        opd["objective"].setdefault("value_sharpness", 1.0)
     optim, evaluation = before.get("optim"), before.get("evaluation")
     if not isinstance(optim, dict) or not isinstance(evaluation, dict):
         return recipe
