@@ -148,7 +148,7 @@ EXTRAS = {
     "speculators DFlash Qwen3-8B": {"copies", "verifier"},
     "speculators DFlash Qwen3-8B, draft vocabulary": {"verifier"},
     "DeepSpec DFlash Qwen3-4B": {"copies"},
-    "EAGLE-3 Qwen3-8B (NVIDIA)": {"rotary"},
+    "EAGLE-3 Qwen3-8B (NVIDIA)": {"rotary", "verifier"},
 }
 DRAFTERS = {
     "z-lab Qwen3-8B, sharded": ("Qwen3-8B", dflash(3, [1, 17, 33], 36)),

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import draft_opd as d
-from draft_opd.decoding.sampling import Sampling
 from draft_opd.hindsight.trace import hindsight_traces
 from draft_opd.losses import rounds_to_go as module
 from draft_opd.losses.config import Objective
@@ -109,7 +108,7 @@ def test_values_of_a_batch(target, trained, heldout):
     traces = hindsight_traces(target, trained, rows)
     anchors = [[r.anchor for r in trace] for trace in traces]
     blocks = pack_anchors(batch, anchors, trained.draft_length)
-    smooth = rounds_ahead(target, trained, batch, blocks, Objective(kind="rounds"), Sampling())
+    smooth = rounds_ahead(target, trained, batch, blocks, Objective(kind="rounds"))
     assert (smooth[:, :, :-1] >= 0).all() and smooth.isfinite().all()
     later = smooth[0, : len(anchors[0]), 0]
     assert later[0] > later[-1] and float(later[-1]) <= trained.draft_length

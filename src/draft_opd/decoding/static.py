@@ -215,7 +215,8 @@ def decode_rows(
                 return
             continue
         table = issued.read()
-        running = {row: i for row, i in issued.rows.items() if i in prompt_of}
+        unfinished = set(prompt_of)
+        running = {row: i for row, i in issued.rows.items() if i in unfinished}
         if running:  # else all had ended: the round is thrown away
             record(issued.count, [table[row][0] for row in running])
         ended = []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from draft_opd.drafters.registry import FAMILIES, family_of
-from draft_opd.drafters.weights import compare_copies, read_tensors
+from draft_opd.drafters.weights import compare_copies, read_tensors, split_copies
 from draft_opd.models.cpu_linear import prepack
 from draft_opd.models.fused_layers import FusedLayers
 from draft_opd.models.hub import find_drafter_files
@@ -320,7 +320,7 @@ class Drafter(nn.Module):
                 f"'{path_or_id}' is not a drafter we know: its config.json names "
                 f"{config.get('architectures')}; known families: {', '.join(FAMILIES)}"
             )
-        tensors = read_tensors(files)
+        tensors, copies = split_copies(read_tensors(files))
         try:
             drafter, tensors = family.from_files(config, tensors)
         except UserError:
@@ -328,6 +328,7 @@ class Drafter(nn.Module):
         except Exception as error:
             line = one_line(error)
             raise UserError(f"the config.json of '{folder}' describes no drafter ({line})") from error
+        drafter.copies = {**drafter.copies, **copies}
         expected = drafter.state_dict()
         for name in sorted(set(expected) | set(tensors)):
             if name not in tensors:

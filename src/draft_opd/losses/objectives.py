@@ -305,7 +305,7 @@ def objective_loss(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     counted = r.reachable & (r.weight > 0)[:, None]
     figures = {"supervised": int(counted.sum()), **figures}
     if o.trajectory_weight:
-        figures["supervised"] = int(r.reachable.sum())
+        figures["supervised"] = int(counted.sum())
         along = r
         if r.sees_drafts and spec.conditioned_on == "draft":
             # Behind the first wrong proposal q is not conditioned on the text.

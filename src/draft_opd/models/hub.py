@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from draft_opd.utils.errors import UserError
 
 EMBEDDED = "embedded"
+PICKLES = ("*.bin", "*.pt", "*.pth")
 # What no target's config.json has: keys, and words in the names of architectures.
 DRAFTER_KEYS = ("dflash_config", "draft_vocab_size", "speculators_model_type")
 DRAFTER_WORDS = ("Draft", "DFlash", "DSpark", "Eagle")
@@ -112,8 +113,12 @@ def find_target_files(path_or_id: str, weights: bool = True) -> tuple[str, dict 
         return path, None
     config = read_config(folder, "target")
     if weights and not any(folder.glob("*.safetensors")):
-        pickles = sorted(p.name for e in ("bin", "pt", "pth") for p in folder.glob(f"*.{e}"))
-        hint = f"; {pickles[0]} is a pickle, never read here: draft-opd convert {path} OUT" if pickles else ""
+        pickles = pickles_in(folder)
+        hint = (
+            f"; {pickles[0].name} is a pickle, never read here: draft-opd convert {path} OUT"
+            if pickles
+            else ""
+        )
         raise UserError(f"target '{path}' has no safetensors{hint}")
     return path, config
 
@@ -135,6 +140,11 @@ def find_drafter_files(path_or_id: str | Path) -> tuple[dict, list[Path]]:
     return config, files
 
 
+def pickles_in(folder: Path) -> list[Path]:
+    """Files of a folder that are pickles by their names."""
+    return sorted(p for pattern in PICKLES for p in folder.glob(pattern))
+
+
 def _weights(folder: Path) -> list[Path]:
     if (single := folder / "model.safetensors").exists():
         return [single]
@@ -152,10 +162,9 @@ def _weights(folder: Path) -> list[Path]:
         return files
     if len(others := sorted(folder.glob("*.safetensors"))) == 1:
         return others
-    pickles = sorted(p.name for e in ("bin", "pt", "pth") for p in folder.glob(f"*.{e}"))
-    if pickles:
+    if pickles := pickles_in(folder):
         raise UserError(
-            f"drafter '{folder}' has no safetensors but {pickles[0]}, a pickle, which is never read here: "
+            f"drafter '{folder}' has no safetensors but {pickles[0].name}, a pickle, which is never read here: "
             f"draft-opd convert {folder} OUT"
         )
     raise UserError(

@@ -14,11 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from draft_opd.models.hub import read_config
+from draft_opd.models.hub import PICKLES, pickles_in, read_config
 from draft_opd.utils.errors import UserError, one_line
 from draft_opd.utils.files import replace_folder
 
-PICKLES = ("*.bin", "*.pt", "*.pth")
 BESIDE = ("*.json", "*.txt", "*.jinja", "*.model")  # configs and tokenizers
 SAFE = (2, 10)  # the first torch whose unpickler is not known to be broken
 PICKLED = b"\x80"  # how a pickle that is no archive begins
@@ -41,7 +40,7 @@ def convert(source: Path, out: Path) -> dict[str, Any]:
     if out.exists():
         raise UserError(f"'{out}' exists: choose a new folder or remove it")
     read_config(source, "drafter or target")
-    files = [p for pattern in PICKLES for p in sorted(source.glob(pattern))]
+    files = pickles_in(source)
     left_out = [p.name for p in files if p.name.startswith(TRAINER_FILES)]
     files = [p for p in files if p.name not in left_out]
     if not files:

@@ -13,13 +13,14 @@ from draft_opd.decoding.rounds import Traces
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.verification import accepted_prefix
 from draft_opd.drafters.base import Drafter
-from draft_opd.hindsight.occupancy import occupancy, text_acceptance
 from draft_opd.hindsight.trace import text_chooser
 from draft_opd.losses.objectives import spec_of
+from draft_opd.losses.rounds_to_go import occupancy
 from draft_opd.models.target import Target
 from draft_opd.training.batches import Batch
 from draft_opd.training.blocks import Blocks, attach_drafts, pack_anchors, text_states
 from draft_opd.training.config import Opd
+from draft_opd.training.values import acceptance_everywhere
 from draft_opd.utils.machine import logits_at_once
 
 
@@ -57,7 +58,6 @@ def choose_blocks(
 ) -> Blocks:
     """What is replayed: rounds of the trace, or other anchors with the same number of blocks."""
     rounds = choose_rounds(traces, options.max_anchors, seed, batch.row_ids)
-    every = [range(len(t.prompt_ids) - 1, len(t.ids) - 1) for t in batch.trajectories]
     weight = None
     if options.anchors == "trace":
         anchors = [[r.anchor for r in row] for row in rounds]
@@ -66,9 +66,7 @@ def choose_blocks(
     elif options.anchors == "all":
         anchors = random_anchors(batch, options.max_anchors, seed)
     else:
-        anchors, weight = _by_occupancy(
-            target, drafter, batch, every, num_draft_tokens, sampling, options, seed
-        )
+        anchors, weight = _by_occupancy(target, drafter, batch, num_draft_tokens, sampling, options, seed)
     blocks = pack_anchors(batch, anchors, num_draft_tokens)
     if weight is not None:
         blocks = replace(blocks, weight=weight)
@@ -84,7 +82,6 @@ def _by_occupancy(
     target: Target,
     drafter: Drafter,
     batch: Batch,
-    every: list[range],
     num_draft_tokens: int,
     sampling: Sampling,
     options: Opd,
@@ -92,18 +89,13 @@ def _by_occupancy(
 ) -> tuple[list[list[int]], Tensor]:
     """About `max_anchors` anchors a row, drawn in proportion to the probability that a round begins
     there. Importance weights make means over them unbiased estimates of means over all positions."""
-    blocks = pack_anchors(batch, every, num_draft_tokens)
-    with torch.no_grad():
-        context = drafter.build_cache(target, batch.ids, batch.features)
-        alpha = text_acceptance(
-            target, drafter, context, batch.ids, batch.hidden, blocks.anchors, num_draft_tokens, sampling
-        )
-        begins = occupancy(alpha, blocks.valid)
+    blocks, alpha = acceptance_everywhere(target, drafter, batch, num_draft_tokens, sampling)
+    begins = occupancy(alpha, blocks.valid)
     found = [
         draw_by_weight(row, options.max_anchors, random.Random(f"{seed}/{row_id}").random())
         for row_id, row in zip(batch.row_ids, begins.tolist(), strict=True)
     ]
-    anchors = [[every[i][j] for j, _ in row] for i, row in enumerate(found)]
+    anchors = [[start + j for j, _ in row] for start, row in zip(batch.starts.tolist(), found, strict=True)]
     weights = torch.zeros(len(found), max(map(len, found)), device=batch.device)
     for i, row in enumerate(found):
         weights[i, : len(row)] = torch.tensor([w for _, w in row])

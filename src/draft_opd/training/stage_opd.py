@@ -92,7 +92,7 @@ def opd_loss(
     ahead = None
     if spec.needs_values:
         with clock("values"):
-            ahead = rounds_ahead(target, drafter, batch, blocks, objective, sampling or Sampling())
+            ahead = rounds_ahead(target, drafter, batch, blocks, objective)
             blocks = without_cut_ends(batch, blocks)
     if spec.conditioned_on == "text":
         blocks = replace(blocks, drafted=blocks.labels)

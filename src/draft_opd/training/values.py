@@ -18,31 +18,31 @@ from draft_opd.training.blocks import Blocks, pack_anchors
 
 
 @torch.no_grad()
-def rounds_ahead(
+def acceptance_everywhere(
     target: Target,
     drafter: Drafter,
     batch: Batch,
-    blocks: Blocks,
-    objective: Objective,
+    num_draft_tokens: int,
     sampling: Sampling,
+    sharpness: float | None = None,
+) -> tuple[Blocks, Tensor]:
+    """Blocks at every position of the responses, and α [batch, A, K] there, see `text_acceptance`."""
+    every = [range(len(t.prompt_ids) - 1, len(t.ids) - 1) for t in batch.trajectories]
+    places = pack_anchors(batch, every, num_draft_tokens)
+    context = drafter.build_cache(target, batch.ids, batch.features)
+    where = (batch.ids, batch.hidden, places.anchors, num_draft_tokens)
+    return places, text_acceptance(target, drafter, context, *where, sampling, sharpness)
+
+
+@torch.no_grad()
+def rounds_ahead(
+    target: Target, drafter: Drafter, batch: Batch, blocks: Blocks, objective: Objective
 ) -> Tensor:
     """V [batch, A, K + 1] at the positions 1..K + 1 behind each anchor. It drafts at every position of the
     batch. Argmax drafts count as accepted with probability q(y)^β, so that V is smooth."""
     count = blocks.valid.shape[2]
-    every = [range(len(t.prompt_ids) - 1, len(t.ids) - 1) for t in batch.trajectories]
-    places = pack_anchors(batch, every, count)
-    context = drafter.build_cache(target, batch.ids, batch.features)
-    alpha = text_acceptance(
-        target,
-        drafter,
-        context,
-        batch.ids,
-        batch.hidden,
-        places.anchors,
-        count,
-        sampling,
-        objective.value_sharpness,
-    )
+    sharpness = objective.value_sharpness
+    places, alpha = acceptance_everywhere(target, drafter, batch, count, Sampling(), sharpness)
     values = rounds_to_go(alpha, places.valid).to(alpha.dtype)
     first = batch.starts[:, None, None]
     behind = blocks.anchors[:, :, None] + torch.arange(1, count + 2, device=batch.device) - first
