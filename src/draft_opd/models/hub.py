@@ -162,9 +162,9 @@ def _weights(folder: Path) -> list[Path]:
         return files
     if len(others := sorted(folder.glob("*.safetensors"))) == 1:
         return others
-    if pickles := pickles_in(folder):
+    if names := [p.name for p in pickles_in(folder)]:
         raise UserError(
-            f"drafter '{folder}' has no safetensors but {pickles[0].name}, a pickle, which is never read here: "
+            f"drafter '{folder}' has no safetensors but {names[0]}, a pickle, which is never read here: "
             f"draft-opd convert {folder} OUT"
         )
     raise UserError(
