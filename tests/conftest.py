@@ -55,11 +55,15 @@ def pytest_itemcollected(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    """A module with `FAMILY = "dflash"` runs for that family only."""
-    unwanted = [i for i in items if getattr(i.module, "FAMILY", _family(i)) != _family(i)]
-    unwanted = [i for i in unwanted if _family(i)]
+    """A module with `FAMILY = "dflash"` runs for that family only. Families that are a DFlash body with
+    another head run where the head matters, in modules with `EVERY_FAMILY = True`."""
+    wanted = {i: getattr(i.module, "FAMILY", None) for i in items}
+    heads = [i for i in items if _family(i) in ("dspark", "dflash2")]
+    unwanted = [i for i in items if _family(i) and wanted[i] not in (None, _family(i))]
+    unwanted += [i for i in heads if not getattr(i.module, "EVERY_FAMILY", False) and not wanted[i]]
     config.hook.pytest_deselected(items=unwanted)
-    items[:] = [i for i in items if i not in unwanted]
+    dropped = set(unwanted)
+    items[:] = [i for i in items if i not in dropped]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device here")

@@ -88,7 +88,7 @@ def test_advice_knows_tau_at_every_length_without_decoding(evaluation, target, t
 def test_other_hardware_follows_from_two_numbers(target, trained):
     """Where bandwidth rules, a block costs what a token does; where arithmetic does, its tokens."""
     weights = weights_read(target.model, target.head.weight)
-    own = weights_read(trained, trained.head_weight(target))
+    own = weights_read(trained, trained.head_weights(target)[0])
     table = target.model.get_input_embeddings().weight
     counted = sum(p.numel() for p in target.model.parameters() if p.ndim > 1)
     tied = target.head.weight is table

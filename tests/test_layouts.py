@@ -76,7 +76,7 @@ def test_a_whole_vocabulary_has_no_tables(target, tmp_path, verifier):
     ("family", "change", "message"),
     [
         ("dflash", {"draft_vocab_size": 150}, "lacks the tensor 'd2t'"),
-        ("dflash", {"markov_rank": 64}, "DSpark drafter"),
+        ("dflash", {"gru_hidden_dim": 64}, "Domino drafter"),
         ("dflash", {"aux_hidden_state_layer_ids": None}, "aux_hidden_state_layer_ids"),
         ("dflash", {"mask_token_id": None}, "mask_token_id"),
         ("eagle3", {"transformer_layer_config": {"model_type": "gpt2"}}, "gpt2"),

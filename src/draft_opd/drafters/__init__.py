@@ -1,6 +1,6 @@
 """Drafter families. Importing a family's module registers it."""
 
-from draft_opd.drafters import dflash, eagle3  # noqa: F401
+from draft_opd.drafters import dflash, dflash2, dspark, eagle3  # noqa: F401
 from draft_opd.drafters.base import Drafter
 from draft_opd.drafters.registry import FAMILIES, register
 

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from pydantic import BaseModel
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from draft_opd.drafters.registry import FAMILIES, family_of
-from draft_opd.drafters.weights import compare_copies, read_tensors, split_copies
+from draft_opd.drafters.weights import compare_copies, read_tensors, split_copies, write_model
 from draft_opd.models.cpu_linear import prepack
 from draft_opd.models.fused_layers import FusedLayers
 from draft_opd.models.hub import find_drafter_files
@@ -89,7 +88,11 @@ class Drafter(nn.Module):
     sees_drafts: ClassVar[bool] = False  # an offset is conditioned on the tokens before it
     copies: Mapping[str, Tensor] = MappingProxyType({})  # of the target's, in its files; until `bind`
     fused: FusedLayers | None = None  # made when a context first asks for compiled layers
-    soft_labels: ClassVar[bool] = False  # SFT learns the target's distribution, not its token
+    sft_loss: ClassVar[str] = "cross_entropy"  # of `losses/sft.py`, where the recipe says auto
+    has_confidence: bool = False  # see `confidence`
+    candidates: int | None = None  # it drafts only among so many tokens of its body's logits
+    tables: ClassVar[tuple[str, ...]] = ("lm_head",)  # prefixes: matrices that Muon leaves to AdamW
+    taken_from: ClassVar[tuple[str, ...]] = ()  # families whose drafters it can begin with, see `grow`
 
     # -- what a family implements ---------------------------------------------------------
 
@@ -99,6 +102,12 @@ class Drafter(nn.Module):
 
         counts [V]: how often the target says each token, for a draft vocabulary.
         """
+        raise NotImplementedError
+
+    @classmethod
+    def grow(cls, drafter: Drafter, target: Target, **options: Any) -> Drafter:
+        """A new drafter of this family that drafts as `drafter`, one of the families `taken_from`, does; what
+        it has beside that learns from there."""
         raise NotImplementedError
 
     @classmethod
@@ -201,6 +210,11 @@ class Drafter(nn.Module):
         """LM head [Vd, H] that turns `replay`'s hidden states into logits over `vocabulary`."""
         raise NotImplementedError
 
+    def confidence(self, hidden: Tensor, before: Tensor) -> Tensor | None:
+        """Logits [...] of the chance that each offset passes, given that those before it did; None for
+        families that do not say. hidden [..., H] of `replay`, before [...]: the token in front of each."""
+        return None
+
     def forward_token_counts(self, num_draft_tokens: int) -> list[int]:
         """One entry a forward of the drafter in a round: the number of tokens that it runs."""
         raise NotImplementedError
@@ -269,16 +283,20 @@ class Drafter(nn.Module):
             return part(*inputs)
         return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
 
-    def head_weight(self, target: Target) -> Tensor:
-        """The weight of `head` [Vd, H], in autocast's type where it is the target's."""
+    def head_weights(self, target: Target) -> tuple[Tensor, ...]:
+        """Matrices [Vd, H_i] whose products with consecutive parts of the hidden states add up to the logits:
+        that of `head`, in autocast's type where it is the target's, and what else a family has."""
         head = self.head(target)
-        return target.head_weight() if head is target.head else head.weight
+        return (target.head_weight() if head is target.head else head.weight,)
+
+    def draft_logits(self, target: Target, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., Vd], over `vocabulary`; -inf for what cannot be drafted."""
+        head = self.head(target)
+        return head(hidden.to(head.weight.dtype))
 
     def logits(self, target: Target, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V], the target's vocabulary; -inf for what cannot be drafted."""
-        head = self.head(target)
-        found = head(hidden.to(head.weight.dtype))
-        return over_target(found, self.vocabulary, target.vocab_size)
+        return over_target(self.draft_logits(target, hidden), self.vocabulary, target.vocab_size)
 
     def can_draft(self, ids: Tensor) -> Tensor:
         """Whether each of `ids` [...] is in the draft vocabulary."""
@@ -364,16 +382,6 @@ class Drafter(nn.Module):
             if card is not None:
                 (temporary / "README.md").write_text(card, encoding="utf-8")
             write_model(temporary, config, tensors, dtype)
-
-
-def write_model(folder: Path, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """config.json and model.safetensors in an existing folder."""
-    config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {
-        k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous() for k, v in tensors.items()
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _shifted(shift: Callable[[dict, int], None], by: int, config: dict, _: object) -> None:

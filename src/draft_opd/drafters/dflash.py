@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -89,6 +91,8 @@ class DFlashDrafter(Drafter):
     vllm_method = "dflash"
     first_context_norm = False  # an engine's bug, for `known_faults`
     options = DFlashOptions
+    layout_module: ClassVar[ModuleType] = layout
+    layer_class: ClassVar[type[DFlashLayer]] = DFlashLayer
 
     def __init__(self, config: Qwen3Config, *, own_embeddings: bool = False, own_head: bool = False):
         """own_embeddings, own_head: not the target's, as a draft vocabulary or another width need."""
@@ -117,7 +121,7 @@ class DFlashDrafter(Drafter):
         self.feature_size: int = getattr(config, "target_hidden_size", None) or hidden
         self.fc = nn.Linear(len(self.target_layers) * self.feature_size, hidden, bias=False)
         self.hidden_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(DFlashLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.rotary = Rotary(config=config)
         self.embed_tokens = self.lm_head = None
@@ -136,11 +140,16 @@ class DFlashDrafter(Drafter):
 
     @classmethod
     def matches(cls, config: dict) -> bool:
-        return layout.matches(config)
+        return cls.layout_module.matches(config)
+
+    @classmethod
+    def own_keys(cls, options: DFlashOptions) -> dict[str, Any]:
+        """What a family adds to `dflash_config`."""
+        return {}
 
     @classmethod
     def from_files(cls, config: dict, tensors: dict[str, Tensor]):
-        files = layout.read(config, tensors)
+        files = cls.layout_module.read(config, tensors)
         drafter = cls(
             Qwen3Config.from_dict(files.config),
             own_embeddings=files.own_embeddings,
@@ -152,14 +161,18 @@ class DFlashDrafter(Drafter):
     @classmethod
     def create(cls, target: Target, counts=None, **options) -> DFlashDrafter:
         """A new drafter for `target`; options are the fields of `DFlashOptions`."""
-        o = DFlashOptions(**options)
+        o = cls.options(**options)
         count = o.num_target_features or min(5, max(1, target.num_layers - 3))
         layers = tuple(o.target_layers or default_target_layers(target.num_layers, count))
         config = Qwen3Config(num_hidden_layers=o.num_layers, **config_for(target, o))
         config.block_size = o.block_size
         config.num_target_layers = target.num_layers
         mask = o.mask_token_id if o.mask_token_id is not None else find_mask_token(target)
-        config.dflash_config = {"mask_token_id": mask, "target_layer_ids": list(layers)}
+        config.dflash_config = {
+            "mask_token_id": mask,
+            "target_layer_ids": list(layers),
+            **cls.own_keys(o),
+        }
         if target.embedding_scale != 1:
             config.dflash_config[EMBEDDING_SCALE] = target.embedding_scale
         drafter = cls(config)
@@ -168,10 +181,10 @@ class DFlashDrafter(Drafter):
         return drafter.to(target.device)
 
     def config_dict(self) -> dict:
-        return layout.config_of(self)
+        return self.layout_module.config_of(self)
 
     def speculators_files(self, verifier: dict):
-        return layout.speculators_config(self, verifier), self.tensors()
+        return self.layout_module.speculators_config(self, verifier), self.tensors()
 
     def misreadings(self) -> dict[str, Fault]:
         other = not self.anchor_first

@@ -44,7 +44,8 @@ class Eagle3Drafter(Drafter):
 
     vllm_method = "eagle3"
     options = Eagle3Options
-    has_trees = sees_drafts = soft_labels = True
+    has_trees = sees_drafts = True
+    sft_loss = "forward_kl"
 
     def __init__(
         self,

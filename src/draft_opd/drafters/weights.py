@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from draft_opd.utils.errors import UserError
@@ -42,6 +43,16 @@ def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
                 raise UserError(f"'{file}': the tensor '{name}' is there twice")
             found[name] = tensor
     return found
+
+
+def write_model(folder: Path, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """config.json and model.safetensors in an existing folder."""
+    config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {
+        k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous() for k, v in tensors.items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def split_copies(

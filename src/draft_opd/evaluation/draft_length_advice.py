@@ -208,7 +208,7 @@ def roofline(
     keys = WIDTH * cached_numbers(target) * context * batch
     single = hardware.seconds(weights, batch, keys)
     verify = hardware.seconds(weights, batch * (length + 1), keys)
-    own = weights_read(drafter, drafter.head_weight(target))
+    own = weights_read(drafter, drafter.head_weights(target)[0])
     draft = sum(hardware.seconds(own, batch * tokens) for tokens in drafter.forward_token_counts(length))
     return tau * single / (verify + draft)
 

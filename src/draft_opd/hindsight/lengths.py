@@ -121,7 +121,7 @@ def accepted_lengths(
     last = ids[rows[:, None], anchors]
     row_of = rows.repeat_interleave(anchors.shape[1])
     lengths, agreed = torch.zeros_like(anchors).flatten(), known[:, 0].clone()
-    head, flat, anchor = drafter.head(target), text.flatten(0, 1), anchors.flatten()
+    flat, anchor = text.flatten(0, 1), anchors.flatten()
     most, done, width = logits_at_once(ids.device, judge.width), 0, 1
     cheap = CHEAP.get(ids.device.type, CHEAP["cuda"]) // judge.width
     for hidden in drafter.hidden_along_text(target, context, anchors, last, text):
@@ -134,7 +134,7 @@ def accepted_lengths(
             size = part.stop - part.start
             for some in index.split(max(1, most // size)):
                 states = hidden[some, part.start - first : part.stop - first]
-                logits = head(states.to(head.weight.dtype))
+                logits = drafter.draft_logits(target, states)
                 same = judge(logits, flat[some, part], row_of[some], anchor[some], part.start)
                 reached = accepted_prefix(same & known[some, part])
                 lengths[some] += reached

@@ -1,8 +1,12 @@
-"""Per-token scores through the LM head, in chunks: [tokens, vocabulary] never exists whole."""
+"""Per-token scores through the LM head, in chunks: [tokens, vocabulary] never exists whole.
+
+A head may have several parts, which add up: a drafter's hidden states are then as many vectors side by side,
+as with a frozen head and a trained correction that depends on the token before.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,26 +34,33 @@ class _Scoring:
     teacher_weight: Tensor
     labels: Tensor | None
     teacher_map: Callable[[Tensor], Tensor]
+    candidates: int | None
 
     def chunks(
-        self, hidden: Tensor, weight: Tensor, gradient: bool
+        self, hidden: Tensor, weights: Sequence[Tensor], gradient: bool
     ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Rows, their scores and (asked for) the scores' gradients to the LM head's output."""
-        draft_logits_of = teacher_logits_of = multiplier(weight, len(hidden))
-        if self.teacher_hidden is not None and self.teacher_weight.data_ptr() != weight.data_ptr():
+        products = [multiplier(weight, len(hidden)) for weight in weights]
+        teacher_logits_of = products[0]
+        if self.teacher_hidden is not None and self.teacher_weight.data_ptr() != weights[0].data_ptr():
             teacher_logits_of = multiplier(self.teacher_weight, len(hidden))
         wide, fused = _wide(hidden.dtype), None
-        if gradient and self.vocabulary is None and wide == torch.float32:
+        if gradient and self.vocabulary is None and self.candidates is None and wide == torch.float32:
             fused = FUSED.get(self.score) if available(hidden.device) else None
         for start in range(0, len(hidden), self.chunk):
             part = slice(start, start + self.chunk)
-            draft = draft_logits_of(hidden[part].to(weight.dtype))
+            pieces = _pieces(hidden[part], weights)
+            draft = unary = products[0](pieces[0].to(weights[0].dtype))
+            for product, piece, weight in zip(products[1:], pieces[1:], weights[1:], strict=True):
+                draft = draft + product(piece.to(weight.dtype)).to(draft.dtype)
             target = labels = None
             if self.teacher_hidden is not None:
                 states = self.teacher_hidden[part].to(self.teacher_weight.dtype)
                 target = self.teacher_map(teacher_logits_of(states))
             if self.labels is not None:
                 labels = self.labels[part]
+            if self.candidates is not None:
+                draft = draft.masked_fill(~candidate_mask(unary, self.candidates, labels), -torch.inf)
             if fused is not None:
                 yield part, *fused(draft, target, labels, self.draft_scale, self.target_scale)
                 continue
@@ -60,7 +71,7 @@ class _Scoring:
             yield part, scores, None if slope is None else _scaled_(slope, self.draft_scale)
 
     def _scores(self, draft, target, labels, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        if gradient and self.score in CLOSED:
+        if gradient and self.score in CLOSED and self.candidates is None:
             return CLOSED[self.score](draft, target, labels, self.vocabulary)
         references = [x for x in (target, labels) if x is not None]
         draft.requires_grad_(gradient)
@@ -77,36 +88,66 @@ class _ChunkedScore(torch.autograd.Function):
     the gradient of the scores, so the backward pass computes every chunk again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, scoring):
-        ctx.scoring, ctx.trained = scoring, ctx.needs_input_grad[1]
+    def forward(ctx, hidden, scoring, *weights):
+        ctx.scoring, ctx.trained = scoring, ctx.needs_input_grad[2:]
         kind = hidden.device.type
         enabled = torch.is_autocast_enabled(kind)
         ctx.autocast = (kind, torch.get_autocast_dtype(kind) if enabled else None, enabled)
         scores = hidden.new_empty(len(hidden), dtype=_wide(hidden.dtype))
-        early = ctx.needs_input_grad[0] and not ctx.trained
+        early = ctx.needs_input_grad[0] and not any(ctx.trained)
         gradient = torch.empty_like(hidden) if early else None
-        back = multiplier(weight.t(), len(hidden)) if early else None
-        for part, found, slope in scoring.chunks(hidden.detach(), weight.detach(), early):
+        back = _Back(weights, hidden) if early else None
+        for part, found, slope in scoring.chunks(hidden.detach(), [w.detach() for w in weights], early):
             scores[part] = found
             if early:
-                gradient[part] = back(slope.to(weight.dtype)).to(gradient.dtype)
-        ctx.save_for_backward(*((hidden, weight) if ctx.trained else (gradient,)))
+                gradient[part] = back(slope)
+        ctx.save_for_backward(*((hidden, *weights) if any(ctx.trained) else (gradient,)))
         return scores
 
     @staticmethod
     def backward(ctx, upstream):
-        if not ctx.trained:
+        if not any(ctx.trained):
             (gradient,) = ctx.saved_tensors
-            return gradient * upstream[:, None].to(gradient.dtype), None, None
-        hidden, weight = ctx.saved_tensors
-        to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+            return gradient * upstream[:, None].to(gradient.dtype), None, *(None for _ in ctx.trained)
+        hidden, *weights = ctx.saved_tensors
+        to_hidden = torch.empty_like(hidden)
+        to_weights = [torch.zeros_like(w) if t else None for w, t in zip(weights, ctx.trained, strict=True)]
         with torch.autocast(*ctx.autocast):  # as it was: the same logits again
-            back = multiplier(weight.t(), len(hidden))
-            for part, _, slope in ctx.scoring.chunks(hidden, weight, True):
-                slope = slope.mul_(upstream[part, None]).to(weight.dtype)
-                to_hidden[part] = back(slope).to(hidden.dtype)
-                to_weight += slope.t() @ hidden[part].to(weight.dtype)
-        return to_hidden, to_weight, None
+            back = _Back(weights, hidden)
+            for part, _, slope in ctx.scoring.chunks(hidden, weights, True):
+                slope = slope.mul_(upstream[part, None])
+                to_hidden[part] = back(slope)
+                for found, piece in zip(to_weights, _pieces(hidden[part], weights), strict=True):
+                    if found is not None:
+                        found += slope.to(found.dtype).t() @ piece.to(found.dtype)
+        return to_hidden, None, *to_weights
+
+
+class _Back:
+    """Gradients of the head's output [n, Vd] -> those of the hidden states [n, H]."""
+
+    def __init__(self, weights: Sequence[Tensor], hidden: Tensor):
+        self.weights, self.dtype = weights, hidden.dtype
+        self.products = [multiplier(w.t(), len(hidden)) for w in weights]
+
+    def __call__(self, slope: Tensor) -> Tensor:
+        found = [
+            product(slope.to(w.dtype)).to(self.dtype)
+            for product, w in zip(self.products, self.weights, strict=True)
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
+def _pieces(hidden: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The parts of hidden states [n, H] that the head's parts multiply."""
+    return (hidden,) if len(weights) == 1 else hidden.split([w.shape[1] for w in weights], -1)
+
+
+def candidate_mask(unary: Tensor, count: int, labels: Tensor | None = None) -> Tensor:
+    """Where logits [..., V] are among the `count` largest; and at `labels` [...]: a loss must reach them."""
+    mask = torch.zeros_like(unary, dtype=torch.bool)
+    mask.scatter_(-1, unary.topk(min(count, unary.shape[-1]), -1).indices, True)
+    return mask if labels is None else mask.scatter_(-1, labels[..., None], True)
 
 
 def _scaled_(x: Tensor, scale: float) -> Tensor:
@@ -120,7 +161,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def chunked_score(
     score: Score,
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Sequence[Tensor],
     *,
     teacher_hidden: Tensor | None = None,
     teacher_weight: Tensor | None = None,
@@ -129,6 +170,7 @@ def chunked_score(
     temperature: float = 1.0,
     draft_temperature: float = 1.0,
     vocabulary: Tensor | None = None,
+    candidates: int | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """`score(hidden @ weight.T, *references)` per token.
@@ -137,7 +179,8 @@ def chunked_score(
         score: one of the per-token scores of `losses`.
         hidden: [tokens, H], receives gradient.
         weight: LM head [V, H], or [Vd, H] over a draft vocabulary. Where it is trained, the chunks
-            are computed again in the backward pass.
+            are computed again in the backward pass. Several parts [V, H_i]: their products with the parts
+            of hidden, Σ H_i = H, are added.
         teacher_hidden, teacher_weight: [tokens, Ht], [V, Ht]: the target's side, when the score
             compares distributions; its logits are divided by `temperature`. With a draft vocabulary
             `teacher_weight` is always needed, for V.
@@ -145,12 +188,14 @@ def chunked_score(
         labels: [tokens], when the score looks at one token.
         draft_temperature: divides the drafter's logits.
         vocabulary: [Vd] the target's ids of the draft vocabulary; other tokens have q = 0.
+        candidates: tokens beyond so many of the head's first part have q = 0, but for the label.
         chunk: tokens at a time; by default `logits_at_once`.
 
     Returns: [tokens] scores, float32 (float64 for float64 input), differentiable in `hidden` and,
     where it is trained, `weight`.
     """
-    teacher_weight = weight if teacher_weight is None else teacher_weight
+    weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
+    teacher_weight = weights[0] if teacher_weight is None else teacher_weight
     size = len(teacher_weight)
     chunk = chunk or logits_at_once(hidden.device, size)
     states = None if teacher_hidden is None else teacher_hidden.detach()
@@ -165,5 +210,6 @@ def chunked_score(
         teacher_weight.detach(),
         labels,
         teacher_map,
+        candidates,
     )
-    return _ChunkedScore.apply(hidden, weight, scoring)
+    return _ChunkedScore.apply(hidden, scoring, *weights)

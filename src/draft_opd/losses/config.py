@@ -9,6 +9,28 @@ from pydantic import Field
 from draft_opd.utils.config import Section
 
 
+class Heads(Section):
+    """Losses of what some families have beside the logits that they draft from, in both stages."""
+
+    confidence_weight: float = Field(
+        1.0, ge=0, description="of the cross-entropy of DSpark's confidence head"
+    )
+    confidence_target: Literal["auto", "agreement", "overlap"] = Field(
+        "auto",
+        description="what it learns: whether the argmax is the text's token, or Σ min(p, q), as published; "
+        "auto: the one that verification goes by, at `sampling`",
+    )
+    body_weight: float = Field(
+        1.0,
+        ge=0,
+        description="of the same loss on the body's own logits, where DFlash2 selects among candidates",
+    )
+
+    def learns_agreement(self, argmax: bool) -> bool:
+        """Whether the confidence learns agreement with the text; argmax: whether drafts are the argmax."""
+        return argmax if self.confidence_target == "auto" else self.confidence_target == "agreement"
+
+
 class Objective(Section):
     """What OPD minimises at the replayed anchors; `objectives.py` has the equations.
 

@@ -7,7 +7,7 @@ multiply a block's share of every mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -40,9 +40,12 @@ class ReplayedBlocks:
     """What an objective sees; N blocks of K offsets.
 
     hidden [N, K, H] with gradient; states [N, K, Ht], the target's (None when nothing asks for
-    them); labels, drafted [N, K]; accepted [N]; valid [N, K]; weight [N]; heads [Vd, H], [V, Ht];
+    them); labels, drafted [N, K]; accepted [N]; valid [N, K]; weight [N]; head: parts [Vd, H_i] with
+    Σ H_i = H, which add up; target_head [V, Ht];
     ahead [N, K + 1]: the text's rounds to go at the positions behind the anchor (None as states);
-    decay γ_sft; target_map: what the target does to its logits behind the head. With a draft
+    decay γ_sft; target_map: what the target does to its logits behind the head; candidates: q is 0 for tokens
+    beyond so many of the head's first part; confidence [N, K]: logits of a drafter that says how
+    likely an offset passes, given that those before it did. With a draft
     vocabulary [Vd] q is 0 outside of it, and draftable [N, K] says which
     labels are in it. `total` sums over the processes that share a batch. Losses and figures are
     this process's share; the shares of all processes add up to those of the whole batch.
@@ -55,7 +58,7 @@ class ReplayedBlocks:
     accepted: Tensor
     valid: Tensor
     weight: Tensor
-    head: Tensor
+    head: Sequence[Tensor]
     target_head: Tensor
     decay: float
     target_map: Callable[[Tensor], Tensor] = lambda logits: logits
@@ -66,6 +69,14 @@ class ReplayedBlocks:
     draft_temperature: float = 1.0
     total: Callable[[Tensor], Tensor] = Tensor.detach
     ahead: Tensor | None = None
+    candidates: int | None = None
+    confidence: Tensor | None = None
+
+    @property
+    def body(self) -> ReplayedBlocks:
+        """The same with the head's first part alone, over all tokens."""
+        width = self.head[0].shape[1]
+        return replace(self, hidden=self.hidden[..., :width], head=self.head[:1], candidates=None)
 
     def score(self, score: Score, where: Tensor, tokens: Tensor | None = None) -> Tensor:
         """A score against the target, dense [N, K], zero outside `where`."""
@@ -82,6 +93,7 @@ class ReplayedBlocks:
                 temperature=self.supervision_temperature,
                 draft_temperature=self.draft_temperature,
                 vocabulary=self.vocabulary,
+                candidates=self.candidates,
             ),
         )
 
@@ -102,6 +114,7 @@ class ReplayedBlocks:
             teacher_weight=self.target_head,
             draft_temperature=temperature,
             vocabulary=self.vocabulary,
+            candidates=self.candidates,
         )
         return self._dense(self.reachable, values)
 
@@ -164,17 +177,16 @@ def objective(*kinds: str, **reads):
 
 def decayed_cross_entropy(r: ReplayedBlocks, decay: float | None = None) -> Tensor:
     """Σ w_k (-log q(y_k)) / Σ w_k with w_k = exp(-(k-1)/γ), over reachable offsets (method §3)."""
-    return _decayed(r, r.plain_surprise, decay)
+    return decayed(r, r.plain_surprise, decay)
 
 
-def decayed_divergence(r: ReplayedBlocks, decay: float | None = None) -> Tensor:
-    """The same with KL(p || q), the soft cross-entropy up to a constant."""
-    return _decayed(r, r.score(forward_kl, r.reachable), decay)
-
-
-def _decayed(r: ReplayedBlocks, values: Tensor, decay: float | None) -> Tensor:
+def decayed(
+    r: ReplayedBlocks, values: Tensor, decay: float | None = None, where: Tensor | None = None
+) -> Tensor:
+    """Mean of values [N, K] over `where` (default: what is reachable), weighted with exp(-(k-1)/γ_sft)."""
     offsets = torch.arange(values.shape[1]).to(values)
-    return r.mean(values, r.reachable * torch.exp(-offsets / (decay or r.decay)))
+    where = r.reachable if where is None else where
+    return r.mean(values, where * torch.exp(-offsets / (decay or r.decay)))
 
 
 def _divergence(objective: Objective, score: Score, direction: str) -> tuple[Score, bool]:

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from draft_opd.hindsight.occupancy import expected_tau
 from draft_opd.models.hub import check_models, find_folder
 from draft_opd.report.plot_style import COLOURS, GREY, new_axes, svg
 from draft_opd.training.config import Recipe, load_recipe
@@ -230,12 +231,13 @@ class Ablation:
             for name in missing:
                 recipe = self._recipe(name, seed, start)
                 done = self._train(self._stage(name), recipe)
+                tau = self._expected_tau(recipe, done)
                 self.rows.append(
                     {
                         "variant": name,
                         "seed": seed,
                         "start": done.start_tau,
-                        "tau": done.tau,
+                        "tau": tau,
                         "best": done.best_tau,
                         "steps": done.step,
                         "supervised": done.supervised,
@@ -243,10 +245,20 @@ class Ablation:
                     }
                 )
                 start_tau = done.start_tau or 0.0
-                self.say(f"  {name}: τ {start_tau:.3f} -> {done.tau:.3f} in {done.seconds:.0f} s")
+                self.say(f"  {name}: τ {start_tau:.3f} -> {tau:.3f} in {done.seconds:.0f} s")
                 write_json(self.file, self.report())
         write_text(self.out / "ablation.svg", plot(self.rows, self.plan.baseline))
         return self.report()
+
+    def _expected_tau(self, recipe: Recipe, done: RunResult) -> float:
+        """Held-out τ at the end; computed exactly where drafts are sampled, as the run has one draw of it."""
+        run = self._last
+        if recipe.sampling.takes_argmax or run is None:
+            return done.tau
+        run.drafter.eval()
+        return expected_tau(
+            run.target, run.drafter, run.held_out, draft_length=recipe.draft_length, sampling=recipe.sampling
+        )
 
     def _stage(self, name: str) -> str:
         variant = self.plan.variants[name]

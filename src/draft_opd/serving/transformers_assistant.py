@@ -22,7 +22,7 @@ def as_assistant(drafter: DFlashDrafter) -> nn.Module:
     Raises `UserError` for a drafter of another family, one with causal blocks (transformers' see
     themselves both ways), and a transformers without that loop.
     """
-    if not isinstance(drafter, DFlashDrafter):
+    if type(drafter) is not DFlashDrafter:
         raise UserError(f"transformers' loop takes DFlash drafters; this is one of {drafter.family}")
     if drafter.causal is not False:
         raise UserError("transformers' DFlash blocks see themselves both ways, this drafter's are causal")

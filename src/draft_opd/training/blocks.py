@@ -107,15 +107,18 @@ def replay(
             "draft_temperature": objective.draft_temperature,
         }
     )
+    hidden = replay_hidden(target, drafter, batch, blocks)
+    ids = batch.ids.gather(1, blocks.anchors)[:, :, None]
+    confidence = drafter.confidence(hidden, torch.cat([ids, blocks.drafted[:, :, :-1]], 2))
     return ReplayedBlocks(
-        hidden=replay_hidden(target, drafter, batch, blocks).flatten(0, 1),
+        hidden=hidden.flatten(0, 1),
         states=None if states is None else states.flatten(0, 1),
         labels=blocks.labels.flatten(0, 1),
         drafted=blocks.drafted.flatten(0, 1),
         accepted=blocks.accepted.flatten(),
         valid=blocks.valid.flatten(0, 1),
         weight=blocks.weight.flatten(),
-        head=drafter.head_weight(target),
+        head=drafter.head_weights(target),
         target_head=target.head_weight(),
         target_map=target.logit_map,
         decay=drafter.position_decay(blocks.valid.shape[2]),
@@ -124,5 +127,7 @@ def replay(
         draftable=drafter.can_draft(blocks.labels).flatten(0, 1),
         total=total,
         ahead=None if ahead is None else ahead.flatten(0, 1),
+        candidates=drafter.candidates,
+        confidence=None if confidence is None else confidence.flatten(0, 1),
         **temperatures,
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from draft_opd.drafters.base import write_model
+from draft_opd.drafters.weights import write_model
 from draft_opd.training.optimizer import Optimizer
 from draft_opd.utils.errors import UserError
 from draft_opd.utils.files import read_json, replace_folder, write_json

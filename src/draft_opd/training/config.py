@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from draft_opd.decoding.sampling import Sampling
-from draft_opd.losses.config import Objective
+from draft_opd.losses.config import Heads, Objective
 from draft_opd.utils.config import Section, first_problem
 from draft_opd.utils.errors import UserError, one_line
 
@@ -45,9 +45,9 @@ class Data(Section):
 
 
 class Model(Section):
-    """A new drafter; `options` are the family's own (`DFlashOptions`, `Eagle3Options`)."""
+    """A new drafter; `options` are the family's own (`DFlashOptions`, `Eagle3Options`, ..)."""
 
-    family: str = Field("dflash", description="dflash or eagle3")
+    family: str = Field("dflash", description="dflash, eagle3, dspark or dflash2")
     options: dict[str, Any] = Field(
         default_factory=dict, description="shape of a new drafter, see the families below"
     )
@@ -86,9 +86,14 @@ class Optim(Section):
 
 
 class Sft(Section):
-    """Stage 1: at random anchors, cross-entropy or (EAGLE-3) KL to the target."""
+    """Stage 1: at random anchors of the target's own text."""
 
     anchors: int = Field(16, ge=1, description="random anchors a trajectory and step")
+    loss: Literal["auto", "cross_entropy", "forward_kl", "dspark"] = Field(
+        "auto",
+        description="with the text's tokens; KL to the target's distributions; DSpark's 0.1 CE + 0.9 L1. "
+        "auto: the family's (EAGLE-3 forward_kl, DSpark dspark, else cross_entropy)",
+    )
     decay: float | None = Field(
         None,
         gt=0,
@@ -202,6 +207,7 @@ class Recipe(Section):
     optim: Optim = Field(Optim(), description="optimiser and schedule")
     sft: Sft = Field(Sft(), description="stage 1")
     opd: Opd = Field(Opd(), description="stage 2")
+    heads: Heads = Field(Heads(), description="confidence and candidates, for families that have them")
     evaluation: Evaluation = Field(Evaluation(), description="held-out τ")
     online: Online | None = Field(None, description="for `draft-opd online`")
     save_every: int | None = Field(None, ge=1, description="steps; default: as evaluation.every")

@@ -9,6 +9,7 @@ import yaml
 
 from draft_opd.data.row_files import rows_behind
 from draft_opd.data.trajectory import Trajectory, read_trajectories
+from draft_opd.losses.config import Heads
 from draft_opd.models.hub import check_models
 from draft_opd.training.config import VERSION, Recipe, without_removed_keys
 from draft_opd.training.tracking import check_tracker
@@ -157,6 +158,9 @@ def as_resolved(recipe: Recipe, before: dict) -> Recipe:
     opd = before.get("opd")
     if isinstance(opd, dict) and isinstance(opd.get("objective"), dict):
         opd["objective"].setdefault("value_sharpness", 1.0)
+    before.setdefault("heads", Heads().model_dump())
+    if isinstance(before.get("sft"), dict):
+        before["sft"].setdefault("loss", "auto")
     optim, evaluation = before.get("optim"), before.get("evaluation")
     if not isinstance(optim, dict) or not isinstance(evaluation, dict):
         return recipe

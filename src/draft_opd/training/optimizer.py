@@ -41,11 +41,12 @@ class Optimizer:
     def __init__(self, model: nn.Module, options: Optim):
         """`options.muon_dtype` must be resolved (`precision.resolve`) where Muon is used."""
         self._names = {p: n for n, p in model.named_parameters()}
-        # Heads are left to AdamW, as Muon's authors do.
+        # Heads and tables are left to AdamW, as Muon's authors do.
+        tables = getattr(model, "tables", ("lm_head",))
         matrices = [
             p
             for p, n in self._names.items()
-            if options.name == "muon" and p.ndim == 2 and not n.startswith("lm_head")
+            if options.name == "muon" and p.ndim == 2 and not n.startswith(tables)
         ]
         chosen = {id(p) for p in matrices}
         others = [p for p in self._names if id(p) not in chosen]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -18,6 +21,8 @@ from draft_opd.training.distributed import ParallelContext
 from draft_opd.training.inputs import Rows
 from draft_opd.utils.config import first_problem
 from draft_opd.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def check_shares(recipe: Recipe, train_set: Rows, held_out: Rows, processes: int) -> None:
@@ -68,14 +73,43 @@ def new_drafter(model: Model, target: Target, counts: torch.Tensor) -> Drafter:
     family = FAMILIES.get(model.family)
     if family is None:
         raise UserError(f"unknown drafter family '{model.family}'; known: {', '.join(FAMILIES)}")
-    try:
+    with _named_options(model, family):
         return family.create(target, counts, **model.options)
+
+
+@contextmanager
+def _named_options(model: Model, family: type[Drafter]) -> Iterator[None]:
+    """Turns pydantic's errors about `model.options` into a `UserError`."""
+    try:
+        yield
     except ValidationError as error:
         problem = first_problem(error)
         message = problem.message.lower()
         if problem.kind == "extra_forbidden":
             message = f"unknown option; {model.family} has {', '.join(family.options.model_fields)}"
         raise UserError(f"model.options.{problem.key}: {message}") from None
+
+
+def grown_drafter(model: Model, drafter: Drafter, target: Target) -> Drafter:
+    """A drafter to go on from; where the recipe names another family that can begin with it, one of that
+    family, whose own parts are new."""
+    family = FAMILIES.get(model.family)
+    if family is None or drafter.family not in family.taken_from:
+        return drafter
+    with _named_options(model, family):
+        grown = family.grow(drafter, target, **model.options)
+    new = [name for name in grown.state_dict() if name not in drafter.state_dict()]
+    log.warning(
+        "a %s drafter from one of %s: %d tensors taken, %d new (%s); it drafts %d tokens a round",
+        grown.family,
+        drafter.family,
+        len(drafter.state_dict()),
+        len(new),
+        ", ".join(sorted({name.rpartition(".")[0] for name in new if "layers." not in name})),
+        grown.draft_length,
+    )
+    grown.bind(target)
+    return grown
 
 
 def first_drafter(recipe: Recipe, resume_from: Path | None, target: Target, train_set: Rows) -> Drafter:
@@ -85,6 +119,8 @@ def first_drafter(recipe: Recipe, resume_from: Path | None, target: Target, trai
     if folder:
         drafter = Drafter.from_pretrained(folder, device=target.device)
         drafter.bind(target)
+        if not resume_from:
+            drafter = grown_drafter(recipe.model, drafter, target)
     else:
         response_token_ids = [i for t in train_set for i in t.response_ids]
         counts = torch.bincount(torch.tensor(response_token_ids), minlength=target.vocab_size)

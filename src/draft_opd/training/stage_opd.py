@@ -11,6 +11,8 @@ from torch import Tensor
 from draft_opd.decoding.rounds import Traces, by_accepted, tau_of
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.drafters.base import Drafter
+from draft_opd.losses.config import Heads
+from draft_opd.losses.heads import with_heads
 from draft_opd.losses.objectives import objective_loss, spec_of
 from draft_opd.models.target import Target
 from draft_opd.training.anchors import choose_blocks
@@ -72,22 +74,22 @@ def opd_loss(
     num_draft_tokens: int,
     seed: str,
     sampling: Sampling | None = None,
+    heads: Heads | None = None,
     clock: Stopwatch | None = None,
     total: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> tuple[Tensor, dict]:
     """The loss of one batch, given its traces, and figures for the metrics, which add up over
     batches and processes; `total` as in `ReplayedBlocks`."""
-    clock = clock or Stopwatch()
+    clock, sampling, heads = clock or Stopwatch(), sampling or Sampling(), heads or Heads()
     objective, spec = options.objective, spec_of(options.objective)
+    agreement = heads.learns_agreement(sampling.takes_argmax)
     with clock("trace"):
-        blocks = choose_blocks(
-            target, drafter, batch, traces, options, num_draft_tokens, sampling or Sampling(), seed
-        )
+        blocks = choose_blocks(target, drafter, batch, traces, options, num_draft_tokens, sampling, seed)
     with clock("branches"):
         states = None
         if spec.needs_branches:
             states = teacher_states(target, batch, blocks)
-        elif spec.needs_target_states:
+        elif spec.needs_target_states or (drafter.has_confidence and not agreement):
             states = text_states(batch, blocks)
     ahead = None
     if spec.needs_values:
@@ -100,7 +102,13 @@ def opd_loss(
     torch.clear_autocast_cache()
     with clock("forward"):
         replayed = replay(target, drafter, batch, blocks, states, objective, total, ahead)
-        loss, figures = objective_loss(replayed, objective)
+        loss, figures = with_heads(
+            replayed,
+            lambda r: objective_loss(r, objective),
+            heads,
+            agreement=agreement,
+            along_text=spec.conditioned_on == "text",
+        )
     rounds = [r for trace in traces for r in trace]
     return loss, {
         "anchors": int(blocks.present.sum()),
@@ -128,6 +136,7 @@ class OpdStage:
                 traces,
                 c.recipe.opd,
                 sampling=c.recipe.sampling,
+                heads=c.recipe.heads,
                 clock=c.clock,
                 num_draft_tokens=c.num_draft_tokens,
                 seed=seed,

@@ -1,7 +1,7 @@
 """Stage 1: teacher-forced training at random anchors of the target's own text.
 
-Cross-entropy with its tokens (DFlash), or KL to its distributions (EAGLE-3, whose unrolled blocks
-are the training-time test).
+With the text's tokens, or the target's distributions (EAGLE-3's unrolled blocks are then the training-time
+test).
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from draft_opd.drafters.base import Drafter
-from draft_opd.losses.objectives import decayed_cross_entropy, decayed_divergence
+from draft_opd.losses.config import Heads
+from draft_opd.losses.heads import with_heads
+from draft_opd.losses.sft import SFT_LOSSES
 from draft_opd.models.target import Target
 from draft_opd.training.anchors import random_anchors
 from draft_opd.training.batches import Batch
@@ -31,18 +33,29 @@ def sft_loss(
     num_draft_tokens: int,
     decay: float | None,
     seed: str,
+    loss: str = "auto",
+    heads: Heads | None = None,
+    argmax: bool = True,
     total: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> tuple[Tensor, dict]:
-    """The loss of one batch and figures for the metrics; `total` as in `ReplayedBlocks`."""
+    """The loss of one batch and figures for the metrics; `total` as in `ReplayedBlocks`. argmax: drafts will
+    be the drafter's argmax."""
+    heads = heads or Heads()
+    chosen = SFT_LOSSES[drafter.sft_loss if loss == "auto" else loss]
+    agreement = heads.learns_agreement(argmax)
     rows = random_anchors(batch, anchors, seed)
     blocks = pack_anchors(batch, rows, num_draft_tokens)
     blocks = replace(blocks, drafted=blocks.labels)  # teacher-forced
-    states = text_states(batch, blocks) if drafter.soft_labels else None
+    soft = chosen.needs_target_states or (drafter.has_confidence and not agreement)
+    states = text_states(batch, blocks) if soft else None
     replayed = replay(target, drafter, batch, blocks, states, total=total)
-    figures = {"supervised": int(replayed.reachable.sum())}
-    if drafter.soft_labels:
-        return decayed_divergence(replayed, decay), figures
-    return decayed_cross_entropy(replayed, decay), figures
+    return with_heads(
+        replayed,
+        lambda r: (chosen.loss(r, decay), {"supervised": int(r.reachable.sum())}),
+        heads,
+        agreement=agreement,
+        along_text=True,
+    )
 
 
 class SftStage:
@@ -70,11 +83,16 @@ class SftStage:
                     decay=sft.decay,
                     num_draft_tokens=c.num_draft_tokens,
                     seed=seed,
+                    loss=sft.loss,
+                    heads=c.recipe.heads,
+                    argmax=c.recipe.sampling.takes_argmax,
                     total=c.group.all_reduce_sum,
                 )
             )
 
     def summarize(self, metrics: dict) -> dict:
-        if self.context.drafter.soft_labels:
+        drafter, loss = self.context.drafter, self.context.recipe.sft.loss
+        other = drafter.has_confidence or drafter.candidates is not None
+        if other or (drafter.sft_loss if loss == "auto" else loss) != "cross_entropy":
             return metrics
         return {**metrics, "perplexity": math.exp(min(metrics["loss"], 50))}

@@ -1,4 +1,5 @@
-"""DFlash on disk: z-lab's folder, which SGLang and vLLM read too, and speculators'."""
+"""DFlash on disk: z-lab's folder, which SGLang and vLLM read too, and speculators'. Also the part of DSpark's
+and DFlash2's files that is a DFlash body's."""
 
 from __future__ import annotations
 
@@ -18,23 +19,36 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "DFlashDraftModel"
 DEEPSPEC = ("Qwen3DSparkModel", "DSparkDraftModel")  # DeepSpec trains DFlash with this class, heads off
+KNOWN = (ARCHITECTURE, *DEEPSPEC, "DFlash2DraftModel")
+KINDS = {  # families of a DFlash body, by keys that only they have
+    "dspark": ("markov_rank", "enable_confidence_head"),
+    "dflash2": ("conv_kernel_size", "selector_rank"),
+}
 IDENTITY = {"output_multiplier": 1.0}
 SPECULATORS_KEYS = ("draft_vocab_size", "target_hidden_size")
 # Keys that make a drafter of another family of a DFlash body.
 OTHER_FAMILIES = {
-    "markov_rank": "DSpark drafter (Markov head)",
-    "enable_confidence_head": "DSpark drafter (confidence head)",
-    "conv_kernel_size": "DFlash2 drafter (convolutions)",
-    "selector_rank": "DFlash2 drafter (path selector)",
     "gru_hidden_dim": "Domino drafter",
     "output_multiplier": "drafter whose logits are scaled",
     "final_logit_softcapping": "drafter whose logits are capped",
 }
 
 
+def kind_of(config: dict) -> str | None:
+    """dflash, dspark or dflash2; None for a config.json of none of them."""
+    if not any(n in KNOWN for n in config.get("architectures") or []):
+        return None
+    every = _with_nested(config)
+    return next((kind for kind, keys in KINDS.items() if any(every.get(k) for k in keys)), "dflash")
+
+
 def matches(config: dict) -> bool:
-    names = config.get("architectures") or []
-    return ARCHITECTURE in names or any(n in names for n in DEEPSPEC)
+    return kind_of(config) == "dflash"
+
+
+def _with_nested(config: dict) -> dict:
+    options = config.get("dflash_config")
+    return {**config, **options} if isinstance(options, dict) else config
 
 
 @dataclass
@@ -50,9 +64,16 @@ class Files:
     own_head: bool
 
 
-def read(config: dict, tensors: dict[str, Tensor]) -> Files:
-    """From any of the layouts. Raises `UserError` for what is none of them, or not DFlash."""
+def read(
+    config: dict, tensors: dict[str, Tensor], family: str = "dflash", own_keys: tuple[str, ...] = ()
+) -> Files:
+    """From any of the layouts. own_keys: of the family, taken into `dflash_config` wherever they stand.
+    Raises `UserError` for what is none of them."""
+    given = _with_nested(config)
     config, layout = _read_config(config)
+    config["dflash_config"] |= {k: given[k] for k in own_keys if given.get(k) is not None}
+    if family != "dflash" and "sample_from_anchor" in given:
+        config["dflash_config"]["sample_from_anchor"] = given["sample_from_anchor"]
     hidden, vocab = config.get("hidden_size"), config.get("vocab_size")
     size = config.get("draft_vocab_size") or vocab
     narrow = (config.get("target_hidden_size") or hidden) != hidden
@@ -68,8 +89,7 @@ def read(config: dict, tensors: dict[str, Tensor]) -> Files:
 
 def _read_config(config: dict) -> tuple[dict, str]:
     """config.json of any layout in z-lab's keys, and the layout's name."""
-    options = config.get("dflash_config")
-    more = {**config, **options} if isinstance(options, dict) else config
+    more = _with_nested(config)
     if wrong := next((k for k in OTHER_FAMILIES if more.get(k) and more[k] != IDENTITY.get(k)), None):
         raise UserError(
             f"the config.json has {wrong}: it is that of a {OTHER_FAMILIES[wrong]}, which is not supported"
@@ -87,7 +107,7 @@ def _read_config(config: dict) -> tuple[dict, str]:
         )
     if not options.get("target_layer_ids") and not config.get("num_target_layers"):
         raise UserError("the DFlash config.json names neither target layers nor their number")
-    return {**config, "model_type": "qwen3"}, layout
+    return {**config, "model_type": "qwen3", "dflash_config": dict(options)}, layout
 
 
 def _from_speculators(config: dict) -> dict:
@@ -147,8 +167,14 @@ def config_of(drafter: DFlashDrafter) -> dict:
     return config
 
 
-def speculators_config(drafter: DFlashDrafter, verifier: dict) -> dict:
-    """config.json in speculators' layout; `verifier` names the target."""
+def speculators_config(
+    drafter: DFlashDrafter,
+    verifier: dict,
+    algorithm: str = "dflash",
+    architecture: str = ARCHITECTURE,
+    more: dict | None = None,
+) -> dict:
+    """config.json in speculators' layout; `verifier` names the target; more: keys of the family's own."""
     config = config_of(drafter)
     for key in ("dflash_config", "block_size", "num_target_layers", "is_causal", *SPECULATORS_KEYS):
         config.pop(key, None)
@@ -161,5 +187,6 @@ def speculators_config(drafter: DFlashDrafter, verifier: dict) -> dict:
         "sample_from_anchor": drafter.anchor_first,
         # vLLM 0.33 makes every layer causal where this is false.
         "sliding_window_non_causal": True,
+        **(more or {}),
     }
-    return wrap("dflash", ARCHITECTURE, config, own, drafter.draft_length, verifier)
+    return wrap(algorithm, architecture, config, own, drafter.draft_length, verifier)

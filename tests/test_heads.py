@@ -1,0 +1,448 @@
+"""DSpark and DFlash2: a second implementation, files, losses, and drafters that begin as DFlash ones."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import draft_opd as d
+from draft_opd.drafters import FAMILIES
+from draft_opd.losses.chunked import chunked_score
+from draft_opd.losses.config import Heads
+from draft_opd.losses.divergences import cross_entropy, forward_kl, reverse_kl, total_variation
+from draft_opd.losses.heads import confidence_loss, with_heads
+from draft_opd.losses.objectives import ReplayedBlocks
+from draft_opd.losses.sft import SFT_LOSSES
+from draft_opd.training.config import load_recipe
+from draft_opd.training.trainer import Run
+
+EVERY_FAMILY = True
+SHAPES = {
+    "vanilla": ("dspark", {"markov_head_type": "vanilla"}),
+    "gated": ("dspark", {"markov_head_type": "gated"}),
+    "rnn": ("dspark", {"markov_head_type": "rnn", "sample_from_anchor": False}),
+    "dflash2": ("dflash2", {"conv_kernel_size": 3, "selector_top_k": 5}),
+}
+SMALL = {"dspark": {"block_size": 5, "markov_rank": 8}, "dflash2": {"block_size": 6, "selector_rank": 8}}
+
+
+def made(target, name, seed=0):
+    """A random drafter whose heads matter."""
+    family, own = SHAPES[name]
+    torch.manual_seed(seed)
+    drafter = FAMILIES[family].create(target, num_layers=2, **SMALL[family], **own).eval()
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        drafter.fc.weight.mul_(5)
+    return drafter.requires_grad_(False)
+
+
+# -- a second implementation, from the published equations: no cache, no packing, one block at a time -------
+
+
+def rms(x, weight):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def turned(x, positions, base):
+    """x [heads, n, d] at rotary positions [n]."""
+    half = x.shape[-1] // 2
+    angle = positions[:, None] / base ** (torch.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+
+def convolved(x, base, dynamic, group):
+    """x [B, H]; base [t, H]; dynamic [B, t, H / group]: channel by channel, tap by tap."""
+    out = torch.zeros_like(x)
+    for i in range(len(x)):
+        for j in range(min(len(base), i + 1)):
+            out[i] += (base[j] + dynamic[i, j].repeat_interleave(group)) * x[i - j]
+    return out
+
+
+def states(w, config, features, tokens, embed, anchor):
+    """The body's normed states [B, H] of one block; features [anchor, F] of all positions in front of it."""
+    o, heads, kv = config["dflash_config"], config["num_attention_heads"], config["num_key_value_heads"]
+    size, base = config["head_dim"], config["rope_parameters"]["rope_theta"]
+    context = rms(features @ w["fc.weight"].T, w["hidden_norm.weight"])
+    at = torch.arange(anchor + len(tokens), dtype=torch.float32)
+    x = embed[tokens]
+
+    def split(y, count):
+        return y.view(len(y), count, size).transpose(0, 1)
+
+    for i in range(config["num_hidden_layers"]):
+        p = {k.removeprefix(f"layers.{i}."): v for k, v in w.items() if k.startswith(f"layers.{i}.")}
+
+        def around(name, part, y, p=p):
+            if f"{name}.base_kernel" not in p:
+                return part(y)
+            kernels = (y @ p[f"{name}.kernel_projection.weight"].T).view(len(y), 2, o["conv_kernel_size"], -1)
+            bases, group = p[f"{name}.base_kernel"], o["conv_group_size"]
+            inner = part(convolved(y, bases[0], kernels[:, 0], group))
+            return convolved(inner, bases[1], kernels[:, 1], group)
+
+        def attention(y, p=p):
+            every = torch.cat([context, y])
+            q = rms(split(y @ p["self_attn.q_proj.weight"].T, heads), p["self_attn.q_norm.weight"])
+            k = rms(split(every @ p["self_attn.k_proj.weight"].T, kv), p["self_attn.k_norm.weight"])
+            v = split(every @ p["self_attn.v_proj.weight"].T, kv).repeat_interleave(heads // kv, 0)
+            q, k = turned(q, at[anchor:], base), turned(k, at, base).repeat_interleave(heads // kv, 0)
+            weights = (q @ k.transpose(1, 2) / size**0.5).softmax(-1)
+            return (weights @ v).transpose(0, 1).flatten(1) @ p["self_attn.o_proj.weight"].T
+
+        def mlp(y, p=p):
+            gate = F.silu(y @ p["mlp.gate_proj.weight"].T)
+            return (gate * (y @ p["mlp.up_proj.weight"].T)) @ p["mlp.down_proj.weight"].T
+
+        x = x + around("attention_conv", attention, rms(x, p["input_layernorm.weight"]))
+        x = x + around("mlp_conv", mlp, rms(x, p["post_attention_layernorm.weight"]))
+    return rms(x, w["norm.weight"])
+
+
+def walk(w, config, h, head, anchor_token):
+    """Greedy tokens and the logits [N, V] that they were taken from."""
+    o, token, state = config["dflash_config"], anchor_token, None
+    tokens, logits = [], []
+    for slot in h:
+        base = head @ slot
+        if "markov_rank" in o:
+            row, kind = w["markov_head.markov_w1.weight"][token], o["markov_head_type"]
+            if kind == "gated":
+                z = torch.cat([slot, row])
+                row = (
+                    torch.sigmoid(w["markov_head.gate_proj.weight"] @ z + w["markov_head.gate_proj.bias"])
+                    * row
+                )
+            if kind == "rnn":
+                state = torch.zeros_like(row) if state is None else state
+                z = torch.cat([state, row, slot])
+                z = w["markov_head.joint_proj.weight"] @ z + w["markov_head.joint_proj.bias"]
+                u, c, out = z.view(3, -1)
+                state = torch.sigmoid(u) * state + (1 - torch.sigmoid(u)) * torch.tanh(c)
+                row = torch.tanh(out)
+            found = base + w["markov_head.markov_w2.weight"] @ row
+        else:
+            a = w["candidate_selector.predecessor_codebook"][token]
+            r = w["candidate_selector.hidden_projection.weight"] @ slot
+            edges = w["candidate_selector.successor_codebook"] @ (a * r)
+            least = base.sort(descending=True).values[o["selector_top_k"] - 1]
+            found = torch.where(base >= least, base + edges, -torch.inf)
+        token = int(found.argmax())
+        tokens.append(token)
+        logits.append(found)
+    return tokens, torch.stack(logits)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_second_implementation_agrees(target, heldout, tmp_path, name):
+    """From the file that we write; drafts, logits, and logits of replay."""
+    drafter = made(target, name)
+    drafter.save_pretrained(tmp_path / "d")
+    w = load_file(tmp_path / "d" / "model.safetensors")
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    ids = torch.tensor([heldout[0].ids[:40]])
+    out = target.trajectories(ids, drafter.target_layers)
+    context = drafter.build_cache(target, ids, out.features)
+    anchors = torch.tensor([[12, 13, 30]])
+    first, count = config["dflash_config"].get("sample_from_anchor", False), drafter.draft_length
+    seen = []
+
+    def choose(logits):
+        seen.append(logits[:, 0])
+        return logits.argmax(-1), None
+
+    at = ids.gather(1, anchors)
+    drafted, _ = drafter.propose(target, context, anchors, at, count, choose)
+    again = drafter.logits(target, drafter.replay(target, context, anchors, at, drafted))
+    embed, head = target.model.get_input_embeddings().weight.detach(), target.head.weight.detach()
+    chosen = set()
+    for i, anchor in enumerate(anchors[0].tolist()):
+        tokens = torch.full((count + (0 if first else 1),), config["dflash_config"]["mask_token_id"])
+        tokens[0] = ids[0, anchor]
+        h = states(w, config, out.features[0, :anchor], tokens, embed, anchor)[-count:]
+        wanted, logits = walk(w, config, h, head, int(ids[0, anchor]))
+        assert drafted[0, i].tolist() == wanted
+        torch.testing.assert_close(torch.stack([x[i] for x in seen]), logits, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(again[0, i], logits, rtol=1e-3, atol=1e-3)
+        chosen.add(tuple(wanted))
+    assert len(chosen) == 3  # or nothing was compared
+
+
+def deepspec(target, tmp_path, **keys):
+    """A DSpark folder as DeepSpec writes it: flat keys, no convention named, copies of the target's."""
+    c, rank = target.config, 4
+    hidden, vocab, taps = target.hidden_size, target.vocab_size, [1, 3]
+    config = {
+        **{k: v for k, v in c.to_dict().items() if k not in ("architectures", "transformers_version")},
+        "architectures": ["Qwen3DSparkModel"],
+        "model_type": "qwen3",
+        "num_hidden_layers": 1,
+        "num_target_layers": target.num_layers,
+        "layer_types": ["full_attention"],
+        "block_size": 7,
+        "mask_token_id": 3,
+        "target_layer_ids": taps,
+        "num_anchors": 512,
+        "markov_rank": rank,
+        "markov_head_type": "vanilla",
+        "enable_confidence_head": True,
+        "confidence_head_with_markov": True,
+        "tie_word_embeddings": False,
+        **keys,
+    }
+    heads, kv, size = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    shapes = {
+        "fc.weight": (hidden, len(taps) * hidden),
+        "hidden_norm.weight": (hidden,),
+        "norm.weight": (hidden,),
+        "layers.0.input_layernorm.weight": (hidden,),
+        "layers.0.post_attention_layernorm.weight": (hidden,),
+        "layers.0.self_attn.q_proj.weight": (heads * size, hidden),
+        "layers.0.self_attn.k_proj.weight": (kv * size, hidden),
+        "layers.0.self_attn.v_proj.weight": (kv * size, hidden),
+        "layers.0.self_attn.o_proj.weight": (hidden, heads * size),
+        "layers.0.self_attn.q_norm.weight": (size,),
+        "layers.0.self_attn.k_norm.weight": (size,),
+        "layers.0.mlp.gate_proj.weight": (config["intermediate_size"], hidden),
+        "layers.0.mlp.up_proj.weight": (config["intermediate_size"], hidden),
+        "layers.0.mlp.down_proj.weight": (hidden, config["intermediate_size"]),
+        "markov_head.markov_w1.weight": (vocab, rank),
+        "markov_head.markov_w2.weight": (vocab, rank),
+        "confidence_head.proj.weight": (1, hidden + rank),
+        "confidence_head.proj.bias": (1,),
+    }
+    tensors = {k: torch.zeros(v) for k, v in shapes.items()}
+    tensors["embed_tokens.weight"] = target.model.get_input_embeddings().weight.detach().clone()
+    tensors["lm_head.weight"] = target.head.weight.detach().clone()
+    # Known numbers. The body's states are zero (its norm's weight is), so the Markov head decides: token v is
+    # followed by v + 1, as points on a circle: the next one has the largest product.
+    angle = torch.arange(vocab) * 2 * torch.pi / vocab
+    step = 2 * torch.pi / vocab
+    circle = torch.stack([angle.cos(), angle.sin(), 0 * angle, 0 * angle], 1)
+    ahead = torch.stack([(angle - step).cos(), (angle - step).sin(), 0 * angle, 0 * angle], 1)
+    tensors["markov_head.markov_w1.weight"], tensors["markov_head.markov_w2.weight"] = circle, 1e4 * ahead
+    tensors["confidence_head.proj.bias"] = torch.tensor([0.75])
+    folder = tmp_path / "deepspec"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_a_deepspec_file_with_known_numbers(target, heldout, tmp_path, caplog):
+    """Seven tokens a block, the first of them by the anchor's slot; the head's walk is known."""
+    drafter = d.Drafter.from_pretrained(str(deepspec(target, tmp_path)), device="cpu")
+    drafter.bind(target)
+    assert not caplog.records  # its copies are the target's
+    assert (drafter.family, drafter.layout, drafter.draft_length) == ("dspark", "deepspec", 7)
+    ids = torch.tensor([heldout[0].ids[:20]])
+    out = target.trajectories(ids, drafter.target_layers)
+    context = drafter.build_cache(target, ids, out.features)
+    anchors, last = torch.tensor([[4, 9]]), torch.tensor([[100, 600]])
+    drafted, _ = drafter.propose(target, context, anchors, last, 7, lambda logits: (logits.argmax(-1), None))
+    assert drafted[0].tolist() == [list(range(101, 108)), list(range(601, 608))]
+    hidden = drafter.replay(target, context, anchors, last, drafted)
+    assert drafter.confidence(hidden, drafted).unique().tolist() == [0.75]
+
+
+def test_who_reads_what_is_written(target, tmp_path):
+    """Keys that DeepSpec and vLLM (flat) and SGLang (nested and flat) look for; who can serve which."""
+    spark = made(target, "vanilla")
+    assert spark.formats == ("vllm", "sglang", "speculators")
+    config = spark.config_dict()
+    assert config["architectures"] == ["Qwen3DSparkModel"] and config["block_size"] == 5
+    for where in (config, config["dflash_config"]):
+        assert where["markov_rank"] == 8 and where["markov_head_type"] == "vanilla"
+        assert where["sample_from_anchor"] is True and where["enable_confidence_head"] is True
+        assert where["target_layer_ids"] == list(spark.target_layers)
+    assert spark.sglang_flags() == {"algorithm": "DSPARK", "num-draft-tokens": 6}
+    # vLLM has no gate, SGLang only blocks whose first slot predicts.
+    assert made(target, "gated").formats == ("sglang",) and made(target, "rnn").formats == ()
+    two = made(target, "dflash2")
+    assert two.formats == ("z-lab", "sglang", "vllm", "speculators")
+    assert set(two.tensors()) >= {f"candidate_selector.{x}_codebook" for x in ("predecessor", "successor")}
+    assert two.config_dict()["dflash_config"]["conv_kernel_size"] == 3
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("dspark", {"markov_head_type": "lstm"}, "markov_head_type 'lstm': known are vanilla, gated, rnn"),
+        ("dspark", {"markov_rank": 0}, "no markov_rank"),
+        ("dspark", {"markov_head_type": "gated"}, "lacks the tensor 'markov_head.gate_proj"),
+        ("dflash2", {"selector_top_k": None}, "names no selector_top_k"),
+        ("dflash2", {"conv_group_size": 7}, "not a multiple of 7"),
+        ("dflash2", {"sample_from_anchor": True}, "sample_from_anchor must be false"),
+        ("dflash2", {"final_logit_softcapping": 30.0}, "logits are capped"),
+    ],
+)
+def test_wrong_configs_get_one_line(target, tmp_path, family, change, message):
+    made(target, {"dspark": "vanilla"}.get(family, family)).save_pretrained(tmp_path / "d")
+    path = tmp_path / "d" / "config.json"
+    config = json.loads(path.read_text())
+    config["dflash_config"].update(change)
+    config.update({k: v for k, v in change.items() if k in config})
+    path.write_text(json.dumps(config))
+    with pytest.raises(d.UserError, match=message):
+        d.Drafter.from_pretrained(str(tmp_path / "d"), device="cpu")
+
+
+# -- losses ---------------------------------------------------------------------------------------------
+
+
+def parts(seed=0, n=9, widths=(6, 4), vocab=23):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, sum(widths), generator=g, dtype=torch.double, requires_grad=True)
+    heads = [torch.randn(vocab, w, generator=g, dtype=torch.double) for w in widths]
+    heads[1].requires_grad_()
+    target = torch.randn(n, 5, generator=g, dtype=torch.double)
+    weight = torch.randn(vocab, 5, generator=g, dtype=torch.double)
+    labels = torch.randint(vocab, (n,), generator=g)
+    return hidden, heads, target, weight, labels
+
+
+@pytest.mark.parametrize("candidates", [None, 4])
+@pytest.mark.parametrize("score", [cross_entropy, reverse_kl, forward_kl, total_variation])
+def test_a_head_of_two_parts_is_scored_like_one(score, candidates):
+    """Values and gradients, of the hidden states and the trained part, chunk by chunk."""
+    hidden, heads, target, weight, labels = parts()
+    by_label = score is cross_entropy
+    found = chunked_score(
+        score,
+        hidden,
+        heads,
+        teacher_hidden=None if by_label else target,
+        teacher_weight=weight,
+        labels=labels if by_label else None,
+        candidates=candidates,
+        chunk=2,
+    )
+    unary = hidden[:, :6] @ heads[0].T
+    logits = unary + hidden[:, 6:] @ heads[1].T
+    if candidates:
+        out = torch.ones_like(unary, dtype=torch.bool).scatter(
+            1, unary.argsort(1, descending=True)[:, :4], False
+        )
+        if by_label:
+            out = out.scatter(1, labels[:, None], False)
+        logits = logits.masked_fill(out, -torch.inf)
+    slow = score(logits, labels) if by_label else score(logits, target @ weight.T)
+    torch.testing.assert_close(found, slow)
+    scale = torch.linspace(0.5, 2, len(found), dtype=torch.double)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * scale).sum(), (hidden, heads[1])),
+        torch.autograd.grad((slow * scale).sum(), (hidden, heads[1])),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def blocks(candidates=None, confidence=True):
+    hidden, heads, target, weight, labels = parts(n=6)
+    g = torch.Generator().manual_seed(5)
+    return ReplayedBlocks(
+        hidden=hidden.view(2, 3, -1),
+        states=target.view(2, 3, -1),
+        labels=labels.view(2, 3),
+        drafted=labels.view(2, 3),
+        accepted=torch.tensor([1, 3]),
+        valid=torch.tensor([[1, 1, 1], [1, 1, 0]]).bool(),
+        weight=torch.ones(2),
+        head=heads,
+        target_head=weight,
+        decay=4.0,
+        candidates=candidates,
+        confidence=torch.randn(2, 3, generator=g, requires_grad=True) if confidence else None,
+    )
+
+
+def test_the_published_loss_of_dspark():
+    """0.1 CE + 0.9 L1 + 1.0 BCE with weights exp(-(k-1)/4), offset by offset in plain loops."""
+    r = blocks()
+    q = (r.hidden[..., :6] @ r.head[0].T + r.hidden[..., 6:] @ r.head[1].T).softmax(-1)
+    p = (r.states @ r.target_head.T).softmax(-1)
+    ce = l1 = bce = mass = 0.0
+    for i in range(2):
+        for k in range(3):
+            if not r.valid[i, k]:
+                continue
+            w = torch.exp(torch.tensor(-k / 4))
+            distance = (q[i, k] - p[i, k]).abs().sum()
+            c = torch.sigmoid(r.confidence[i, k])
+            a = (1 - distance / 2).detach()
+            ce, l1 = ce - w * q[i, k, r.labels[i, k]].log(), l1 + w * distance
+            bce = bce - w * (a * c.log() + (1 - a) * (1 - c).log())
+            mass = mass + w
+    wanted = (0.1 * ce + 0.9 * l1 + bce) / mass
+    found, figures = with_heads(
+        r, lambda x: (SFT_LOSSES["dspark"].loss(x, None), {}), Heads(), agreement=False, along_text=True
+    )
+    torch.testing.assert_close(found, wanted.double(), rtol=1e-5, atol=1e-6)
+    assert figures["confidence_loss"] == pytest.approx((bce / mass).item(), rel=1e-5)
+
+
+def test_the_confidence_learns_what_verification_goes_by():
+    r = blocks()
+    logits = r.hidden[..., :6] @ r.head[0].T + r.hidden[..., 6:] @ r.head[1].T
+    r.labels[0, 0], r.labels[0, 1] = logits[0, 0].argmax(), logits[0, 1].argmin()
+    c = torch.sigmoid(r.confidence)
+    where = torch.zeros(2, 3, dtype=torch.bool)
+    where[0, :2] = True
+    w = torch.exp(torch.tensor(-1 / 4))
+    wanted = (-c[0, 0].log() - w * (1 - c[0, 1]).log()) / (1 + w)
+    torch.testing.assert_close(confidence_loss(r, where, agreement=True).float(), wanted.float())
+
+
+def test_the_body_gets_the_same_loss():
+    r = blocks(candidates=3, confidence=False)
+    loss = SFT_LOSSES["cross_entropy"].loss
+    both, _ = with_heads(
+        r, lambda x: (loss(x, None), {}), Heads(body_weight=0.5), agreement=True, along_text=True
+    )
+    body = (r.hidden[..., :6] @ r.head[0].T).log_softmax(-1).gather(-1, r.labels[..., None])[..., 0]
+    w = r.valid * torch.exp(-torch.arange(3) / 4)
+    torch.testing.assert_close(both - loss(r, None), -0.5 * (body * w).sum() / w.sum(), rtol=1e-5, atol=1e-6)
+
+
+# -- beginning with a DFlash drafter ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["dspark", "dflash2"])
+def test_a_dflash_drafter_becomes_another_family(target, data, heldout, tmp_path, caplog, family):
+    """`drafter:` of another family is taken up, and says what was taken; at step 0 it drafts the same."""
+    source = FAMILIES["dflash"].create(target, num_layers=1, block_size=6)
+    source.save_pretrained(tmp_path / "dflash")
+    source.bind(target)
+    own = {"dspark": "markov_rank: 8", "dflash2": "selector_rank: 8, selector_top_k: 4"}[family]
+    pairs = [
+        f"data.trajectories={data / 'train'}",
+        f"data.heldout={data / 'heldout'}",
+        "data.limit=4",
+        "data.heldout_limit=2",
+        "steps=2",
+        "evaluation.every=2",
+        "precision=float32",
+        f"model.options={{{own}}}",
+        f"drafter={tmp_path / 'dflash'}",
+        f"out={tmp_path / 'run'}",
+    ]
+    run = Run("sft", load_recipe(f"embedded:{family}", pairs, "sft"), target=target)
+    grown = run.drafter
+    assert grown.family == family and grown.draft_length == source.draft_length == 5
+    assert any("tensors taken" in r.message for r in caplog.records)
+    with torch.no_grad():
+        traces = [d.hindsight_trace(target, x.eval(), heldout[0]) for x in (source, grown)]
+    assert traces[0] == traces[1]
+    result = run.train()
+    again = d.Drafter.from_pretrained(str(result.last), device="cpu")
+    assert again.family == family
+    # It goes on as what it is, whatever family the recipe names.
+    recipe = load_recipe(
+        "embedded", [*pairs[:-3], f"drafter={result.last}", f"out={tmp_path / 'two'}"], "opd"
+    )
+    assert Run("opd", recipe, target=target).drafter.family == family
