@@ -12,6 +12,8 @@ from draft_opd.hindsight.trace import hindsight_traces
 from draft_opd.training.batches import BatchSource
 from draft_opd.training.blocks import attach_drafts, pack_anchors, replay_hidden
 
+EVERY_FAMILY = True
+
 MAX_NEW_TOKENS = 320
 
 

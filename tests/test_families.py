@@ -8,6 +8,8 @@ from draft_opd.hindsight.trace import hindsight_traces
 from draft_opd.training.batches import BatchSource
 from draft_opd.training.blocks import attach_drafts, pack_anchors, replay_hidden
 
+EVERY_FAMILY = True
+
 
 def test_replay_gives_the_logits_of_decoding(target, trained, heldout):
     """Packed anchors with gradient against what the decoder saw, round by round."""

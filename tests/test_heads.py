@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import draft_opd as d
 from draft_opd.drafters import FAMILIES
+from draft_opd.drafters.dflash2 import NOT_LOADED
 from draft_opd.losses.chunked import chunked_score
 from draft_opd.losses.config import Heads
 from draft_opd.losses.divergences import cross_entropy, forward_kl, reverse_kl, total_variation
@@ -446,3 +447,37 @@ def test_a_dflash_drafter_becomes_another_family(target, data, heldout, tmp_path
         "embedded", [*pairs[:-3], f"drafter={result.last}", f"out={tmp_path / 'two'}"], "opd"
     )
     assert Run("opd", recipe, target=target).drafter.family == family
+
+
+# -- faults ---------------------------------------------------------------------------------------------------
+
+
+def drafts_of(target, drafter, text):
+    drafter.bind(target)
+    return [r.drafted for r in d.hindsight_trace(target, drafter, text)]
+
+
+def test_known_faults_are_what_engines_do(target, heldout):
+    """A misnamed file is served as its body alone; the other slot convention drafts as many tokens."""
+    text = heldout[0]
+    two = made(target, "dflash2")
+    faults = two.known_faults(target.num_layers)
+    wrong = two.with_fault(faults[NOT_LOADED])
+    plain = FAMILIES["dflash"].create(target, num_layers=2, block_size=6).eval()
+    plain.load_state_dict({k: v for k, v in two.state_dict().items() if k in plain.state_dict()})
+    assert drafts_of(target, wrong, text) == drafts_of(target, plain, text) != drafts_of(target, two, text)
+    for drafter in (made(target, "vanilla"), made(target, "rnn")):
+        name = next(n for n in drafter.known_faults(target.num_layers) if "anchor's slot" in n)
+        other = drafter.with_fault(drafter.known_faults(target.num_layers)[name])
+        assert other.anchor_first is not drafter.anchor_first and other.draft_length == drafter.draft_length
+        assert drafts_of(target, other, text) != drafts_of(target, drafter, text)
+        (read,) = drafter.misreadings().values()
+        assert drafter.with_fault(read).block_size == drafter.block_size
+
+
+def test_a_loop_of_another_tool_is_not_offered(target):
+    """transformers' loop knows the DFlash body only."""
+    from draft_opd.serving.transformers_assistant import as_assistant
+
+    with pytest.raises(d.UserError, match="takes DFlash drafters; this is one of dspark"):
+        as_assistant(made(target, "vanilla"))

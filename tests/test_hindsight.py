@@ -19,6 +19,8 @@ from draft_opd.training.batches import BatchSource
 from draft_opd.training.rollouts import TraceCosts, hindsight_rollout
 from draft_opd.utils import machine
 
+EVERY_FAMILY = True
+
 V, K = 3, 2
 HOT = Sampling(temperature=1.0)
 
@@ -176,7 +178,8 @@ def test_expected_tau_is_the_mean_of_many_traces(target, trained, sampled):
     draws = torch.tensor([[len(t), sum(r.accepted + 1 for r in t)] for t in traces], dtype=torch.float64)
     error = draws.std(0) / len(draws) ** 0.5
     expected = torch.stack([rounds.sum(), tokens.sum()])
-    assert ((draws.mean(0) - expected).abs() < 4 * error + 1e-9).all()
+    # Where all draws are equal, what has a chance of less than one in 64 was not seen.
+    assert ((draws.mean(0) - expected).abs() < 4 * error + 1 / 64).all()
 
 
 @pytest.mark.parametrize("draft", ["sample", "argmax"])

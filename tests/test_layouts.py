@@ -10,7 +10,9 @@ import draft_opd as d
 from draft_opd.report.inspection import describe
 from draft_opd.serving.export import export
 
-LAYOUTS = {"dflash": "z-lab", "eagle3": "sglang"}
+EVERY_FAMILY = True
+
+LAYOUTS = {"dflash": "z-lab", "eagle3": "sglang", "dspark": "z-lab", "dflash2": "z-lab"}
 VERIFIER = {"name_or_path": "org/target", "architectures": ["Qwen3ForCausalLM"]}
 
 
@@ -48,8 +50,10 @@ def test_the_speculators_layout(target, family, trained, tmp_path):
     assert layer["hidden_size"] == target.hidden_size and isinstance(layer["rope_theta"], float)
     taps = [i + 1 for i in trained.target_layers]
     names = set(load_file(tmp_path / "d" / "model.safetensors"))
-    if family == "dflash":
-        assert config["aux_hidden_state_layer_ids"] == taps and config["block_size"] == 16
+    if family != "eagle3":
+        assert config["aux_hidden_state_layer_ids"] == taps
+        assert config["block_size"] == (15 if family == "dspark" else 16)
+        assert config["sample_from_anchor"] is (family == "dspark")
         # False would make vLLM serve every layer causally.
         assert config["sliding_window_non_causal"] is True
         assert config["draft_vocab_size"] == target.vocab_size

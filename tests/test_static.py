@@ -10,6 +10,8 @@ from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.static import StaticBatch, bucket_of, decode_rows, eager, padded_rows
 from draft_opd.models.cpu_linear import unpack
 
+EVERY_FAMILY = True
+
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=0.9, top_p=0.9)
 
 

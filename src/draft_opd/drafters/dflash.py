@@ -187,12 +187,17 @@ class DFlashDrafter(Drafter):
         return self.layout_module.speculators_config(self, verifier), self.tensors()
 
     def misreadings(self) -> dict[str, Fault]:
+        return self._other_slots(0)
+
+    def _other_slots(self, more: int) -> dict[str, Fault]:
+        """The other slot convention, in blocks of so many slots more."""
         other = not self.anchor_first
         what = "predicts too" if other else "predicts nothing"
         name = f"the anchor's slot {what} (sample_from_anchor {str(other).lower()})"
 
         def shift(config, _):
             config["dflash_config"]["sample_from_anchor"] = other
+            config["dflash_config"]["block_size"] = config["block_size"] = self.block_size + more
 
         return {name: shift}
 
@@ -213,7 +218,7 @@ class DFlashDrafter(Drafter):
         other = not self.causal
         causal = "attention inside the block is " + ("causal" if other else "not causal")
         return {
-            **self.misreadings(),
+            **self._other_slots(1 if self.anchor_first else -1),  # an engine drafts as many tokens
             causal: lambda config, _: config.update(is_causal=other),
             **scaled,
             **self.common_faults(num_layers, shift),

@@ -29,6 +29,8 @@ from draft_opd.drafters.registry import register
 from draft_opd.drafters.target_config import initialise
 from draft_opd.utils.errors import UserError
 
+NOT_LOADED = "nothing of what DFlash2 adds to DFlash was loaded (misnamed tensors, which SGLang passes over)"
+
 
 class DFlash2Options(DFlashOptions):
     """Shape of a new drafter; None means "as the target has it"."""
@@ -107,6 +109,14 @@ class CandidateSelector(nn.Module):
         initialise(self)
 
 
+def _plain_dflash(_config: dict, tensors: dict[str, Tensor]) -> None:
+    for name, value in tensors.items():
+        if name.endswith("base_kernel"):
+            value.zero_()[:, 0] = 1.0
+        elif name.endswith(("kernel_projection.weight", "successor_codebook")):
+            value.zero_()
+
+
 @register("dflash2")
 class DFlash2Drafter(CorrectedDFlash):
     """See the module docstring. `config` is a Qwen3Config; the four sizes are in its `dflash_config`."""
@@ -138,6 +148,9 @@ class DFlash2Drafter(CorrectedDFlash):
     @classmethod
     def own_keys(cls, o: DFlash2Options) -> dict[str, Any]:
         return {name: getattr(o, name) for name in layout.SIZES}
+
+    def known_faults(self, num_layers: int):
+        return {NOT_LOADED: _plain_dflash, **super().known_faults(num_layers)}
 
     def tensors(self) -> dict[str, Tensor]:
         return layout.without_suffixes(super().tensors())
