@@ -1,6 +1,7 @@
 """DSpark and DFlash2: a second implementation, files, losses, and drafters that begin as DFlash ones."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +9,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import draft_opd as d
+from draft_opd.decoding.sampling import Sampling
+from draft_opd.decoding.step import DecodeStep
+from draft_opd.decoding.verification import verify_with_noise
 from draft_opd.drafters import FAMILIES
 from draft_opd.drafters.dflash2 import NOT_LOADED
+from draft_opd.evaluation.calibration import calibration
 from draft_opd.losses.chunked import chunked_score
 from draft_opd.losses.config import Heads
 from draft_opd.losses.divergences import cross_entropy, forward_kl, reverse_kl, total_variation
@@ -449,7 +454,7 @@ def test_a_dflash_drafter_becomes_another_family(target, data, heldout, tmp_path
     assert Run("opd", recipe, target=target).drafter.family == family
 
 
-# -- faults ---------------------------------------------------------------------------------------------------
+# -- faults ----------------------------------------------------------------------------------------
 
 
 def drafts_of(target, drafter, text):
@@ -481,3 +486,95 @@ def test_a_loop_of_another_tool_is_not_offered(target):
 
     with pytest.raises(d.UserError, match="takes DFlash drafters; this is one of dspark"):
         as_assistant(made(target, "vanilla"))
+
+
+# -- drafts that end where the drafter is unsure --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spark(target):
+    drafter = d.Drafter.from_pretrained(
+        str(Path(__file__).parent / "drafters" / "dspark" / "last"), device="cpu"
+    )
+    drafter.bind(target)
+    return drafter
+
+
+def test_drafts_end_by_confidence_and_the_text_stays(target, heldout, spark):
+    prompts, wanted = [t.prompt_ids for t in heldout[:3]], [t.response_ids for t in heldout[:3]]
+    lengths = []
+    for least in (0.01, 0.5, 0.99):
+        made = d.speculate(target, spark, prompts, max_new_tokens=320, confidence=least)
+        assert [g.token_ids for g in made] == wanted
+        lengths.append(sum(sum(i >= 0 for i in r.drafted) for g in made for r in g.rounds))
+        assert all(r.accepted <= sum(i >= 0 for i in r.drafted) for g in made for r in g.rounds)
+        # One at a time is the same as in a batch.
+        alone = [d.generate(target, spark, p, max_new_tokens=320, confidence=least) for p in prompts]
+        assert [[r.accepted for r in g.rounds] for g in alone] == [
+            [r.accepted for r in g.rounds] for g in made
+        ]
+    assert lengths[0] > lengths[1] > lengths[2]
+
+
+def test_a_draft_that_ended_is_verified_like_a_shorter_one(target, spark):
+    """The same random numbers give the same accepted length and bonus token: what lies behind has no part."""
+    g = torch.Generator().manual_seed(0)
+    p = torch.randn(64, 5, 12, generator=g).softmax(-1)
+    q = torch.randn(64, 4, 12, generator=g).mul(0.5).softmax(-1)
+    drafted = torch.multinomial(q.flatten(0, 1), 1, generator=g).view(64, 4)
+    coin, bonus = torch.rand(64, 4, generator=g), torch.rand(64, 5, generator=g)
+    for end in range(4):
+        cut = torch.where(torch.arange(4) < end, drafted, -1)
+        step = DecodeStep(target, spark, None, None, Sampling(temperature=1.0), least=0.5)
+        ended, probs, _ = step._cut(cut, q, None)
+        found = verify_with_noise(ended.clamp_min(0), probs, p, coin, bonus)
+        short = verify_with_noise(
+            drafted[:, :end], q[:, :end], p[:, : end + 1], coin[:, :end], bonus[:, : end + 1]
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, short, strict=True))
+
+
+def test_where_a_draft_ends_says_nothing_of_its_last_token(target, heldout, spark):
+    """Confidence comes from the tokens before: another token at an offset cannot move an end up to it."""
+    ids = torch.tensor([heldout[0].ids[:30]])
+    out = target.trajectories(ids, spark.target_layers)
+    anchors = torch.tensor([[14]])
+    ends = []
+    for pick in (0, 1):
+        context = spark.build_cache(target, ids, out.features)
+        used = []
+
+        def choose(logits, pick=pick, used=used):
+            used.append(1)
+            order = logits.argsort(-1, descending=True)
+            return order[..., pick if len(used) == 3 else 0], None  # the third token differs
+
+        at = ids.gather(1, anchors)
+        drafted, _ = spark.propose(target, context, anchors, at, 15, choose, least=0.2)
+        ends.append((drafted[0, 0] >= 0).tolist())
+    assert ends[0][:3] == ends[1][:3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"confidence": 1.5}, "give a probability between 0 and 1"),
+        ({"confidence": 0.5, "draft_length": "auto"}, "not two of them"),
+    ],
+)
+def test_silly_confidences_are_refused(target, spark, options, message):
+    with pytest.raises(d.UserError, match=message):
+        d.generate(target, spark, [1, 2, 3], **options)
+    with pytest.raises(d.UserError, match="does not say how sure it is"):
+        d.generate(target, made(target, "dflash2"), [1, 2, 3], confidence=0.5)
+
+
+def test_calibration_counts_what_was_reached(target, heldout, spark):
+    found = calibration(target, spark, heldout[:8])
+    rounds = [r for t in heldout[:8] for r in d.hindsight_trace(target, spark, t)]
+    assert found["by_offset"][0]["tokens"] == len(rounds)
+    passed = sum(r.accepted > 0 for r in rounds) / len(rounds)
+    assert found["by_offset"][0]["passed"] == pytest.approx(passed)
+    assert sum(b["tokens"] for b in found["bins"]) == sum(b["tokens"] for b in found["by_offset"])
+    assert found["error"] < 0.15  # it was trained
+    assert calibration(target, made(target, "dflash2"), heldout[:1]) is None

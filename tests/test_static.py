@@ -62,6 +62,19 @@ def test_static_equals_dynamic(target, trained, heldout, static, sampling, draft
     same(alone, wanted)
 
 
+@pytest.mark.parametrize("family", ["dspark"], indirect=True)
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_drafts_that_end_early_are_static_too(target, family, trained, heldout, static, sampling):
+    """Captured rounds draft all tokens and count those before the end; the dynamic loop runs no more."""
+    prompts = [t.prompt_ids for t in heldout[:3]]
+    options = {"max_new_tokens": 24, "sampling": sampling, "seed": 5, "confidence": 0.5}
+    wanted = d.speculate(target, trained, prompts, **options)
+    made = static(target, trained, prompts, **options)
+    for a, b in zip(made, wanted, strict=True):
+        assert a.token_ids == b.token_ids
+        assert [r.accepted for r in a.rounds] == [r.accepted for r in b.rounds]
+
+
 def test_its_state_is_that_of_the_dynamic_loop(target, trained, heldout):
     """Keys and values of what was committed, in target and drafter."""
     prompt = heldout[0].prompt_ids

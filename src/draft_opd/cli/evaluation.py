@@ -309,6 +309,7 @@ def analyze(
     rows = read_trajectories(trajectories, limit=limit)
     check_models(target, drafter)
     from draft_opd.evaluation.analysis import GROUPS, analyse
+    from draft_opd.evaluation.calibration import calibration
     from draft_opd.evaluation.misreadings import better_misreadings
     from draft_opd.report.page import Report
     from draft_opd.training.run_folder import lineage
@@ -319,6 +320,7 @@ def analyze(
     with screen.progress("analyze", len(rows)) as update:
         value = analyse(model, helper, rows, draft_length=draft_length, progress=update)
     value["misread"] = better_misreadings(model, helper, rows)
+    value["confidence"] = calibration(model, helper, rows, draft_length)
     path = out / "analysis.json"
     write_json(path, value)
     lead = f"{drafter} along its own traces on {len(rows)} trajectories of {target}."
@@ -337,8 +339,18 @@ def analyze(
             lines,
         ),
         *(f"Is the drafter read rightly? {line}" for line in value["misread"]),
+        *_confidence_lines(value["confidence"]),
         f"Report: {page}",
     )
+
+
+def _confidence_lines(found: dict | None) -> list:
+    """What a drafter said of its tokens, and what came of them; nothing where it says nothing."""
+    if found is None:
+        return []
+    rows = [[b["said"], b["passed"], b["tokens"]] for b in found["bins"] if b["tokens"]]
+    title = f"Confidence: off by {100 * found['error']:.1f} % of a token in the mean (ECE)"
+    return [table(title, ["said", "passed", "tokens"], rows)]
 
 
 def report(

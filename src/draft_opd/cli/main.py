@@ -86,6 +86,10 @@ def generate(
     max_new_tokens: NewTokens = 512,
     draft_length: AutoLength = None,
     tree: Tree = None,
+    confidence: Annotated[
+        float | None,
+        typer.Option(help="End drafts before a token that passes with a smaller chance (DSpark)."),
+    ] = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -108,7 +112,7 @@ def generate(
         raise UserError(f"--mark {mark}: choose one of {', '.join(MARKS)}")
     sampling, widths = to_sampling(temperature, top_k, top_p, draft), to_widths(tree)
     # Above temperature 0 the same seed should give the same text, whatever the clock says.
-    usual = "auto" if sampling.greedy and not tree else None
+    usual = "auto" if sampling.greedy and not tree and confidence is None else None
     length = one_length(draft_length) or usual
     text = sys.stdin.read() if prompt is None else prompt
     if not text.strip():
@@ -130,6 +134,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         draft_length=length,
         tree=widths,
+        confidence=confidence,
         sampling=sampling,
         seed=seed,
     )

@@ -84,6 +84,7 @@ class _Job:
     seeds: list[int]
     on_round: OnRound | None
     on_end: OnEnd | None
+    confidence: float | None = None
 
     @property
     def keys(self) -> list[int]:
@@ -127,9 +128,11 @@ def _decode_static(
     slots = longest + 2 * length + 2  # a row that has ended stands up to a round behind its end
     if run is None:
         fused = pays_to_fuse(len(prompts), count, max(job.limits))
-        batch, run = workspace(target, job.drafter, job.sampling, padded_rows(count), slots, fused)
+        batch, run = workspace(
+            target, job.drafter, job.sampling, padded_rows(count), slots, fused, job.confidence
+        )
     else:
-        batch = StaticBatch(target, job.drafter, job.sampling, count, slots, length)
+        batch = StaticBatch(target, job.drafter, job.sampling, count, slots, length, least=job.confidence)
     if pace:
         pace.keep_few()  # each length is a graph of its own
     began = entered = synchronized(target.device)
@@ -189,7 +192,7 @@ def _decode_dynamic(
         context.reserve(capacity)
     keys = None if sampling.greedy else torch.tensor(job.keys, device=device)
     generator = torch.Generator(device).manual_seed(job.seeds[0]) if tree else None
-    step = DecodeStep(target, drafter, cache, context, sampling, tree, generator)
+    step = DecodeStep(target, drafter, cache, context, sampling, tree, generator, job.confidence, True)
     clock.prefill += now() - began
 
     while active:
@@ -203,7 +206,7 @@ def _decode_dynamic(
         count = min(length, target.max_positions - 1 - furthest)
         if pace:
             count = pace.choose(count)
-        step.set_bound(furthest + count + 1, filled=len(active) == 1)
+        step.set_bound(furthest + count + 1, filled=len(active) == 1 and job.confidence is None)
         drafted_at = began
 
         def drafted_now():
@@ -246,6 +249,7 @@ def speculate(
     stop_ids: Iterable[int] | None = None,
     seed: int | Sequence[int] = 0,
     pace: DraftLengthController | None = None,
+    confidence: float | None = None,
     timing: Timing | None = None,
     on_round: OnRound | None = None,
     on_end: OnEnd | None = None,
@@ -261,6 +265,9 @@ def speculate(
         tree: draft a tree with so many nodes at depths 1, 2, .. instead. A round's `drafted` is
             then the path that was accepted, -1 behind it.
         pace: chooses the draft length of every round, `draft_length` at most; it learns from them.
+        confidence: end a draft before its first token whose chance of passing is smaller, as the drafter
+            says (DSpark). The text's distribution stays the target's: that chance is told before the token is
+            drawn. Where rounds are captured such tokens run all the same, and count nothing.
         sampling: greedy by default.
         stop_ids: tokens that end a row; by default the target's.
         seed: of the random numbers, where the target samples; for all rows, or one a row. A row's text
@@ -298,19 +305,32 @@ def speculate(
                 f"prompt {i} has {len(prompt)} tokens, the target's context holds "
                 f"{target.max_positions}: shorten it"
             )
+    if confidence is not None:
+        _check_confidence(drafter, confidence, tree is not None or pace is not None)
     results = [Generation(list(p)) for p in prompts]
     asked = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     limits = [min(n, target.max_positions - len(p)) for n, p in zip(asked, prompts, strict=True)]
     if not limits or min(limits) < 1:
         return results
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-    job = _Job(target, drafter, sampling, results, limits, stops, seeds, on_round, on_end)
+    job = _Job(target, drafter, sampling, results, limits, stops, seeds, on_round, on_end, confidence)
     clock = timing or Timing()
     if target.capturable and not tree and not is_sharded(drafter):
         _decode_static(job, length, rows, pace, clock)
     else:
         _decode_dynamic(job, length, tree, pace, clock, timing is not None)
     return results
+
+
+def _check_confidence(drafter: Drafter | None, confidence: float, other: bool) -> None:
+    if drafter is None or not drafter.has_confidence:
+        raise UserError(
+            "confidence: this drafter does not say how sure it is (DSpark's confidence head does)"
+        )
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence {confidence:g}: give a probability between 0 and 1")
+    if other:
+        raise UserError("give a confidence, a tree or an automatic draft length, not two of them")
 
 
 def is_sharded(drafter: Drafter | None) -> bool:
@@ -336,6 +356,7 @@ def generate(
     top_p: float = 1.0,
     draft_length: Length = None,
     tree: Sequence[int] | None = None,
+    confidence: float | None = None,
     seed: int = 0,
     on_round: OnRound | None = None,
 ) -> Generation:
@@ -360,5 +381,6 @@ def generate(
         sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
         seed=seed,
         pace=pace if drafter else None,
+        confidence=confidence,
         on_round=on_round,
     )[0]

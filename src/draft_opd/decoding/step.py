@@ -32,6 +32,8 @@ class DecodeStep:
     sampling: Sampling
     tree: tuple[int, ...] | None = None
     generator: torch.Generator | None = None  # trees draw their tokens with it
+    least: float | None = None  # drafts end before an offset that is less sure, see `Drafter.propose`
+    shorter: bool = False  # then the target runs no further than some row's draft goes
 
     def __post_init__(self):
         self.layers = self.drafter.target_layers if self.drafter else ()
@@ -68,10 +70,13 @@ class DecodeStep:
             nodes = self.drafter.propose_tree(self.target, self.context, anchors, last, tree)
         elif self.drafter and count:
             choose = self.sampling.chooser(None if noise is None else noise.draft)
+            more = {} if self.least is None else {"least": self.least}
             drafted, probs = self.drafter.propose(
-                self.target, self.context, anchors[:, None], last[:, None], count, choose
+                self.target, self.context, anchors[:, None], last[:, None], count, choose, **more
             )
             drafted, probs = drafted[:, 0], None if probs is None else probs[:, 0]
+            if self.least is not None:
+                drafted, probs, noise = self._cut(drafted, probs, noise)
         drafted_now()
         if self.drafter and tree:
             block, positions, features, accepted, bonus = verify_tree(
@@ -87,14 +92,30 @@ class DecodeStep:
             behind = torch.arange(1, count + 1, device=device) > accepted[:, None]
             drafted = block[:, 1:].masked_fill(behind, -1)
         else:
-            block = torch.cat([last[:, None], drafted], 1)
+            block = torch.cat([last[:, None], drafted.clamp_min(0)], 1)
             positions = anchors[:, None] + torch.arange(block.shape[1], device=device)
             features, accepted, bonus = self._verify(block, positions, drafted, probs, noise)
         if self.drafter:
             self.drafter.extend_cache(self.context, self.target, block, features, positions)
         return torch.cat([accepted[:, None], bonus[:, None], drafted], 1)
 
+    def _cut(self, drafted: Tensor, probs: Tensor | None, noise: Noise | None):
+        """Drafts that end early. q is 0 behind the end: verification then accepts nothing there, and draws
+        the bonus token from p, as it does behind a draft that was accepted whole."""
+        if probs is not None:
+            probs = probs * (drafted >= 0)[..., None]
+        if self.shorter:
+            longest = int((drafted >= 0).sum(1).max())
+            drafted, probs = drafted[:, :longest], None if probs is None else probs[:, :longest]
+            if noise is not None:
+                noise = Noise(
+                    noise.draft[:, :longest], noise.coin[:, :longest], noise.bonus[:, : longest + 1]
+                )
+        return drafted, probs, noise
+
     def _verify(self, block: Tensor, positions: Tensor, drafted: Tensor, draft_probs, noise):
         out = self.target.extend(block, positions, self.cache, self.layers)
         logits = self.target.logits(out.hidden)
+        if self.least is not None and draft_probs is not None:
+            drafted = drafted.clamp_min(0)  # where q is 0
         return out.features, *verify(drafted, draft_probs, logits, self.sampling, noise)

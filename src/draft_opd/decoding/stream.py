@@ -58,6 +58,7 @@ def stream(
     max_new_tokens: int = 512,
     draft_length: Length = None,
     tree: Sequence[int] | None = None,
+    confidence: float | None = None,
     sampling: Sampling | None = None,
     seed: int = 0,
 ) -> dict:
@@ -92,6 +93,7 @@ def stream(
         max_new_tokens=max_new_tokens,
         draft_length=length,
         tree=tree,
+        confidence=confidence,
         sampling=sampling,
         seed=seed,
         pace=pace,

@@ -180,11 +180,14 @@ class Drafter(nn.Module):
         ids: Tensor,
         draft_length: int,
         choose: Choose,
+        least: float | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Drafts a block at every anchor; anchors, ids [batch, A].
 
         `choose` is given logits [batch * A, m, V] of the next m offsets, from left to right.
-        Returns ids [batch, A, K] and their distributions [batch, A, K, V] (or None).
+        Returns ids [batch, A, K] and their distributions [batch, A, K, V] (or None). least: with
+        `has_confidence`, a block ends before its first offset that passes with a smaller chance; ids are -1
+        from there on.
         """
         raise NotImplementedError
 
