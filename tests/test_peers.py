@@ -17,6 +17,7 @@ import draft_opd as d
 from draft_opd.models.hub import resolve_path
 from draft_opd.serving.export import export
 
+EVERY_FAMILY = True
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("peers")]
 ENVIRONMENT = Path(__file__).parent.parent / ".peers-env"
 
@@ -49,16 +50,25 @@ def run(python: Path, *arguments) -> str:
 DFLASH = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
-from dflash.model import DFlashDraftModel, dflash_generate
-folder, target, prompts = sys.argv[1:]
-model = DFlashDraftModel.from_pretrained(folder, dtype=torch.float32).eval()
+from dflash.model import DFlash2DraftModel, DFlashDraftModel, dflash_generate
+folder, target, prompts, family = sys.argv[1:]
+kind = DFlash2DraftModel if family == "dflash2" else DFlashDraftModel
+model = kind.from_pretrained(folder, dtype=torch.float32).eval()
 target = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
 whole, found = model.compute_logits, []
 def compute_logits(hidden, head):
     logits = whole(hidden, head)
-    found[-1]["drafted"].append(logits.argmax(-1)[0].tolist())
+    if family == "dflash":
+        found[-1]["drafted"].append(logits.argmax(-1)[0].tolist())
     return logits
 model.compute_logits = compute_logits
+if family == "dflash2":
+    propose = model.propose
+    def proposed(*inputs):
+        made = propose(*inputs)
+        found[-1]["drafted"].append(made[0][0].tolist())
+        return made
+    model.propose = proposed
 for ids in json.loads(prompts):
     found.append({"drafted": []})
     with torch.no_grad():
@@ -68,7 +78,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("family", ["dflash"], indirect=True)
+@pytest.mark.parametrize("family", ["dflash", "dflash2"], indirect=True)
 def test_z_labs_package_drafts_the_same_tokens(peers, family, trained, heldout, target, tmp_path):
     """Round by round, token by token, in float32; the same text."""
     trained.save_pretrained(tmp_path / "d")
@@ -76,7 +86,8 @@ def test_z_labs_package_drafts_the_same_tokens(peers, family, trained, heldout, 
     script.write_text(DFLASH)
     rows = heldout[:8]
     prompts = json.dumps([t.prompt_ids for t in rows])
-    found = json.loads(run(peers, script, tmp_path / "d", resolve_path("embedded"), prompts).splitlines()[-1])
+    printed = run(peers, script, tmp_path / "d", resolve_path("embedded"), prompts, family)
+    found = json.loads(printed.splitlines()[-1])
     compared = 0
     for t, theirs in zip(rows, found, strict=True):
         assert theirs["ids"] == t.response_ids
@@ -109,10 +120,12 @@ def test_speculators_loads_what_we_write(peers, family, trained_folder, tmp_path
     export("embedded", str(trained_folder), "speculators", tmp_path / "d", dtype="float32")
     script = tmp_path / "script.py"
     script.write_text(SPECULATORS)
-    name = {"dflash": "DFlashDraftModel", "eagle3": "Eagle3DraftModel"}[family]
-    run(peers, script, tmp_path / "d", name)
+    name = {"dspark": "DSparkDraftModel", "dflash2": "DFlash2DraftModel"}
+    name |= {"dflash": "DFlashDraftModel", "eagle3": "Eagle3DraftModel"}
+    run(peers, script, tmp_path / "d", name[family])
 
 
+@pytest.mark.parametrize("family", ["dflash", "eagle3"], indirect=True)
 def test_speculators_converts_what_we_write(peers, family, trained, tmp_path):
     """Its converter takes our folder, and we take what it makes of it."""
     trained.save_pretrained(tmp_path / "d")

@@ -148,6 +148,7 @@ EXTRAS = {
     "speculators DFlash Qwen3-8B": {"copies", "verifier"},
     "speculators DFlash Qwen3-8B, draft vocabulary": {"verifier"},
     "DeepSpec DFlash Qwen3-4B": {"copies"},
+    "DeepSpec DSpark Qwen3-4B": {"copies"},
     "EAGLE-3 Qwen3-8B (NVIDIA)": {"rotary", "verifier"},
 }
 DRAFTERS = {
@@ -184,6 +185,101 @@ DRAFTERS = {
             "confidence_head_with_markov": False,
             "tie_word_embeddings": False,
         },
+    ),
+    "DeepSpec DSpark Qwen3-4B": (
+        "Qwen3-4B",
+        {
+            **{k: v for k, v in dflash(5, [], 36).items() if k != "dflash_config"},
+            "architectures": ["Qwen3DSparkModel"],
+            "block_size": 7,
+            "mask_token_id": VOCAB - 1,
+            "target_layer_ids": [1, 9, 17, 25, 33],
+            "num_anchors": 512,
+            "markov_rank": 16,
+            "markov_head_type": "vanilla",
+            "enable_confidence_head": True,
+            "confidence_head_with_markov": True,
+            "tie_word_embeddings": False,
+            "num_nextn_predict_layers": 1,  # the target's, which its config is a copy of
+        },
+    ),
+    "SpecForge DSpark Qwen3-8B": (
+        "Qwen3-8B",
+        dflash(
+            2,
+            [1, 17, 33],
+            36,
+            architectures=["DSparkDraftModel"],
+            block_size=7,
+            dflash_config={
+                "mask_token_id": VOCAB - 1,
+                "target_layer_ids": [1, 17, 33],
+                "projector_type": "dspark",
+                "markov_rank": 16,
+                "markov_head_type": "gated",
+                "enable_confidence_head": True,
+                "confidence_head_with_markov": False,
+                "confidence_head_alpha": 1.0,
+                "attention_mode": "gqa",
+            },
+        ),
+    ),
+    "speculators DSpark Qwen3-8B, draft vocabulary": (
+        "Qwen3-8B",
+        speculators_dflash(
+            architectures=["DSparkDraftModel"],
+            speculators_model_type="dspark",
+            draft_vocab_size=DRAFT_VOCAB,
+            sample_from_anchor=True,
+            markov_rank=16,
+            markov_head_type="vanilla",
+            enable_confidence_head=False,
+            speculators_config={"algorithm": "dspark", "proposal_methods": [{"speculative_tokens": 8}]},
+        ),
+    ),
+    "speculators DSpark Qwen3-8B, before sample_from_anchor": (
+        "Qwen3-8B",
+        {
+            k: v
+            for k, v in speculators_dflash(
+                architectures=["DSparkDraftModel"], speculators_model_type="dspark", markov_rank=16
+            ).items()
+            if k != "sample_from_anchor"
+        },
+    ),
+    "z-lab DFlash2 (the 27B's keys)": (
+        "Qwen3-8B",
+        dflash(
+            5,
+            [1, 9, 17, 25, 33],
+            36,
+            architectures=["DFlash2DraftModel"],
+            block_size=None,
+            layer_types=["sliding_attention"] * 5,
+            sliding_window=24,
+            use_sliding_window=True,
+            is_causal=False,
+            dflash_config={
+                "block_size": 8,
+                "mask_token_id": VOCAB - 1,
+                "target_layer_ids": [1, 9, 17, 25, 33],
+                "conv_kernel_size": 2,
+                "conv_group_size": 16,
+                "selector_rank": 16,
+                "selector_top_k": 16,
+            },
+        ),
+    ),
+    "speculators DFlash2 Qwen3-8B": (
+        "Qwen3-8B",
+        speculators_dflash(
+            architectures=["DFlash2DraftModel"],
+            speculators_model_type="dflash2",
+            conv_kernel_size=2,
+            conv_group_size=16,
+            selector_rank=16,
+            selector_top_k=8,
+        ),
     ),
     "EAGLE-3 Qwen3-8B (NVIDIA)": (
         "Qwen3-8B",
@@ -335,7 +431,13 @@ def test_published_shapes_load_draft_and_replay(make_target, tmp_path, name):
     tables["t2d"][tables["d2t"] + torch.arange(DRAFT_VOCAB)] = True
     head = {"lm_head.weight": torch.zeros(DRAFT_VOCAB, HIDDEN)}
     reduced = config.get("draft_vocab_size") == DRAFT_VOCAB
-    shape, _ = family.from_files(config, {**tables, **head} if reduced else {})
+    own = {**tables, **head} if reduced else {}
+    keys = {**config, **(config.get("dflash_config") or {})}
+    if keys.get("enable_confidence_head"):  # its tensors say that it is there
+        width = HIDDEN + (16 if keys["confidence_head_with_markov"] else 0)
+        own["confidence_head.proj.weight"] = torch.zeros(1, width)
+    shape, _ = family.from_files(config, own)
+    assert getattr(shape, "has_confidence", False) is bool(keys.get("enable_confidence_head"))
     tensors = {
         k: torch.randn_like(v) / 8 if v.is_floating_point() else v for k, v in shape.state_dict().items()
     }
@@ -345,6 +447,12 @@ def test_published_shapes_load_draft_and_replay(make_target, tmp_path, name):
     drafter = d.Drafter.from_pretrained(str(tmp_path), device="cpu")
     drafter.bind(target)
     length = {"DeepSpec DFlash Qwen3-4B": 7, "speculators DFlash Qwen3-8B, anchor first": 8}
+    length |= {
+        "DeepSpec DSpark Qwen3-4B": 7,
+        "SpecForge DSpark Qwen3-8B": 7,
+        "z-lab DFlash2 (the 27B's keys)": 7,
+    }
+    length |= {n: 8 if "draft vocabulary" in n else 7 for n in DRAFTERS if n.startswith("speculators DSpark")}
     assert drafter.draft_length == length.get(name, drafter.draft_length)
 
     prompts = [torch.randint(2, VOCAB, (n,)).tolist() for n in (40, 23)]
