@@ -51,7 +51,7 @@ Seed = Annotated[int, typer.Option(help="Of everything that is drawn.", callback
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest response.")]
 Config = Annotated[
     Path,
-    typer.Option("--config", help="Recipe, YAML; or 'embedded', 'embedded:eagle3': the demo's."),
+    typer.Option("--config", help="Recipe, YAML; or 'embedded', 'embedded:FAMILY': the demo's."),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override recipe keys.")
