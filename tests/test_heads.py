@@ -1,5 +1,6 @@
 """DSpark and DFlash2: a second implementation, files, losses, and drafters that begin as DFlash ones."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,13 +16,18 @@ from draft_opd.decoding.verification import verify_with_noise
 from draft_opd.drafters import FAMILIES
 from draft_opd.drafters.dflash2 import NOT_LOADED
 from draft_opd.evaluation.calibration import calibration
+from draft_opd.losses import objectives
 from draft_opd.losses.chunked import chunked_score
 from draft_opd.losses.config import Heads
 from draft_opd.losses.divergences import cross_entropy, forward_kl, reverse_kl, total_variation
 from draft_opd.losses.heads import confidence_loss, with_heads
 from draft_opd.losses.objectives import ReplayedBlocks
 from draft_opd.losses.sft import SFT_LOSSES
-from draft_opd.training.config import load_recipe
+from draft_opd.training.batches import BatchSource
+from draft_opd.training.config import Opd, load_recipe
+from draft_opd.training.rollouts import hindsight_rollout
+from draft_opd.training.stage_opd import opd_loss
+from draft_opd.training.stage_sft import sft_loss
 from draft_opd.training.trainer import Run
 
 EVERY_FAMILY = True
@@ -578,3 +584,51 @@ def test_calibration_counts_what_was_reached(target, heldout, spark):
     assert sum(b["tokens"] for b in found["bins"]) == sum(b["tokens"] for b in found["by_offset"])
     assert found["error"] < 0.15  # it was trained
     assert calibration(target, made(target, "dflash2"), heldout[:1]) is None
+
+
+# -- training ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vanilla", "gated", "dflash2"])
+def test_every_objective_reaches_every_part(target, heldout, name):
+    """Losses and gradients are finite, of the body and of the new parts, greedy and sampled."""
+    drafter = made(target, name).requires_grad_()
+    rows = [dataclasses.replace(t, response_ids=t.response_ids[:24]) for t in heldout[:2]]
+    for kind, spec in objectives.OBJECTIVES.items():
+        for sampling in (Sampling(), Sampling(temperature=1.0)):
+            if spec.needs_values and not sampling.takes_argmax:
+                continue
+            batch = BatchSource(target, drafter.target_layers).batch(rows, with_cache=spec.needs_branches)
+            traces = hindsight_rollout(target, drafter, batch, 5, sampling, 0, True)
+            loss, figures = opd_loss(
+                target,
+                drafter,
+                batch,
+                traces,
+                Opd(objective={"kind": kind}),
+                num_draft_tokens=5,
+                seed="0",
+                sampling=sampling,
+            )
+            drafter.zero_grad()
+            loss.backward()
+            assert torch.isfinite(loss) and figures["supervised"]
+            for n, p in drafter.named_parameters():
+                assert p.grad is not None and torch.isfinite(p.grad).all(), (kind, n)
+                # Body and correction learn, whatever is minimised.
+            assert drafter.correction_weight().grad.abs().sum() > 0, kind
+            assert drafter.fc.weight.grad.abs().sum() > 0, kind
+
+
+@pytest.mark.parametrize("name", ["rnn", "dflash2"])
+def test_sixteen_bit_steps_train_the_new_parts(target, heldout, name):
+    """Under autocast, with layers computed again in the backward pass, every parameter gets a gradient."""
+    drafter = made(target, name).requires_grad_()
+    drafter.gradient_checkpointing = True
+    batch = BatchSource(target, drafter.target_layers).batch(heldout[:2])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = sft_loss(
+            target, drafter, batch, anchors=4, num_draft_tokens=5, decay=None, seed="0", argmax=False
+        )
+    loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in drafter.parameters())
