@@ -27,7 +27,7 @@ from machine import machine
 from draft_opd.drafters import Drafter
 from draft_opd.losses import objectives
 from draft_opd.losses.chunked import chunked_score
-from draft_opd.losses.divergences import dpace_weights, up_to_first_rejection
+from draft_opd.losses.divergences import dpace_weights, rank_of_label, up_to_first_rejection
 from draft_opd.training import anchors, blocks, rollouts, stage_opd, values
 from draft_opd.training.config import load_recipe
 from draft_opd.training.optimizer import Optimizer
@@ -56,10 +56,6 @@ def dpace_with(weigh):
 def patched_objective(kind, loss):
     spec = replace(objectives.OBJECTIVES[kind], loss=loss)
     return mock.patch.dict(objectives.OBJECTIVES, {kind: spec})
-
-
-def rank_of_label(logits, labels):
-    return (logits > logits.gather(-1, labels[..., None])).sum(-1).to(logits.dtype)
 
 
 @torch.no_grad()

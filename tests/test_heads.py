@@ -18,14 +18,15 @@ from draft_opd.drafters.dflash2 import NOT_LOADED
 from draft_opd.evaluation.calibration import calibration
 from draft_opd.losses import objectives
 from draft_opd.losses.chunked import chunked_score
-from draft_opd.losses.config import Heads
+from draft_opd.losses.config import Heads, Objective
 from draft_opd.losses.divergences import cross_entropy, forward_kl, reverse_kl, total_variation
-from draft_opd.losses.heads import confidence_loss, with_heads
+from draft_opd.losses.heads import confidence_loss, reached, with_heads
 from draft_opd.losses.objectives import ReplayedBlocks
 from draft_opd.losses.sft import SFT_LOSSES
 from draft_opd.training.batches import BatchSource
-from draft_opd.training.config import Opd, load_recipe
+from draft_opd.training.config import Model, Opd, load_recipe
 from draft_opd.training.rollouts import hindsight_rollout
+from draft_opd.training.setup import grown_drafter
 from draft_opd.training.stage_opd import opd_loss
 from draft_opd.training.stage_sft import sft_loss
 from draft_opd.training.trainer import Run
@@ -331,7 +332,7 @@ def test_a_head_of_two_parts_is_scored_like_one(score, candidates):
         teacher_hidden=None if by_label else target,
         teacher_weight=weight,
         labels=labels if by_label else None,
-        candidates=candidates,
+        num_candidates=candidates,
         chunk=2,
     )
     unary = hidden[:, :6] @ heads[0].T
@@ -368,7 +369,7 @@ def blocks(candidates=None, confidence=True):
         head=heads,
         target_head=weight,
         decay=4.0,
-        candidates=candidates,
+        num_candidates=candidates,
         confidence=torch.randn(2, 3, generator=g, requires_grad=True) if confidence else None,
     )
 
@@ -531,7 +532,7 @@ def test_a_draft_that_ended_is_verified_like_a_shorter_one(target, spark):
     coin, bonus = torch.rand(64, 4, generator=g), torch.rand(64, 5, generator=g)
     for end in range(4):
         cut = torch.where(torch.arange(4) < end, drafted, -1)
-        step = DecodeStep(target, spark, None, None, Sampling(temperature=1.0), least=0.5)
+        step = DecodeStep(target, spark, None, None, Sampling(temperature=1.0), confidence=0.5)
         ended, probs, _ = step._cut(cut, q, None)
         found = verify_with_noise(ended.clamp_min(0), probs, p, coin, bonus)
         short = verify_with_noise(
@@ -556,7 +557,7 @@ def test_where_a_draft_ends_says_nothing_of_its_last_token(target, heldout, spar
             return order[..., pick if len(used) == 3 else 0], None  # the third token differs
 
         at = ids.gather(1, anchors)
-        drafted, _ = spark.propose(target, context, anchors, at, 15, choose, least=0.2)
+        drafted, _ = spark.propose(target, context, anchors, at, 15, choose, confidence=0.2)
         ends.append((drafted[0, 0] >= 0).tolist())
     assert ends[0][:3] == ends[1][:3]
 
@@ -627,8 +628,48 @@ def test_sixteen_bit_steps_train_the_new_parts(target, heldout, name):
     drafter.gradient_checkpointing = True
     batch = BatchSource(target, drafter.target_layers).batch(heldout[:2])
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = sft_loss(
-            target, drafter, batch, anchors=4, num_draft_tokens=5, decay=None, seed="0", argmax=False
-        )
+        options = {"anchors": 4, "num_draft_tokens": 5, "decay": None, "sampling": Sampling(temperature=1.0)}
+        loss, _ = sft_loss(target, drafter, batch, seed="0", **options)
     loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in drafter.parameters())
+
+
+def test_a_label_that_is_no_candidate_has_no_chance(target):
+    """Its loss is finite and reaches it; as a chance of passing, its q is zero."""
+    r = blocks(candidates=3, confidence=False)
+    unary = r.hidden[..., :6] @ r.head[0].T
+    r.labels[0, 0], r.labels[0, 1] = unary[0, 0].argmin(), unary[0, 1].argmax()
+    assert torch.isfinite(r.label_nll).all() and r.label_nll[0, 0] > 0
+    assert r.label_q[0, 0] == 0 < r.label_q[0, 1]
+    loss, _ = objectives.objective_loss(r, Objective(kind="expected_length"))
+    loss.backward()
+    assert torch.isfinite(r.hidden.grad if r.hidden.is_leaf else loss).all()
+
+
+def test_what_cannot_be_drafted_counts_as_a_failure_of_the_confidence():
+    r = dataclasses.replace(blocks(), draftable=torch.tensor([[True, False, True], [True, True, True]]))
+    assert reached(r).tolist() == [[True, True, False], [True, True, False]]
+    assert r.reachable.tolist() == [[True, False, False], [True, True, False]]
+
+
+def test_options_and_families_that_count_nothing_are_told(target, caplog):
+    source = FAMILIES["dflash"].create(target, num_layers=1, block_size=6)
+    source.bind(target)
+    options = {"num_layers": 3, "markov_rank": 8, "sample_from_anchor": True}
+    grown_drafter(Model(family="dspark", options=options), source, target)
+    assert "model.options num_layers, sample_from_anchor count nothing" in caplog.text
+    assert grown_drafter(Model(family="eagle3"), source, target) is source
+    assert "goes on as that" in caplog.text
+    with pytest.raises(d.UserError, match="unknown drafter family 'dsprak'"):
+        grown_drafter(Model(family="dsprak"), source, target)
+
+
+def test_a_confidence_without_a_loss_still_gets_a_gradient():
+    """Processes that share a batch wait for every parameter's."""
+    r = blocks()
+    loss = SFT_LOSSES["cross_entropy"].loss
+    found, figures = with_heads(
+        r, lambda x: (loss(x, None), {}), Heads(confidence_weight=0), agreement=True, along_text=True
+    )
+    found.backward()
+    assert not figures and r.confidence.grad is not None and not r.confidence.grad.any()

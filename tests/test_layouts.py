@@ -12,7 +12,7 @@ from draft_opd.serving.export import export
 
 EVERY_FAMILY = True
 
-LAYOUTS = {"dflash": "z-lab", "eagle3": "sglang", "dspark": "z-lab", "dflash2": "z-lab"}
+LAYOUTS = {"dflash": "z-lab", "eagle3": "sglang", "dspark": "deepspec", "dflash2": "z-lab"}
 VERIFIER = {"name_or_path": "org/target", "architectures": ["Qwen3ForCausalLM"]}
 
 

@@ -349,7 +349,7 @@ def _confidence_lines(found: dict | None) -> list:
     if found is None:
         return []
     rows = [[b["said"], b["passed"], b["tokens"]] for b in found["bins"] if b["tokens"]]
-    title = f"Confidence: off by {100 * found['error']:.1f} % of a token in the mean (ECE)"
+    title = f"Confidence: expected calibration error {100 * found['error']:.1f} %"
     return [table(title, ["said", "passed", "tokens"], rows)]
 
 

@@ -88,7 +88,9 @@ def generate(
     tree: Tree = None,
     confidence: Annotated[
         float | None,
-        typer.Option(help="End drafts before a token that passes with a smaller chance (DSpark)."),
+        typer.Option(
+            help="DSpark: end drafts before a token that is less likely to pass. Saves time on a CPU."
+        ),
     ] = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,

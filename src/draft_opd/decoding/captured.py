@@ -105,7 +105,7 @@ def workspace(
     rows: int,
     slots: int,
     fused: bool = False,
-    least: float | None = None,
+    confidence: float | None = None,
 ) -> tuple[StaticBatch, GraphRunner]:
     """A batch of that many rows with at least so many slots a row, and its graphs; see `StaticBatch`.
 
@@ -113,7 +113,7 @@ def workspace(
     """
     longest = drafter.draft_length if drafter else 0
     weights = next(drafter.parameters()) if drafter else target.head.weight
-    key = (id(drafter), weights.data_ptr(), weights.dtype, sampling, rows, fused, least)
+    key = (id(drafter), weights.data_ptr(), weights.dtype, sampling, rows, fused, confidence)
     kept: OrderedDict = target.workspaces
     if key in kept and kept[key][0].capacity < slots:
         del kept[key]
@@ -121,7 +121,7 @@ def workspace(
         while len(kept) >= WORKSPACES:
             kept.popitem(last=False)
         capacity = -(-slots // PIECE) * PIECE
-        batch = StaticBatch(target, drafter, sampling, rows, capacity, longest, fused, least)
+        batch = StaticBatch(target, drafter, sampling, rows, capacity, longest, fused, confidence)
         kept[key] = (batch, GraphRunner())
     kept.move_to_end(key)
     return kept[key]

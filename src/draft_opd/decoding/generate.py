@@ -95,9 +95,12 @@ class _Job:
         result = self.results[index]
         anchor = len(result.prompt_ids) + len(result.token_ids) - 1
         room = self.limits[index] - len(result.token_ids)
-        tokens, kept, ended = committed(line[2:], line[0], line[1], self.stops, room)
+        drafted = line[2:]
+        if self.confidence is not None and -1 in drafted:  # other rows were more sure
+            drafted = drafted[: drafted.index(-1)]
+        tokens, kept, ended = committed(drafted, line[0], line[1], self.stops, room)
         result.token_ids += tokens
-        result.rounds.append(Round(anchor, line[2:], kept))
+        result.rounds.append(Round(anchor, drafted, kept))
         if self.on_round:
             self.on_round(index, tokens, result.rounds[-1])
         if ended:
@@ -132,7 +135,9 @@ def _decode_static(
             target, job.drafter, job.sampling, padded_rows(count), slots, fused, job.confidence
         )
     else:
-        batch = StaticBatch(target, job.drafter, job.sampling, count, slots, length, least=job.confidence)
+        batch = StaticBatch(
+            target, job.drafter, job.sampling, count, slots, length, confidence=job.confidence
+        )
     if pace:
         pace.keep_few()  # each length is a graph of its own
     began = entered = synchronized(target.device)

@@ -45,7 +45,7 @@ class StaticBatch:
     """Rows that decode together. A row that is not alive writes its own slots only, and stays.
 
     rows: the most at a time; capacity: slots a row; longest: tokens drafted a round at most (0 without
-    a drafter); fused: rounds run compiled layers, see `FusedLayers`; least: see `DecodeStep`.
+    a drafter); fused: rounds run compiled layers, see `FusedLayers`; confidence: see `DecodeStep`.
     """
 
     target: Target
@@ -55,7 +55,7 @@ class StaticBatch:
     capacity: int
     longest: int
     fused: bool = False
-    least: float | None = None
+    confidence: float | None = None
     cache: PositionCache | None = None
     context: DraftCache | None = None
     _steps: dict[int, DecodeStep] = field(default_factory=dict)
@@ -120,7 +120,7 @@ class StaticBatch:
         if rows not in self._steps:
             cache, context = (None if x is None else x.first_rows(rows) for x in (self.cache, self.context))
             self._steps[rows] = DecodeStep(
-                self.target, self.drafter, cache, context, self.sampling, least=self.least
+                self.target, self.drafter, cache, context, self.sampling, confidence=self.confidence
             )
         return self._steps[rows]
 

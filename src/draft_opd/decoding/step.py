@@ -32,8 +32,8 @@ class DecodeStep:
     sampling: Sampling
     tree: tuple[int, ...] | None = None
     generator: torch.Generator | None = None  # trees draw their tokens with it
-    least: float | None = None  # drafts end before an offset that is less sure, see `Drafter.propose`
-    shorter: bool = False  # then the target runs no further than some row's draft goes
+    confidence: float | None = None  # drafts end before an offset that is less sure, see `Drafter.propose`
+    trim: bool = False  # then the target runs no further than some row's draft goes
 
     def __post_init__(self):
         self.layers = self.drafter.target_layers if self.drafter else ()
@@ -70,12 +70,12 @@ class DecodeStep:
             nodes = self.drafter.propose_tree(self.target, self.context, anchors, last, tree)
         elif self.drafter and count:
             choose = self.sampling.chooser(None if noise is None else noise.draft)
-            more = {} if self.least is None else {"least": self.least}
+            more = {} if self.confidence is None else {"confidence": self.confidence}
             drafted, probs = self.drafter.propose(
                 self.target, self.context, anchors[:, None], last[:, None], count, choose, **more
             )
             drafted, probs = drafted[:, 0], None if probs is None else probs[:, 0]
-            if self.least is not None:
+            if self.confidence is not None:
                 drafted, probs, noise = self._cut(drafted, probs, noise)
         drafted_now()
         if self.drafter and tree:
@@ -104,7 +104,7 @@ class DecodeStep:
         the bonus token from p, as it does behind a draft that was accepted whole."""
         if probs is not None:
             probs = probs * (drafted >= 0)[..., None]
-        if self.shorter:
+        if self.trim:
             longest = int((drafted >= 0).sum(1).max())
             drafted, probs = drafted[:, :longest], None if probs is None else probs[:, :longest]
             if noise is not None:
@@ -116,6 +116,6 @@ class DecodeStep:
     def _verify(self, block: Tensor, positions: Tensor, drafted: Tensor, draft_probs, noise):
         out = self.target.extend(block, positions, self.cache, self.layers)
         logits = self.target.logits(out.hidden)
-        if self.least is not None and draft_probs is not None:
+        if self.confidence is not None and draft_probs is not None:
             drafted = drafted.clamp_min(0)  # where q is 0
         return out.features, *verify(drafted, draft_probs, logits, self.sampling, noise)

@@ -90,7 +90,8 @@ class Drafter(nn.Module):
     fused: FusedLayers | None = None  # made when a context first asks for compiled layers
     sft_loss: ClassVar[str] = "cross_entropy"  # of `losses/sft.py`, where the recipe says auto
     has_confidence: bool = False  # see `confidence`
-    candidates: int | None = None  # it drafts only among so many tokens of its body's logits
+    num_candidates: int | None = None  # it drafts only among so many tokens of its body's logits
+    weights_per_token: int = 0  # of what `parameters` hold: read anew for every drafted token
     tables: ClassVar[tuple[str, ...]] = ("lm_head",)  # prefixes: matrices that Muon leaves to AdamW
     taken_from: ClassVar[tuple[str, ...]] = ()  # families whose drafters it can begin with, see `grow`
 
@@ -180,12 +181,12 @@ class Drafter(nn.Module):
         ids: Tensor,
         draft_length: int,
         choose: Choose,
-        least: float | None = None,
+        confidence: float | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Drafts a block at every anchor; anchors, ids [batch, A].
 
         `choose` is given logits [batch * A, m, V] of the next m offsets, from left to right.
-        Returns ids [batch, A, K] and their distributions [batch, A, K, V] (or None). least: with
+        Returns ids [batch, A, K] and their distributions [batch, A, K, V] (or None). confidence: with
         `has_confidence`, a block ends before its first offset that passes with a smaller chance; ids are -1
         from there on.
         """

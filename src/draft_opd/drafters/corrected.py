@@ -58,15 +58,15 @@ class CorrectedDFlash(DFlashDrafter):
         e = self.corrections(hidden, before)
         return torch.cat([hidden, e.to(hidden.dtype)], -1)
 
-    def propose(self, target, context, anchors, ids, draft_length, choose: Choose, least=None):
+    def propose(self, target, context, anchors, ids, draft_length, choose: Choose, confidence=None):
         hidden = self._blocks(target, context, anchors, ids, draft_length).flatten(0, 1)
         logits = self._body_logits(target, hidden)
         before, state = ids.flatten(), None
         drafted, probs, sure = [], [], torch.ones_like(before, dtype=torch.bool)
         for k in range(draft_length):
-            if least is not None:
+            if confidence is not None:
                 # From the token before, not from this one: where the block ends says nothing of the draw.
-                sure = sure & (torch.sigmoid(self.confidence(hidden[:, k], before).float()) >= least)
+                sure = sure & (torch.sigmoid(self.confidence(hidden[:, k], before).float()) >= confidence)
             e, state = self.correction(hidden[:, k], before, state)
             found = self.corrected(logits[:, k], e.to(hidden.dtype))
             tokens, q = choose(over_target(found, self.vocabulary, target.vocab_size)[:, None])

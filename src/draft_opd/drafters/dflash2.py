@@ -140,7 +140,7 @@ class DFlash2Drafter(CorrectedDFlash):
         for layer in self.layers:  # which the body has made random
             layer.attention_conv.become_identity()
             layer.mlp_conv.become_identity()
-        self.candidates = config.dflash_config["selector_top_k"]
+        self.num_candidates = config.dflash_config["selector_top_k"]
         self.candidate_selector = CandidateSelector(
             config.vocab_size, config.hidden_size, config.dflash_config["selector_rank"]
         )
@@ -163,7 +163,7 @@ class DFlash2Drafter(CorrectedDFlash):
         return selector.predecessor_codebook(before) * projected, None
 
     def corrected(self, logits: Tensor, e: Tensor) -> Tensor:
-        unary, ids = logits.topk(min(self.candidates, logits.shape[-1]), -1)
+        unary, ids = logits.topk(min(self.num_candidates, logits.shape[-1]), -1)
         rows = self.candidate_selector.successor_codebook(ids)
         scores = unary + (rows * e[..., None, :].to(rows.dtype)).sum(-1).to(unary.dtype)
         return torch.full_like(logits, -torch.inf).scatter(-1, ids, scores)

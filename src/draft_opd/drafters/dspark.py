@@ -85,7 +85,7 @@ class DSparkDrafter(CorrectedDFlash):
     options = DSparkOptions
     layout_module = layout
     sft_loss = "dspark"
-    tables = ("lm_head", "markov_head.markov_w")
+    tables = ("lm_head", "markov_head.markov_w", "confidence_head")
 
     def __init__(self, config, *, own_embeddings: bool = False, own_head: bool = False):
         super().__init__(config, own_embeddings=own_embeddings, own_head=own_head)
@@ -104,6 +104,10 @@ class DSparkDrafter(CorrectedDFlash):
     def own_keys(cls, o: DSparkOptions) -> dict[str, Any]:
         keys = {name: getattr(o, name) for name in layout.HEAD_KEYS}
         return {**keys, "sample_from_anchor": o.sample_from_anchor}
+
+    @property
+    def weights_per_token(self) -> int:
+        return self.markov_head.markov_w2.weight.numel()
 
     @property
     def formats(self) -> tuple[str, ...]:

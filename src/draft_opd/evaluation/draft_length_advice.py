@@ -209,6 +209,7 @@ def roofline(
     single = hardware.seconds(weights, batch, keys)
     verify = hardware.seconds(weights, batch * (length + 1), keys)
     own = weights_read(drafter, drafter.head_weights(target)[0])
+    own += drafter.weights_per_token * (length - 1)
     draft = sum(hardware.seconds(own, batch * tokens) for tokens in drafter.forward_token_counts(length))
     return tau * single / (verify + draft)
 

@@ -34,7 +34,7 @@ class _Scoring:
     teacher_weight: Tensor
     labels: Tensor | None
     teacher_map: Callable[[Tensor], Tensor]
-    candidates: int | None
+    num_candidates: int | None
 
     def chunks(
         self, hidden: Tensor, weights: Sequence[Tensor], gradient: bool
@@ -45,7 +45,7 @@ class _Scoring:
         if self.teacher_hidden is not None and self.teacher_weight.data_ptr() != weights[0].data_ptr():
             teacher_logits_of = multiplier(self.teacher_weight, len(hidden))
         wide, fused = _wide(hidden.dtype), None
-        if gradient and self.vocabulary is None and self.candidates is None and wide == torch.float32:
+        if gradient and self.vocabulary is None and self.num_candidates is None and wide == torch.float32:
             fused = FUSED.get(self.score) if available(hidden.device) else None
         for start in range(0, len(hidden), self.chunk):
             part = slice(start, start + self.chunk)
@@ -59,8 +59,8 @@ class _Scoring:
                 target = self.teacher_map(teacher_logits_of(states))
             if self.labels is not None:
                 labels = self.labels[part]
-            if self.candidates is not None:
-                draft = draft.masked_fill(~candidate_mask(unary, self.candidates, labels), -torch.inf)
+            if self.num_candidates is not None:
+                draft = draft.masked_fill(~candidate_mask(unary, self.num_candidates, labels), -torch.inf)
             if fused is not None:
                 yield part, *fused(draft, target, labels, self.draft_scale, self.target_scale)
                 continue
@@ -71,7 +71,7 @@ class _Scoring:
             yield part, scores, None if slope is None else _scaled_(slope, self.draft_scale)
 
     def _scores(self, draft, target, labels, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        if gradient and self.score in CLOSED and self.candidates is None:
+        if gradient and self.score in CLOSED and self.num_candidates is None:
             return CLOSED[self.score](draft, target, labels, self.vocabulary)
         references = [x for x in (target, labels) if x is not None]
         draft.requires_grad_(gradient)
@@ -170,7 +170,7 @@ def chunked_score(
     temperature: float = 1.0,
     draft_temperature: float = 1.0,
     vocabulary: Tensor | None = None,
-    candidates: int | None = None,
+    num_candidates: int | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """`score(hidden @ weight.T, *references)` per token.
@@ -188,7 +188,7 @@ def chunked_score(
         labels: [tokens], when the score looks at one token.
         draft_temperature: divides the drafter's logits.
         vocabulary: [Vd] the target's ids of the draft vocabulary; other tokens have q = 0.
-        candidates: tokens beyond so many of the head's first part have q = 0, but for the label.
+        num_candidates: tokens beyond so many of the head's first part have q = 0, but for the label.
         chunk: tokens at a time; by default `logits_at_once`.
 
     Returns: [tokens] scores, float32 (float64 for float64 input), differentiable in `hidden` and,
@@ -210,6 +210,6 @@ def chunked_score(
         teacher_weight.detach(),
         labels,
         teacher_map,
-        candidates,
+        num_candidates,
     )
     return _ChunkedScore.apply(hidden, scoring, *weights)

@@ -47,6 +47,11 @@ def cross_entropy(draft_logits: Tensor, labels: Tensor) -> Tensor:
     return -draft_logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
 
 
+def rank_of_label(draft_logits: Tensor, labels: Tensor) -> Tensor:
+    """How many tokens have a larger logit than the label; no gradient."""
+    return (draft_logits > draft_logits.gather(-1, labels[..., None])).sum(-1).to(draft_logits.dtype)
+
+
 def overlap(draft_logits: Tensor, target_logits: Tensor) -> Tensor:
     """Σ_v min(p, q): the probability that a sampled draft token is accepted."""
     return torch.minimum(draft_logits.softmax(-1), target_logits.softmax(-1)).sum(-1)

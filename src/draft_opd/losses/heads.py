@@ -8,6 +8,7 @@ is a candidate.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -26,30 +27,49 @@ def with_heads(
     *,
     agreement: bool,
     along_text: bool,
+    temperature: float = 1.0,
+    decay: float | None = None,
 ) -> tuple[Tensor, dict]:
     """`loss_of(r)` and the losses of the other heads, as far as the drafter has them.
 
-    agreement: the confidence learns whether the argmax is the text's token, not the overlap Σ min(p, q).
-    along_text: the blocks hold the text's tokens; else they do up to their first rejection only.
+    agreement: the confidence learns whether the argmax is the text's token; else the overlap Σ min(p, q) at
+    `temperature`. along_text: the blocks hold the text's tokens; else they do so up to the first rejection.
+    decay: γ_sft; None: the family's.
     """
     loss, figures = loss_of(r)
-    if r.candidates is not None and heads.body_weight:
+    if r.num_candidates is not None and heads.body_weight:
         loss = loss + heads.body_weight * loss_of(r.body)[0]
-    if r.confidence is not None and heads.confidence_weight:
-        where = r.reachable if along_text else up_to_first_rejection(r.accepted, r.reachable)
-        confidence = confidence_loss(r, where, agreement)
+    if r.confidence is not None and not heads.confidence_weight:
+        loss = loss + 0 * r.confidence.sum()  # DDP waits for every parameter's gradient
+    elif r.confidence is not None:
+        where = reached(r) if along_text else up_to_first_rejection(r.accepted, reached(r))
+        confidence = confidence_loss(r, where, agreement, temperature, decay)
         loss = loss + heads.confidence_weight * confidence
         figures = {**figures, "confidence_loss": confidence.item()}
     return loss, figures
 
 
-def confidence_loss(r: ReplayedBlocks, where: Tensor, agreement: bool) -> Tensor:
+def reached(r: ReplayedBlocks) -> Tensor:
+    """[N, K]: valid, and all earlier labels of the block can be drafted. This one need not: it then fails."""
+    if r.draftable is None:
+        return r.valid
+    before = torch.cat([torch.ones_like(r.draftable[:, :1]), r.draftable[:, :-1]], 1)
+    return r.valid & before.cumprod(1).bool()
+
+
+def confidence_loss(
+    r: ReplayedBlocks, where: Tensor, agreement: bool, temperature: float = 1.0, decay: float | None = None
+) -> Tensor:
     """Σ w_k BCE(c_k, a_k) / Σ w_k, SFT's weights, over `where` [N, K]; a: what passes, without gradient."""
-    passed = agreed(r, where) if agreement else r.score(overlap, where).detach()
+    if agreement:
+        passed = agreed(r, where)
+    else:
+        warm = replace(r, supervision_temperature=temperature, draft_temperature=temperature)
+        passed = warm.score(overlap, where).detach()
     values = F.binary_cross_entropy_with_logits(
         r.confidence.float(), passed.float().clamp(0, 1), reduction="none"
     )
-    return decayed(r, values, where=where)
+    return decayed(r, values, decay, where)
 
 
 @torch.no_grad()

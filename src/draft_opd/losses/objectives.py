@@ -25,6 +25,7 @@ from draft_opd.losses.divergences import (
     expected_length,
     forward_kl,
     negative_log_overlap,
+    rank_of_label,
     reverse_kl,
     sampled,
     stream_weights,
@@ -43,8 +44,8 @@ class ReplayedBlocks:
     them); labels, drafted [N, K]; accepted [N]; valid [N, K]; weight [N]; head: parts [Vd, H_i] with
     Σ H_i = H, which add up; target_head [V, Ht];
     ahead [N, K + 1]: the text's rounds to go at the positions behind the anchor (None as states);
-    decay γ_sft; target_map: what the target does to its logits behind the head; candidates: q is 0 for tokens
-    beyond so many of the head's first part; confidence [N, K]: logits of a drafter that says how
+    decay γ_sft; target_map: what the target does to its logits behind the head; num_candidates: q is 0
+    for tokens beyond so many of the head's first part; confidence [N, K]: logits of a drafter that says how
     likely an offset passes, given that those before it did. With a draft
     vocabulary [Vd] q is 0 outside of it, and draftable [N, K] says which
     labels are in it. `total` sums over the processes that share a batch. Losses and figures are
@@ -69,14 +70,14 @@ class ReplayedBlocks:
     draft_temperature: float = 1.0
     total: Callable[[Tensor], Tensor] = Tensor.detach
     ahead: Tensor | None = None
-    candidates: int | None = None
+    num_candidates: int | None = None
     confidence: Tensor | None = None
 
     @property
     def body(self) -> ReplayedBlocks:
         """The same with the head's first part alone, over all tokens."""
         width = self.head[0].shape[1]
-        return replace(self, hidden=self.hidden[..., :width], head=self.head[:1], candidates=None)
+        return replace(self, hidden=self.hidden[..., :width], head=self.head[:1], num_candidates=None)
 
     def score(self, score: Score, where: Tensor, tokens: Tensor | None = None) -> Tensor:
         """A score against the target, dense [N, K], zero outside `where`."""
@@ -93,7 +94,7 @@ class ReplayedBlocks:
                 temperature=self.supervision_temperature,
                 draft_temperature=self.draft_temperature,
                 vocabulary=self.vocabulary,
-                candidates=self.candidates,
+                num_candidates=self.num_candidates,
             ),
         )
 
@@ -114,9 +115,31 @@ class ReplayedBlocks:
             teacher_weight=self.target_head,
             draft_temperature=temperature,
             vocabulary=self.vocabulary,
-            candidates=self.candidates,
+            num_candidates=self.num_candidates,
         )
         return self._dense(self.reachable, values)
+
+    @cached_property
+    def drafted_label(self) -> Tensor:
+        """[N, K]: where the label can be drafted at all. A loss on a label puts it among the candidates, even
+        where it is none of them; its q is 0 there all the same."""
+        if self.num_candidates is None:
+            return self.reachable
+        body = self.body
+        with torch.no_grad():
+            ranks = chunked_score(
+                rank_of_label,
+                body.hidden[self.reachable].detach(),
+                body.head[0].detach(),
+                labels=self.labels[self.reachable],
+                teacher_weight=self.target_head,
+            )
+        return self._dense(self.reachable, ranks < self.num_candidates) & self.reachable
+
+    @property
+    def label_q(self) -> Tensor:
+        """q(y) [N, K] at `draft_temperature`, zero where y cannot be drafted; differentiable."""
+        return (-self.label_nll).exp() * self.drafted_label
 
     @cached_property
     def plain_surprise(self) -> Tensor:
@@ -253,7 +276,7 @@ def _auf(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
 @objective("dpace")
 def _dpace(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     """Σ w_k (-log q(y_k)) / blocks, w by D-PACE (its authors' normalisation)."""
-    weights = dpace_weights((-r.label_nll).exp(), r.reachable, o.dpace_alpha)
+    weights = dpace_weights(r.label_q, r.reachable, o.dpace_alpha)
     return r.block_mean((r.label_nll * weights).sum(1), r.valid), {}
 
 
@@ -261,7 +284,7 @@ def _dpace(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
 def _rounds(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     """Its gradient is that of the expected rounds, V(first), where anchors stand for the occupancy:
     Σ Π_{j<k} α_j (C(k) - V(a + k)) ∇α_k / blocks, with α = q(y)^β (`rounds_to_go`)."""
-    accept = (-o.value_sharpness * r.label_nll).exp() * r.reachable
+    accept = (-o.value_sharpness * r.label_nll).exp() * r.drafted_label
     fixed = accept.detach()
     saved = survival_before(fixed) * advantages(fixed, r.ahead)
     return r.block_mean(-(accept * saved).sum(1), r.valid), {}
@@ -271,7 +294,7 @@ def _rounds(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
 def _advantage(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
     """Σ w_k (-log q(y_k)) / blocks, w_k = Π_{j<k} s_j (V(a + k) - C(k))₊ with D-PACE's smoothing
     s = (1 - α) q(y) + α, no gradient through w."""
-    smooth = ((1 - o.dpace_alpha) * (-r.label_nll.detach()).exp() + o.dpace_alpha) * r.reachable
+    smooth = ((1 - o.dpace_alpha) * r.label_q.detach() + o.dpace_alpha) * r.reachable
     weights = survival_before(smooth) * advantages(smooth, r.ahead).clamp_min(0)
     return r.block_mean((r.label_nll * weights).sum(1), r.valid), {}
 
@@ -285,7 +308,7 @@ def _length(r: ReplayedBlocks, log_accept: Tensor, valid: Tensor) -> Tensor:
 
 @objective("expected_length")
 def _expected_length(r: ReplayedBlocks, o: Objective) -> tuple[Tensor, dict]:
-    return _length(r, -r.label_nll, r.reachable), {}
+    return _length(r, (-r.label_nll).masked_fill(~r.drafted_label, -torch.inf), r.reachable), {}
 
 
 @objective("expected_overlap", needs_target_states=True)

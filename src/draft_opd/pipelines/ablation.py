@@ -145,6 +145,10 @@ class Ablation:
             for name in plan.variants:
                 recipes.append(self._recipe(name, seed, Path("start"), final=False))
         self._check_inputs(recipes)
+        # Rows of an earlier version hold one draw of τ where drafts are sampled.
+        exact = not all(r.sampling.takes_argmax for r in recipes)
+        if exact and not all(r.get("expected") for r in self.rows):
+            raise UserError(f"'{self.file}' holds single draws of τ, not expectations: use another --out")
         self._last: Run | None = None
 
     @staticmethod
@@ -238,6 +242,7 @@ class Ablation:
                         "seed": seed,
                         "start": done.start_tau,
                         "tau": tau,
+                        "expected": not recipe.sampling.takes_argmax,
                         "best": done.best_tau,
                         "steps": done.step,
                         "supervised": done.supervised,

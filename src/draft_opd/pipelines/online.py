@@ -30,7 +30,7 @@ from draft_opd.data.row_files import Row, rows_behind
 from draft_opd.data.server_collect import gather_from
 from draft_opd.data.skipped import Skipped
 from draft_opd.data.trajectory import read_trajectories
-from draft_opd.drafters import Drafter
+from draft_opd.drafters import FAMILIES, Drafter
 from draft_opd.models.hub import resolve_path
 from draft_opd.models.target import Target
 from draft_opd.serving.engines import serve_command
@@ -61,7 +61,14 @@ class OnlineLoop:
         self.out = make_folder(Path(recipe.out))
         self.served = self.out / "served"
         self.target = Target.from_pretrained(recipe.target, trust_remote_code=recipe.trust_remote_code)
-        Drafter.from_pretrained(recipe.drafter, device="cpu").bind(self.target)
+        drafter = Drafter.from_pretrained(recipe.drafter, device="cpu")
+        drafter.bind(self.target)
+        family = FAMILIES.get(recipe.model.family)
+        if family and drafter.family in family.taken_from:
+            raise UserError(
+                f"the server drafts with a {drafter.family} drafter: train and serve one of {family.family} "
+                "first (`draft-opd sft` begins it with that one)"
+            )
         o = self.options
         self.server = Server(o.server, o.server_model, o.endpoint, o.in_flight, o.patience)
         self.held_out = {tuple(t.prompt_ids) for t in held_out}

@@ -127,7 +127,7 @@ def replay(
         draftable=drafter.can_draft(blocks.labels).flatten(0, 1),
         total=total,
         ahead=None if ahead is None else ahead.flatten(0, 1),
-        candidates=drafter.candidates,
+        num_candidates=drafter.num_candidates,
         confidence=None if confidence is None else confidence.flatten(0, 1),
         **temperatures,
     )

@@ -67,12 +67,16 @@ def split_target(target: Target, group: ParallelContext) -> None:
     target.sharded = True
 
 
+def _family(model: Model) -> type[Drafter]:
+    if model.family not in FAMILIES:
+        raise UserError(f"unknown drafter family '{model.family}'; known: {', '.join(FAMILIES)}")
+    return FAMILIES[model.family]
+
+
 def new_drafter(model: Model, target: Target, counts: torch.Tensor) -> Drafter:
     """An untrained drafter; counts [V] of the target's tokens. Raises `UserError` for a family or
     an option that there is not."""
-    family = FAMILIES.get(model.family)
-    if family is None:
-        raise UserError(f"unknown drafter family '{model.family}'; known: {', '.join(FAMILIES)}")
+    family = _family(model)
     with _named_options(model, family):
         return family.create(target, counts, **model.options)
 
@@ -93,20 +97,28 @@ def _named_options(model: Model, family: type[Drafter]) -> Iterator[None]:
 def grown_drafter(model: Model, drafter: Drafter, target: Target) -> Drafter:
     """A drafter to go on from; where the recipe names another family that can begin with it, one of that
     family, whose own parts are new."""
-    family = FAMILIES.get(model.family)
-    if family is None or drafter.family not in family.taken_from:
+    family = _family(model)
+    if drafter.family not in family.taken_from:
+        if family is not type(drafter) and "family" in model.model_fields_set:
+            log.warning(
+                "model.family is %s, but the drafter is one of %s and goes on as that",
+                model.family,
+                drafter.family,
+            )
         return drafter
     with _named_options(model, family):
         grown = family.grow(drafter, target, **model.options)
+    unused = sorted(set(model.options) & (set(drafter.options.model_fields) | {"sample_from_anchor"}))
     new = [name for name in grown.state_dict() if name not in drafter.state_dict()]
     log.warning(
-        "a %s drafter from one of %s: %d tensors taken, %d new (%s); it drafts %d tokens a round",
+        "a %s drafter from one of %s: %d tensors taken, %d new (%s); it drafts %d tokens a round%s",
         grown.family,
         drafter.family,
         len(drafter.state_dict()),
         len(new),
         ", ".join(sorted({name.rpartition(".")[0] for name in new if "layers." not in name})),
         grown.draft_length,
+        f". Its body is as it was: model.options {', '.join(unused)} count nothing" if unused else "",
     )
     grown.bind(target)
     return grown

@@ -108,6 +108,7 @@ def opd_loss(
             heads,
             agreement=agreement,
             along_text=spec.conditioned_on == "text",
+            temperature=sampling.temperature or 1.0,
         )
     rounds = [r for trace in traces for r in trace]
     return loss, {

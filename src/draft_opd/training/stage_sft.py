@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from draft_opd.decoding.sampling import Sampling
 from draft_opd.drafters.base import Drafter
 from draft_opd.losses.config import Heads
 from draft_opd.losses.heads import with_heads
@@ -35,14 +36,14 @@ def sft_loss(
     seed: str,
     loss: str = "auto",
     heads: Heads | None = None,
-    argmax: bool = True,
+    sampling: Sampling | None = None,
     total: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> tuple[Tensor, dict]:
-    """The loss of one batch and figures for the metrics; `total` as in `ReplayedBlocks`. argmax: drafts will
-    be the drafter's argmax."""
-    heads = heads or Heads()
+    """The loss of one batch and figures for the metrics; `total` as in `ReplayedBlocks`. sampling: how
+    drafts will be picked."""
+    heads, sampling = heads or Heads(), sampling or Sampling()
     chosen = SFT_LOSSES[drafter.sft_loss if loss == "auto" else loss]
-    agreement = heads.learns_agreement(argmax)
+    agreement = heads.learns_agreement(sampling.takes_argmax)
     rows = random_anchors(batch, anchors, seed)
     blocks = pack_anchors(batch, rows, num_draft_tokens)
     blocks = replace(blocks, drafted=blocks.labels)  # teacher-forced
@@ -55,6 +56,8 @@ def sft_loss(
         heads,
         agreement=agreement,
         along_text=True,
+        temperature=sampling.temperature or 1.0,
+        decay=decay,
     )
 
 
@@ -85,14 +88,14 @@ class SftStage:
                     seed=seed,
                     loss=sft.loss,
                     heads=c.recipe.heads,
-                    argmax=c.recipe.sampling.takes_argmax,
+                    sampling=c.recipe.sampling,
                     total=c.group.all_reduce_sum,
                 )
             )
 
     def summarize(self, metrics: dict) -> dict:
         drafter, loss = self.context.drafter, self.context.recipe.sft.loss
-        other = drafter.has_confidence or drafter.candidates is not None
+        other = drafter.has_confidence or drafter.num_candidates is not None
         if other or (drafter.sft_loss if loss == "auto" else loss) != "cross_entropy":
             return metrics
         return {**metrics, "perplexity": math.exp(min(metrics["loss"], 50))}

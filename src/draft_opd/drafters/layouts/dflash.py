@@ -36,7 +36,8 @@ OTHER_FAMILIES = {
 
 def kind_of(config: dict) -> str | None:
     """dflash, dspark or dflash2; None for a config.json of none of them."""
-    if not any(n in KNOWN for n in config.get("architectures") or []):
+    named = config.get("speculators_model_type")
+    if not any(n in KNOWN for n in config.get("architectures") or []) and named not in KINDS:
         return None
     every = _with_nested(config)
     return next((kind for kind, keys in KINDS.items() if any(every.get(k) for k in keys)), "dflash")

@@ -29,6 +29,8 @@ def read(config: dict, tensors: dict[str, Tensor]) -> body.Files:
     """From any of the layouts. Raises `UserError` for what is none of them."""
     files = body.read(config, tensors, "dspark", HEAD_KEYS)
     o = files.config["dflash_config"]
+    if files.layout == "z-lab":  # z-lab has no DSpark
+        files.layout = "deepspec" if "markov_rank" in config else "specforge"
     if not o.get("markov_rank"):
         raise UserError(
             "the DSpark config.json has no markov_rank: no drafter without that head is supported"

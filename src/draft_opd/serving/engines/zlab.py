@@ -7,5 +7,6 @@ from pathlib import Path
 from draft_opd.drafters import Drafter
 
 
-def serve_command(_drafter: Drafter, _target: str, folder: Path) -> str:
-    return f'dflash\'s DFlashDraftModel.from_pretrained("{folder}")'
+def serve_command(drafter: Drafter, _target: str, folder: Path) -> str:
+    (name,) = drafter.config_dict()["architectures"]
+    return f'dflash\'s {name}.from_pretrained("{folder}")'
