@@ -48,6 +48,11 @@ def _family(item) -> str | None:
     return item.callspec.params.get("family") if hasattr(item, "callspec") else None
 
 
+def _asks_for_family(item) -> bool:
+    """Whether the test itself says which families it is for."""
+    return any("family" in str(mark.args[0]) for mark in item.iter_markers("parametrize"))
+
+
 def pytest_itemcollected(item):
     """A family stays on one worker, which makes its session fixtures once."""
     if _family(item) and item.config.pluginmanager.hasplugin("xdist"):
@@ -58,7 +63,7 @@ def pytest_collection_modifyitems(config, items):
     """A module with `FAMILY = "dflash"` runs for that family only. Families that are a DFlash body with
     another head run where the head matters, in modules with `EVERY_FAMILY = True`."""
     wanted = {i: getattr(i.module, "FAMILY", None) for i in items}
-    heads = [i for i in items if _family(i) in ("dspark", "dflash2")]
+    heads = [i for i in items if _family(i) in ("dspark", "dflash2") and not _asks_for_family(i)]
     unwanted = [i for i in items if _family(i) and wanted[i] not in (None, _family(i))]
     unwanted += [i for i in heads if not getattr(i.module, "EVERY_FAMILY", False) and not wanted[i]]
     config.hook.pytest_deselected(items=unwanted)

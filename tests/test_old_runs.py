@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-import draft_opd as d
 from draft_opd.cli.main import run
 
 OLD = Path(__file__).parent / "old_runs"

@@ -22,3 +22,13 @@ def test_two_processes_are_one(together, tmp_path, stage, pairs, parallel):
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert a.keys() == b.keys()
     assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
+
+
+@pytest.mark.parametrize("family", ["dspark"], indirect=True)
+@pytest.mark.parametrize("parallel", [(), ("parallel.drafter=shard",)])
+def test_other_heads_are_shared_out_too(together, family, tmp_path, parallel):
+    """Muon and shards of a head with one row; a confidence that has no loss, so that its gradient is zero."""
+    pairs = (*UNEVEN, "optim.name=muon", *([] if parallel else ["heads.confidence_weight=0"]))
+    one = together(1, "sft", tmp_path / "one", *pairs)
+    two = together(2, "sft", tmp_path / "two", *pairs, *parallel)
+    assert_same_run(one, two)
