@@ -53,6 +53,11 @@ def _asks_for_family(item) -> bool:
     return any("family" in str(mark.args[0]) for mark in item.iter_markers("parametrize"))
 
 
+def _for_every_family(item) -> bool:
+    chosen = getattr(item.module, "EVERY_FAMILY", False)
+    return chosen if isinstance(chosen, bool) else item.originalname in chosen
+
+
 def pytest_itemcollected(item):
     """A family stays on one worker, which makes its session fixtures once."""
     if _family(item) and item.config.pluginmanager.hasplugin("xdist"):
@@ -61,11 +66,11 @@ def pytest_itemcollected(item):
 
 def pytest_collection_modifyitems(config, items):
     """A module with `FAMILY = "dflash"` runs for that family only. Families that are a DFlash body with
-    another head run where the head matters, in modules with `EVERY_FAMILY = True`."""
+    another head run where the head matters: in modules with `EVERY_FAMILY = True`, or tests named there."""
     wanted = {i: getattr(i.module, "FAMILY", None) for i in items}
     heads = [i for i in items if _family(i) in ("dspark", "dflash2") and not _asks_for_family(i)]
     unwanted = [i for i in items if _family(i) and wanted[i] not in (None, _family(i))]
-    unwanted += [i for i in heads if not getattr(i.module, "EVERY_FAMILY", False) and not wanted[i]]
+    unwanted += [i for i in heads if not _for_every_family(i) and not wanted[i]]
     config.hook.pytest_deselected(items=unwanted)
     dropped = set(unwanted)
     items[:] = [i for i in items if i not in dropped]
