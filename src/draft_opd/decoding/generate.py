@@ -298,7 +298,7 @@ def speculate(
                 "chain of tokens: it has no trees"
             )
         if not drafter.has_trees:
-            raise UserError(f"{drafter.family} drafts a block at once, so it has no trees")
+            raise UserError(f"{drafter.family} drafters draft one chain of tokens, so they have no trees")
         tree = check_widths(tree, drafter.draft_length)
         length = len(tree)
     for i, prompt in enumerate(prompts):
