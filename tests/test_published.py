@@ -94,6 +94,21 @@ def dflash(layers, taps, target_layers, **keys):
     }
 
 
+def deepspec(**keys):
+    """As DeepSpec's DSpark class writes it: flat keys."""
+    return {
+        **{k: v for k, v in dflash(5, [], 36).items() if k != "dflash_config"},
+        "architectures": ["Qwen3DSparkModel"],
+        "block_size": 7,
+        "mask_token_id": VOCAB - 1,
+        "target_layer_ids": [1, 9, 17, 25, 33],
+        "num_anchors": 512,
+        "markov_head_type": "vanilla",
+        "tie_word_embeddings": False,
+        **keys,
+    }
+
+
 def eagle3(**keys):
     return {
         "architectures": ["LlamaForCausalLMEagle3"],
@@ -172,36 +187,17 @@ DRAFTERS = {
     ),
     "DeepSpec DFlash Qwen3-4B": (  # flat keys; the anchor's slot predicts
         "Qwen3-4B",
-        {
-            **{k: v for k, v in dflash(5, [], 36).items() if k != "dflash_config"},
-            "architectures": ["Qwen3DSparkModel"],
-            "block_size": 7,
-            "mask_token_id": VOCAB - 1,
-            "target_layer_ids": [1, 9, 17, 25, 33],
-            "num_anchors": 512,
-            "markov_rank": 0,
-            "markov_head_type": "vanilla",
-            "enable_confidence_head": False,
-            "confidence_head_with_markov": False,
-            "tie_word_embeddings": False,
-        },
+        deepspec(markov_rank=0, enable_confidence_head=False, confidence_head_with_markov=False),
     ),
     "DeepSpec DSpark Qwen3-4B": (
         "Qwen3-4B",
-        {
-            **{k: v for k, v in dflash(5, [], 36).items() if k != "dflash_config"},
-            "architectures": ["Qwen3DSparkModel"],
-            "block_size": 7,
-            "mask_token_id": VOCAB - 1,
-            "target_layer_ids": [1, 9, 17, 25, 33],
-            "num_anchors": 512,
-            "markov_rank": 16,
-            "markov_head_type": "vanilla",
-            "enable_confidence_head": True,
-            "confidence_head_with_markov": True,
-            "tie_word_embeddings": False,
-            "num_nextn_predict_layers": 1,  # the target's, which its config is a copy of
-        },
+        # num_nextn_predict_layers is the target's, which its config is a copy of.
+        deepspec(
+            markov_rank=16,
+            enable_confidence_head=True,
+            confidence_head_with_markov=True,
+            num_nextn_predict_layers=1,
+        ),
     ),
     "SpecForge DSpark Qwen3-8B": (
         "Qwen3-8B",

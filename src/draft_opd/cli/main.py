@@ -88,9 +88,7 @@ def generate(
     tree: Tree = None,
     confidence: Annotated[
         float | None,
-        typer.Option(
-            help="DSpark: end drafts before a token that is less likely to pass. Saves time on a CPU."
-        ),
+        typer.Option(help="DSpark: end drafts before a token that is less likely to pass; the text stays."),
     ] = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,

@@ -8,7 +8,7 @@ afdfa7c9.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import Field
@@ -22,7 +22,7 @@ from draft_opd.drafters.target_config import initialise
 from draft_opd.utils.errors import UserError
 
 MarkovKind = Literal["vanilla", "gated", "rnn"]
-KINDS = ("vanilla", "gated", "rnn")
+KINDS = get_args(MarkovKind)
 
 
 class DSparkOptions(DFlashOptions):
