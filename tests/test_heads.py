@@ -10,12 +10,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import draft_opd as d
+from draft_opd.cli.options import to_confidences
+from draft_opd.data.prompts import read_prompts
+from draft_opd.data.tasks import Task
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.decoding.step import DecodeStep
 from draft_opd.decoding.verification import verify_with_noise
 from draft_opd.drafters import FAMILIES
 from draft_opd.drafters.dflash2 import NOT_LOADED
-from draft_opd.evaluation.calibration import calibration
+from draft_opd.evaluation.analysis import analyse
+from draft_opd.evaluation.measure import sides_of
+from draft_opd.evaluation.run import Evaluation
 from draft_opd.losses import objectives
 from draft_opd.losses.chunked import chunked_score
 from draft_opd.losses.config import Heads, Objective
@@ -23,6 +28,7 @@ from draft_opd.losses.divergences import cross_entropy, forward_kl, reverse_kl, 
 from draft_opd.losses.heads import confidence_loss, reached, with_heads
 from draft_opd.losses.objectives import ReplayedBlocks
 from draft_opd.losses.sft import SFT_LOSSES
+from draft_opd.report.page import Report
 from draft_opd.training.batches import BatchSource
 from draft_opd.training.config import Model, Opd, load_recipe
 from draft_opd.training.rollouts import hindsight_rollout
@@ -523,6 +529,30 @@ def test_drafts_end_by_confidence_and_the_text_stays(target, heldout, spark):
     assert lengths[0] > lengths[1] > lengths[2]
 
 
+def test_an_evaluation_compares_confidences(target, spark):
+    other = made(target, "dflash2")
+    sides = sides_of({"x": ("x", spark)}, confidences=[None, 0.7])
+    run = Evaluation(target, sides, [Task("t", read_prompts("embedded:heldout", 2))], max_new_tokens=48)
+    run.run()
+    report = run.report().to_json()
+    assert [(s["side"], s["confidence"]) for s in report["sides"]] == [
+        ("x whole drafts", None),
+        ("x confidence 0.7", 0.7),
+    ]
+    assert all(t["lossless"] == {"matched": 2, "of": 2} for s in report["sides"] for t in s["tasks"])
+    drafted = [
+        sum(len(r.drafted) for a in run.answers["t"][s.name] for r in a.made.rounds) for s in run.sides
+    ]
+    assert drafted[1] < drafted[0]
+    (pair,) = {(c["side"], c["against"]) for c in report["comparison"]}
+    assert pair == ("x confidence 0.7", "x whole drafts")
+    for wrong in ("x", "1", "0.5,-1", ""):
+        with pytest.raises(d.UserError, match="give chances"):
+            to_confidences(wrong)
+    with pytest.raises(d.UserError, match="does not say how sure it is"):
+        sides_of({"y": ("y", other)}, confidences=[0.5])
+
+
 def test_a_draft_that_ended_is_verified_like_a_shorter_one(target, spark):
     """The same random numbers give the same accepted length and bonus token: what lies behind has no part."""
     g = torch.Generator().manual_seed(0)
@@ -576,15 +606,21 @@ def test_silly_confidences_are_refused(target, spark, options, message):
         d.generate(target, made(target, "dflash2"), [1, 2, 3], confidence=0.5)
 
 
-def test_calibration_counts_what_was_reached(target, heldout, spark):
-    found = calibration(target, spark, heldout[:8])
+def test_calibration_counts_what_was_reached(target, heldout, spark, tmp_path):
+    value = analyse(target, spark, heldout[:8])
+    found = value["confidence"]
     rounds = [r for t in heldout[:8] for r in d.hindsight_trace(target, spark, t)]
     assert found["by_offset"][0]["tokens"] == len(rounds)
     passed = sum(r.accepted > 0 for r in rounds) / len(rounds)
     assert found["by_offset"][0]["passed"] == pytest.approx(passed)
     assert sum(b["tokens"] for b in found["bins"]) == sum(b["tokens"] for b in found["by_offset"])
     assert found["error"] < 0.15  # it was trained
-    assert calibration(target, made(target, "dflash2"), heldout[:1]) is None
+    other = analyse(target, made(target, "dflash2"), heldout[:1])
+    assert other["confidence"] is None and other["support"] == 5 and value["support"] is None
+    Report("Analysis", analyses={"spark": value, "flash": other}).write(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "Expected calibration error: spark" in page and (tmp_path / "plots" / "confidence.svg").exists()
+    assert "KL(p‖q) of flash is over the 5 tokens" in page and "KL(p‖q) of spark" not in page
 
 
 # -- training ---------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from draft_opd.cli.options import (
     Trust,
     at_least,
     set_chat,
+    to_confidences,
     to_drafter,
     to_lengths,
     to_numbers,
@@ -111,6 +112,10 @@ def evaluate(
         typer.Option(help="Tokens drafted a round; 2,4,auto compares them. Default: all."),
     ] = None,
     tree: Tree = None,
+    confidence: Annotated[
+        str | None,
+        typer.Option(help="DSpark: end drafts before a less likely token; 0,0.3,0.5 compares (0: never)."),
+    ] = None,
     advise: Annotated[
         bool,
         typer.Option("--advise", help="Which draft length is best, here and on other hardware."),
@@ -143,7 +148,7 @@ def evaluate(
     """τ, speed-up and losslessness against the target alone; drafters and lengths compared."""
     screen = Screen(json)
     sampling, widths = to_sampling(temperature, top_k, top_p, draft), to_widths(tree)
-    lengths = to_lengths(draft_length)
+    lengths, confidences = to_lengths(draft_length), to_confidences(confidence)
     sizes = to_numbers(concurrency, "--concurrency")
     if hardware and not advise:
         raise UserError("--hardware goes with --advise")
@@ -171,7 +176,7 @@ def evaluate(
         if out:
             skipped.write(out)
     loaded = {name: (path, to_drafter(path, model)) for name, path in paths.items()}
-    sides = sides_of(loaded, lengths or [None], widths)
+    sides = sides_of(loaded, lengths or [None], widths, confidences=confidences)
     options = {"max_new_tokens": longest, "sampling": sampling, "thinking": thinking, "seed": seed}
     evaluation = Evaluation(model, sides, chosen, **options)
     with screen.progress("eval", sum(len(t.prompts) for t in chosen)) as update:
@@ -309,7 +314,6 @@ def analyze(
     rows = read_trajectories(trajectories, limit=limit)
     check_models(target, drafter)
     from draft_opd.evaluation.analysis import GROUPS, analyse
-    from draft_opd.evaluation.calibration import calibration
     from draft_opd.evaluation.misreadings import better_misreadings
     from draft_opd.report.page import Report
     from draft_opd.training.run_folder import lineage
@@ -320,7 +324,6 @@ def analyze(
     with screen.progress("analyze", len(rows)) as update:
         value = analyse(model, helper, rows, draft_length=draft_length, progress=update)
     value["misread"] = better_misreadings(model, helper, rows)
-    value["confidence"] = calibration(model, helper, rows, draft_length)
     path = out / "analysis.json"
     write_json(path, value)
     lead = f"{drafter} along its own traces on {len(rows)} trajectories of {target}."
@@ -331,11 +334,12 @@ def analyze(
     lines = [
         [g, *(value[key].get(g) for key in ("tokens", "share", "forward_kl", "reverse_kl"))] for g in GROUPS
     ]
+    forward = f"KL(p‖q) over {value['support']}" if value["support"] else "KL(p‖q)"
     screen.result(
         value,
         table(
             f"τ {value['tau']:.3f} over {value['rounds']} rounds; more in {path}",
-            ["state", "tokens", "share", "KL(p‖q)", "KL(q‖p)"],
+            ["state", "tokens", "share", forward, "KL(q‖p)"],
             lines,
         ),
         *(f"Is the drafter read rightly? {line}" for line in value["misread"]),

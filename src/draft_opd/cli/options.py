@@ -110,6 +110,17 @@ def one_length(text: str | None) -> int | str | None:
     return found and found[0]
 
 
+def to_confidences(text: str | None) -> list[float | None]:
+    """0,0.3,0.5 ascending, with None for 0 (drafts never end early)."""
+    try:
+        found = sorted({float(x) for x in ("0" if text is None else text).split(",")})
+    except ValueError:
+        found = [-1.0]
+    if not all(0 <= x < 1 for x in found):
+        raise UserError(f"--confidence {text}: give chances from 0 to below 1, as 0,0.3,0.5")
+    return [x or None for x in found]
+
+
 def to_widths(tree: str | None) -> list[int] | None:
     if tree is None:
         return None

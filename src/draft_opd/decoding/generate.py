@@ -311,7 +311,7 @@ def speculate(
                 f"{target.max_positions}: shorten it"
             )
     if confidence is not None:
-        _check_confidence(drafter, confidence, tree is not None or pace is not None)
+        check_confidence(drafter, confidence, tree is not None or pace is not None)
     results = [Generation(list(p)) for p in prompts]
     asked = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     limits = [min(n, target.max_positions - len(p)) for n, p in zip(asked, prompts, strict=True)]
@@ -327,7 +327,8 @@ def speculate(
     return results
 
 
-def _check_confidence(drafter: Drafter | None, confidence: float, other: bool) -> None:
+def check_confidence(drafter: Drafter | None, confidence: float, other: bool) -> None:
+    """Raises `UserError` unless drafts can end by it; other: something else says how long they are."""
     if drafter is None or not drafter.has_confidence:
         raise UserError(
             "confidence: this drafter does not say how sure it is (DSpark's confidence head does)"

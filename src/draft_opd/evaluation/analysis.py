@@ -10,6 +10,7 @@ import torch
 from draft_opd.data.trajectory import Trajectory
 from draft_opd.decoding.rounds import by_accepted, tau
 from draft_opd.drafters.base import Drafter
+from draft_opd.evaluation.calibration import Calibration
 from draft_opd.evaluation.summary import acceptance_by_position
 from draft_opd.losses.divergences import forward_kl, overlap, reverse_kl
 from draft_opd.models.target import Target
@@ -41,14 +42,15 @@ def analyse(
     the text, as teacher forcing sees them. With a draft vocabulary KL(p‖q) is over it (p normalised
     there). `overlap` is Σ min(p, q). Only offsets inside the text
     count. `share` is the composition of the replayed tokens. `anchors` counts rounds by tenth of
-    the response; `rounds_by_accepted` by accepted length 0..K.
+    the response; `rounds_by_accepted` by accepted length 0..K;
+    `confidence` as in `Calibration`.
     """
     drafter.bind(target)
     num_draft_tokens = drafter.checked_length(draft_length)
     source = BatchSource(target, drafter.target_layers)
     tokens = dict.fromkeys(GROUPS, 0)
     sums = {name: dict.fromkeys(GROUPS, 0.0) for name in SCORES}
-    anchors, rounds = [0] * BINS, []
+    anchors, rounds, sure = [0] * BINS, [], Calibration()
     for start in range(0, len(trajectories), batch_size):
         batch = source.batch(trajectories[start : start + batch_size], with_cache=True)
         traces = hindsight_rollout(target, drafter, batch, num_draft_tokens)
@@ -60,6 +62,7 @@ def analyse(
         at = [[r.anchor for r in trace] for trace in traces]
         blocks = attach_drafts(pack_anchors(batch, at, num_draft_tokens), traces)
         drafted = replay(target, drafter, batch, blocks, teacher_states(target, batch, blocks))
+        sure.add(drafted)
         on_text = replay(
             target,
             drafter,
@@ -94,9 +97,17 @@ def analyse(
         "share": {g: tokens[g] / total for g in REPLAYED},
         "rounds_by_accepted": by_accepted(rounds, num_draft_tokens),
         **{name: {g: sums[name][g] / tokens[g] if tokens[g] else None for g in GROUPS} for name in SCORES},
+        "support": _support(drafter),
+        "confidence": sure.result(num_draft_tokens),
         "anchors": {
             "by_tenth": anchors,
             "first_half": sum(anchors[:half]),
             "second_half": sum(anchors[half:]),
         },
     }
+
+
+def _support(drafter: Drafter) -> int | None:
+    if drafter.num_candidates is not None:
+        return drafter.num_candidates
+    return None if drafter.vocabulary is None else len(drafter.vocabulary)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import TypeVar
 
 from draft_opd.data.prompts import Prompt
 from draft_opd.data.tasks import Task
 from draft_opd.decoding.draft_length import DraftLengthController, Length, length_and_controller
-from draft_opd.decoding.generate import Generation, Timing, speculate
+from draft_opd.decoding.generate import Generation, Timing, check_confidence, speculate
 from draft_opd.decoding.sampling import Sampling
 from draft_opd.drafters.base import Drafter
 from draft_opd.evaluation.summary import Answer
@@ -23,7 +24,7 @@ Progress = Callable[[str, int, int], None]  # task, prompts done, prompts
 @dataclass(frozen=True)
 class DecodeConfig:
     """A way to decode: a drafter (from `source`, a path) and how much of it is used; `against`
-    names the side that it is compared with."""
+    names the side that it is compared with; confidence: see `speculate`."""
 
     name: str
     drafter: Drafter | None
@@ -31,6 +32,7 @@ class DecodeConfig:
     tree: Sequence[int] | None = None
     source: str = ""
     against: str | None = None
+    confidence: float | None = None
     paces: dict[int, DraftLengthController] = field(default_factory=dict)
 
     @property
@@ -47,7 +49,7 @@ class DecodeConfig:
         )
         if pace:
             pace = self.paces.setdefault(rows, pace)
-        return {"draft_length": length, "tree": self.tree, "pace": pace}
+        return {"draft_length": length, "tree": self.tree, "pace": pace, "confidence": self.confidence}
 
 
 T = TypeVar("T")
@@ -67,31 +69,39 @@ def sides_of(
     lengths: Sequence[Length] = (None,),
     tree: Sequence[int] | None = None,
     baseline: str | None = None,
+    confidences: Sequence[float | None] = (None,),
 ) -> list[DecodeConfig]:
-    """Every drafter, {name: (path, drafter)}, at every draft length, named by what differs.
+    """Every drafter, {name: (path, drafter)}, at every draft length and confidence, named by what differs.
 
-    Every drafter is compared with the baseline (default: the first one) at the same length, the
-    baseline with itself at its first length. Raises `UserError` for a length that a drafter was
-    not trained for.
+    Every drafter is compared with the baseline (default: the first one) decoded the same way, the
+    baseline with itself at its first length and confidence. Raises `UserError` for a length that a drafter
+    was not trained for, and for a confidence where it has none.
     """
 
-    def label(name: str, length: Length) -> str:
-        return f"{name} K={length}" if len(lengths) > 1 else name
+    def label(name: str, length: Length, least: float | None) -> str:
+        more = [f"K={length}"] if len(lengths) > 1 else []
+        if len(confidences) > 1:
+            more.append("whole drafts" if least is None else f"confidence {least:g}")
+        return " ".join([name, *more])
 
     made, first = [], baseline or next(iter(drafters))
+    ways = list(product(lengths, confidences))
     for name, (source, drafter) in drafters.items():
-        for i, length in enumerate(lengths):
+        for i, (length, least) in enumerate(ways):
             if length not in (None, "auto"):
                 drafter.checked_length(length)
-            against = label(first, length if name != first else lengths[0])
+            if least is not None:
+                check_confidence(drafter, least, tree is not None or length == "auto")
+            against = label(first, *(ways[i] if name != first else ways[0]))
             made.append(
                 DecodeConfig(
-                    label(name, length),
+                    label(name, length, least),
                     drafter,
                     length,
                     tree,
                     source,
                     against if name != first or i else None,
+                    least,
                 )
             )
     return made

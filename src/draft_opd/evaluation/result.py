@@ -148,12 +148,13 @@ def mean_of(tasks: Sequence[TaskResult]) -> Mean:
 
 
 class SideResult(Result):
-    """One way to decode on all tasks. draft_length: a number or "auto"."""
+    """One way to decode on all tasks. draft_length: a number or "auto"; confidence: where drafts end."""
 
     side: str
     drafter: str | None
     draft_length: int | str | None = None
     tree: list[int] | None = None
+    confidence: float | None = None
     tasks: list[TaskResult]
     mean: Mean
 
@@ -228,6 +229,7 @@ class EvaluationResult(Result):
     temperature: float
     draft_length: int | str | None = None
     tree: list[int] | None = None
+    confidence: float | None = None
     dtype: str | None = None
     max_new_tokens: int | None = None
     seed: int | None = None
@@ -252,6 +254,7 @@ class EvaluationResult(Result):
             drafter=self.drafter,
             draft_length=self.draft_length,
             tree=self.tree,
+            confidence=self.confidence,
             tasks=self.tasks,
             mean=self.mean,
         )

@@ -123,7 +123,8 @@ class Evaluation:
     def _measured(self, source: str, length: int) -> Speed | None:
         """What this run measured of a drafter at that draft length, all tasks together."""
         for side in self.sides:
-            if side.source == source and side.length == length and not side.tree:
+            whole = not side.tree and side.confidence is None
+            if side.source == source and side.length == length and whole:
                 ours, base = (
                     decode_rate([a for answers in self.answers.values() for a in answers[name]])
                     for name in (side.name, BASELINE)
@@ -172,6 +173,7 @@ class Evaluation:
                     drafter=side.source,
                     draft_length=side.length,
                     tree=list(side.tree) if side.tree else None,
+                    confidence=side.confidence,
                     tasks=tasks,
                     mean=mean_of(tasks),
                 )
@@ -190,6 +192,7 @@ class Evaluation:
             temperature=self.sampling.temperature,
             draft_length=first.draft_length,
             tree=first.tree,
+            confidence=first.confidence,
             dtype=str(self.target.dtype).removeprefix("torch."),
             max_new_tokens=self.options["max_new_tokens"],
             seed=self.seed,

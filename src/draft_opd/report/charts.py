@@ -108,6 +108,19 @@ def concurrency(points: Sequence[tuple[str, int, float]], alone: str) -> Figure:
     return figure
 
 
+def confidence(found: dict[str, dict]) -> Figure:
+    """What passed over what was said, by tenths of it; each value is a result of `Calibration`."""
+    figure, axes = new_axes("said chance", "passed")
+    axes.plot([0, 1], [0, 1], color=GREY, lw=0.8)
+    for colour, (name, value) in zip(cycle(COLOURS), found.items(), strict=False):
+        points = [(b["said"], b["passed"]) for b in value["bins"] if b["tokens"]]
+        axes.plot(*zip(*points, strict=True), color=colour, label=label(name), marker=".")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    legend(axes)
+    return figure
+
+
 def mismatch(analyses: dict[str, dict]) -> Figure:
     """Mean KL between target and drafter by the state that drafts are in."""
     figure = Figure(figsize=(5.4, 2.9))

@@ -268,11 +268,26 @@ def _analysis(analyses: dict[str, dict], plot) -> dict:
             charts.mismatch(analyses),
             "Mismatch in the states the drafter visits",
             "Mean KL between target p and drafter q. trajectory: every offset scored on the text, "
-            "as teacher forcing sees it; the others in the drafted states.",
+            "as teacher forcing sees it; the others in the drafted states."
+            + "".join(
+                f" KL(p‖q) of {name} is over the {a['support']} tokens that it can draft."
+                for name, a in analyses.items()
+                if a.get("support")
+            ),
         ),
         plot("anchors", charts.anchors(analyses), "Where rounds begin", "Rounds by tenth of the response."),
     ]
-    return _section("Where the drafter fails", "", [Table("", columns, shares)], plots)
+    sure = {name: a["confidence"] for name, a in analyses.items() if a.get("confidence")}
+    if sure:
+        errors = (f"{name} {100 * found['error']:.1f} %" for name, found in sure.items())
+        what = (
+            "The chance that a drafted token passes, as the drafter said and as it came, by tenths of what "
+        )
+        what += f"was said. Expected calibration error: {', '.join(errors)}."
+        plots.append(plot("confidence", charts.confidence(sure), "Confidence", what))
+    misread = " ".join(f"{name}: {line}." for name, a in analyses.items() for line in a.get("misread", ()))
+    text = f"Is the drafter read rightly? {misread}" if misread else ""
+    return _section("Where the drafter fails", text, [Table("", columns, shares)], plots)
 
 
 def _yaml(value: dict) -> str:
