@@ -32,7 +32,7 @@ from draft_opd.report.page import Report
 from draft_opd.training.batches import BatchSource
 from draft_opd.training.config import Model, Opd, load_recipe
 from draft_opd.training.rollouts import hindsight_rollout
-from draft_opd.training.setup import grown_drafter
+from draft_opd.training.setup import grown_drafter, unused_keys
 from draft_opd.training.stage_opd import opd_loss
 from draft_opd.training.stage_sft import sft_loss
 from draft_opd.training.trainer import Run
@@ -621,6 +621,14 @@ def test_calibration_counts_what_was_reached(target, heldout, spark, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "Expected calibration error: spark" in page and (tmp_path / "plots" / "confidence.svg").exists()
     assert "KL(p‖q) of flash is over the 5 tokens" in page and "KL(p‖q) of spark" not in page
+
+
+def test_keys_that_count_nothing_are_told(target):
+    heads = Heads(confidence_weight=0.5, confidence_target="overlap", body_weight=2)
+    wanted = {"vanilla": ["body_weight"], "dflash2": ["confidence_weight", "confidence_target"]}
+    for name, keys in wanted.items():
+        assert unused_keys(heads, made(target, name)) == keys
+        assert unused_keys(Heads(), made(target, name)) == []
 
 
 # -- training ---------------------------------------------------------------------------------------------

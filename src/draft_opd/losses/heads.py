@@ -64,8 +64,8 @@ def confidence_loss(
     if agreement:
         passed = agreed(r, where)
     else:
-        warm = replace(r, supervision_temperature=temperature, draft_temperature=temperature)
-        passed = warm.score(overlap, where).detach()
+        warm = {"supervision_temperature": temperature, "draft_temperature": temperature}
+        passed = replace(r, hidden=r.hidden.detach(), **warm).score(overlap, where)
     values = F.binary_cross_entropy_with_logits(
         r.confidence.float(), passed.float().clamp(0, 1), reduction="none"
     )

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from draft_opd.data.trajectory import check_trajectories
 from draft_opd.drafters import FAMILIES, Drafter
+from draft_opd.losses.config import Heads
 from draft_opd.models.hub import EMBEDDED
 from draft_opd.models.target import Target
 from draft_opd.training.config import AUTO_BATCH, Model, Recipe
@@ -138,7 +139,16 @@ def first_drafter(recipe: Recipe, resume_from: Path | None, target: Target, trai
         counts = torch.bincount(torch.tensor(response_token_ids), minlength=target.vocab_size)
         drafter = new_drafter(recipe.model, target, counts)
     drafter.gradient_checkpointing = recipe.gradient_checkpointing
+    for key in unused_keys(recipe.heads, drafter):
+        log.warning("heads.%s counts nothing: a %s drafter has nothing that it is for", key, drafter.family)
     return drafter
+
+
+def unused_keys(heads: Heads, drafter: Drafter) -> list[str]:
+    """Keys of `heads` that were set, and that this drafter has no part for."""
+    has = {"body_weight": drafter.num_candidates is not None}
+    changed = [key for key, field in Heads.model_fields.items() if getattr(heads, key) != field.default]
+    return [key for key in changed if not has.get(key, drafter.has_confidence)]
 
 
 def fingerprints_of(target: Target, train_set: Rows, held_out: Rows) -> dict[str, str]:

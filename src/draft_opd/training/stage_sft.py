@@ -25,6 +25,10 @@ from draft_opd.training.precision import autocast
 from draft_opd.training.stage import StageContext, StepOutput
 
 
+def _loss_kind(drafter: Drafter, asked: str) -> str:
+    return drafter.sft_loss if asked == "auto" else asked
+
+
 def sft_loss(
     target: Target,
     drafter: Drafter,
@@ -42,7 +46,7 @@ def sft_loss(
     """The loss of one batch and figures for the metrics; `total` as in `ReplayedBlocks`. sampling: how
     drafts will be picked."""
     heads, sampling = heads or Heads(), sampling or Sampling()
-    chosen = SFT_LOSSES[drafter.sft_loss if loss == "auto" else loss]
+    chosen = SFT_LOSSES[_loss_kind(drafter, loss)]
     agreement = heads.learns_agreement(sampling.takes_argmax)
     rows = random_anchors(batch, anchors, seed)
     blocks = pack_anchors(batch, rows, num_draft_tokens)
@@ -96,6 +100,6 @@ class SftStage:
     def summarize(self, metrics: dict) -> dict:
         drafter, loss = self.context.drafter, self.context.recipe.sft.loss
         other = drafter.has_confidence or drafter.num_candidates is not None
-        if other or (drafter.sft_loss if loss == "auto" else loss) != "cross_entropy":
+        if other or _loss_kind(drafter, loss) != "cross_entropy":
             return metrics
         return {**metrics, "perplexity": math.exp(min(metrics["loss"], 50))}
