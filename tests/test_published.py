@@ -24,6 +24,7 @@ from draft_opd.training.blocks import attach_drafts, pack_anchors, replay
 
 FAMILY = "dflash"  # of the fixtures
 VOCAB, HIDDEN, DRAFT_VOCAB = 320, 64, 200
+LONGEST = 8  # tokens of a response: random drafters have a round a token
 
 TARGETS = {  # layers and what differs from a plain decoder
     "Qwen3-4B": ("qwen3", 36, {"num_attention_heads": 8, "num_key_value_heads": 2}),
@@ -452,15 +453,15 @@ def test_published_shapes_load_draft_and_replay(make_target, tmp_path, name):
     assert drafter.draft_length == length.get(name, drafter.draft_length)
 
     prompts = [torch.randint(2, VOCAB, (n,)).tolist() for n in (40, 23)]
-    alone = speculate(target, None, prompts, max_new_tokens=20)
-    made = speculate(target, drafter, prompts, max_new_tokens=20)
+    alone = speculate(target, None, prompts, max_new_tokens=LONGEST)
+    made = speculate(target, drafter, prompts, max_new_tokens=LONGEST)
     # Written in our own hand and read again, in every layout it has, it drafts the same.
     for verifier in (None, {"name_or_path": target_name, "architectures": []}):
         if verifier is None or "speculators" in drafter.formats:
             drafter.save_pretrained(tmp_path / "again", verifier=verifier)
             again = d.Drafter.from_pretrained(str(tmp_path / "again"), device="cpu")
             again.bind(target)
-            other = speculate(target, again, prompts, max_new_tokens=20)
+            other = speculate(target, again, prompts, max_new_tokens=LONGEST)
             assert [g.rounds for g in other] == [g.rounds for g in made]
     assert [g.token_ids for g in made] == [g.token_ids for g in alone]
 
@@ -473,7 +474,7 @@ def test_published_shapes_load_draft_and_replay(make_target, tmp_path, name):
     replayed = replay(target, drafter.requires_grad_(), batch, blocks)
     drafted = drafter.logits(target, replayed.hidden).argmax(-1)
     rounds = [r for t in traces for r in t]
-    assert len(drafted) == len(rounds) > 20
+    assert len(drafted) == len(rounds) > LONGEST
     for row, r in zip(drafted.tolist(), rounds, strict=True):
         assert row[: len(r.drafted)] == r.drafted
     replayed.hidden.sum().backward()
