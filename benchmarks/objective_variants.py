@@ -237,6 +237,7 @@ def variants(start, seed, progress):
         "frozen_trace": ("opd", {}, lambda: traces_of(own)),
         "others_trace": ("opd", {}, lambda: traces_of(other)),
         "random_weighted": ("opd", occupancy, lambda: by_occupancy(False)),
+        "occupancy_drawn": ("opd", occupancy, none),
         "all_weighted": ("opd", occupancy, lambda: by_occupancy(True)),
     }
 

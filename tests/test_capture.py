@@ -14,6 +14,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+EVERY_FAMILY = True
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=0.9, top_p=0.9)
 
 
@@ -49,6 +50,17 @@ def test_captured_equals_uncaptured(card, helper, prompts, sampling):
         ):
             assert [g.token_ids for g in made] == [g.token_ids for g in wanted]
             assert [g.rounds for g in made] == [g.rounds for g in wanted]
+
+
+def test_drafts_end_by_confidence_in_captured_rounds_too(card, helper, prompts):
+    if not helper.has_confidence:
+        pytest.skip("this family does not say how sure it is")
+    slow = d.Target.from_pretrained("embedded", device="cuda", captured=False)
+    for sampling in (GREEDY, SAMPLED):
+        options = {"max_new_tokens": 60, "sampling": sampling, "seed": 3, "confidence": 0.5}
+        made, wanted = (d.speculate(x, helper, prompts, **options) for x in (card, slow))
+        assert [g.token_ids for g in made] == [g.token_ids for g in wanted]
+        assert [g.rounds for g in made] == [g.rounds for g in wanted]
 
 
 def test_a_replay_is_the_round(card, helper, prompts):
