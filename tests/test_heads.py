@@ -29,6 +29,7 @@ from draft_opd.losses.heads import confidence_loss, reached, with_heads
 from draft_opd.losses.objectives import ReplayedBlocks
 from draft_opd.losses.sft import SFT_LOSSES
 from draft_opd.report.page import Report
+from draft_opd.serving.export import export
 from draft_opd.training.batches import BatchSource
 from draft_opd.training.config import Model, Opd, load_recipe
 from draft_opd.training.rollouts import hindsight_rollout
@@ -272,7 +273,7 @@ def test_a_deepspec_file_with_known_numbers(target, heldout, tmp_path, caplog):
 def test_who_reads_what_is_written(target, tmp_path):
     """Keys that DeepSpec and vLLM (flat) and SGLang (nested and flat) look for; who can serve which."""
     spark = made(target, "vanilla")
-    assert spark.formats == ("vllm", "sglang", "speculators")
+    assert spark.formats == ("vllm", "sglang", "speculators", "deepspec")
     config = spark.config_dict()
     assert config["architectures"] == ["Qwen3DSparkModel"] and config["block_size"] == 5
     for where in (config, config["dflash_config"]):
@@ -281,11 +282,34 @@ def test_who_reads_what_is_written(target, tmp_path):
         assert where["target_layer_ids"] == list(spark.target_layers)
     assert spark.sglang_flags() == {"algorithm": "DSPARK", "num-draft-tokens": 6}
     # vLLM has no gate, SGLang only blocks whose first slot predicts.
-    assert made(target, "gated").formats == ("sglang",) and made(target, "rnn").formats == ()
+    assert made(target, "gated").formats == ("sglang", "deepspec") and made(target, "rnn").formats == ()
     two = made(target, "dflash2")
     assert two.formats == ("z-lab", "sglang", "vllm", "speculators")
     assert set(two.tensors()) >= {f"candidate_selector.{x}_codebook" for x in ("predecessor", "successor")}
     assert two.config_dict()["dflash_config"]["conv_kernel_size"] == 3
+
+
+def test_a_file_for_deepspec_holds_what_its_code_asks_for(target, tmp_path, caplog):
+    """Its reader wants the target's embeddings and head in the file; here they are copies."""
+    spark = made(target, "gated")
+    spark.save_pretrained(tmp_path / "own")
+    export("embedded", str(tmp_path / "own"), "deepspec", tmp_path / "out", dtype="float32")
+    tensors, config = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        json.loads((tmp_path / "out" / "config.json").read_text()),
+    )
+    assert torch.equal(tensors["lm_head.weight"], target.head_weight())
+    assert torch.equal(tensors["embed_tokens.weight"], target.model.get_input_embeddings().weight)
+    assert {"num_anchors", "target_layer_ids", "mask_token_id", "markov_head_type"} <= set(config)
+    again = d.Drafter.from_pretrained(str(tmp_path / "out"), device="cpu")
+    again.bind(target)
+    assert not caplog.records and again.layout == "deepspec" and again.lm_head is None
+    kept = again.state_dict()
+    assert kept.keys() == spark.state_dict().keys()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in spark.state_dict().items())
+    made(target, "dflash2").save_pretrained(tmp_path / "other")
+    with pytest.raises(d.UserError, match="--format deepspec: this dflash2 drafter has z-lab"):
+        export("embedded", str(tmp_path / "other"), "deepspec", tmp_path / "no")
 
 
 @pytest.mark.parametrize(

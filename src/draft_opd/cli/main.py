@@ -150,7 +150,7 @@ def generate(
 def export(
     target: TargetName,
     drafter: DrafterName,
-    format: Annotated[str, typer.Option(help="z-lab, sglang, vllm or speculators.")],
+    format: Annotated[str, typer.Option(help="z-lab, sglang, vllm, speculators or deepspec.")],
     out: Annotated[Path, typer.Option(help="New folder.")],
     dtype: Annotated[str, typer.Option(help="Type of the weights.")] = "bfloat16",
     trust_remote_code: Trust = False,

@@ -373,14 +373,12 @@ class Drafter(nn.Module):
         *,
         verifier: dict | None = None,
         card: str | None = None,
+        copies: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
-        """Writes config.json and model.safetensors; the folder appears whole or not at all.
-
-        verifier: write speculators' layout instead of the family's own. card: README.md.
-        """
-        config, tensors = self.config_dict(), self.tensors()
-        if verifier is not None:
-            config, tensors = self.speculators_files(verifier)
+        """Writes config.json and model.safetensors; the folder appears whole or not at all. verifier: write
+        speculators' layout instead of the family's own. card: README.md. copies: the target's, added."""
+        own = (self.config_dict(), self.tensors()) if verifier is None else self.speculators_files(verifier)
+        config, tensors = own[0], {**own[1], **copies}
         dtype = dtype or next(self.parameters()).dtype
         with replace_folder(Path(folder)) as temporary:
             if card is not None:

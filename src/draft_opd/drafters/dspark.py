@@ -115,8 +115,11 @@ class DSparkDrafter(CorrectedDFlash):
         if self.causal is not False or (own and self.vocabulary is None):
             return ()
         sglang = ("sglang",) if self.anchor_first and self.vocabulary is None else ()
+        # DeepSpec reads what SGLang does, with copies of the target's embeddings and head in the file.
+        deepspec = ("deepspec",) if sglang and not own else ()
         # vLLM and speculators have the vanilla head only.
-        return ("vllm", *sglang, "speculators") if self.markov_head.kind == "vanilla" else sglang
+        vanilla = self.markov_head.kind == "vanilla"
+        return ("vllm", *sglang, "speculators", *deepspec) if vanilla else (*sglang, *deepspec)
 
     def sglang_flags(self) -> dict[str, int | str]:
         return {"algorithm": "DSPARK", "num-draft-tokens": self.draft_length + 1}

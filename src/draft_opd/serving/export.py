@@ -1,7 +1,8 @@
 """Drafters for inference engines.
 
 A drafter folder is in the layout that engines read already: for DFlash that of z-lab, for EAGLE-3
-the one that SGLang and vLLM share. `speculators` is the other one that vLLM reads. An export fixes
+the one that SGLang and vLLM share. `speculators` is the other one that vLLM reads; `deepspec` is DSpark's
+with copies of the target's embeddings and head, as DeepSpec's own code reads it. An export fixes
 the type of the weights, and its README.md says what the drafter is and how to serve it.
 """
 
@@ -14,6 +15,7 @@ import torch
 
 from draft_opd.drafters import Drafter
 from draft_opd.models.hub import resolve_path
+from draft_opd.models.target import Target
 from draft_opd.models.target_info import TargetInfo
 from draft_opd.serving.engines import ENGINES, serve_command
 from draft_opd.serving.model_card import model_card
@@ -45,7 +47,7 @@ def export(
     trust_remote_code: bool = False,
 ) -> dict:
     """Writes the folder `out`, once it is certain that the drafter fits the target."""
-    formats = (*ENGINES, "speculators")
+    formats = (*ENGINES, "speculators", "deepspec")
     if format not in formats:
         raise UserError(f"--format {format}: choose one of {', '.join(formats)}")
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -66,10 +68,11 @@ def export(
             scale,
         )
     path = resolve_path(target)
-    serve = serve_command(helper, path, out, "vllm" if format == "speculators" else format)
+    serve = serve_command(helper, path, out, format if format in ENGINES else "vllm")
     verifier = verifier_of(path, model) if format == "speculators" else None
     card = model_card(helper, drafter, target, serve)
-    helper.save_pretrained(out, dtype=getattr(torch, dtype), verifier=verifier, card=card)
+    copies = _copies(target, trust_remote_code) if format == "deepspec" else {}
+    helper.save_pretrained(out, dtype=getattr(torch, dtype), verifier=verifier, card=card, copies=copies)
     return {
         "kind": "drafter",
         "path": str(out),
@@ -78,3 +81,10 @@ def export(
         "dtype": dtype,
         "serve": serve,
     }
+
+
+def _copies(target: str, trust_remote_code: bool) -> dict[str, torch.Tensor]:
+    """The target's embeddings and head, [V, H] each."""
+    model = Target.from_pretrained(target, device="cpu", prepacked=False, trust_remote_code=trust_remote_code)
+    embeddings = model.model.get_input_embeddings().weight.detach()
+    return {"embed_tokens.weight": embeddings, "lm_head.weight": model.head_weight().detach().clone()}

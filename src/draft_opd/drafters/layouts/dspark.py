@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "Qwen3DSparkModel"
 HEAD_KEYS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
+ANCHORS = 512  # blocks a text in DeepSpec's training: its reader asks for the key, drafting does not use it
 CONFIDENCE = "confidence_head.proj.weight"
 
 
@@ -57,6 +58,7 @@ def config_of(drafter: DSparkDrafter) -> dict:
         "sample_from_anchor": drafter.anchor_first,
         "projector_type": "dspark",
     }
+    config.setdefault("num_anchors", ANCHORS)
     flat = {k: own[k] for k in (*HEAD_KEYS, "mask_token_id", "target_layer_ids", "sample_from_anchor")}
     return {**config, **flat, "architectures": [ARCHITECTURE], "dflash_config": own}
 
