@@ -238,6 +238,7 @@ def variants(start, seed, progress):
         "others_trace": ("opd", {}, lambda: traces_of(other)),
         "random_weighted": ("opd", occupancy, lambda: by_occupancy(False)),
         "occupancy_drawn": ("opd", occupancy, none),
+        "advantage_drawn": ("opd", {**occupancy, "opd.objective.kind": "advantage"}, none),
         "all_weighted": ("opd", occupancy, lambda: by_occupancy(True)),
     }
 
