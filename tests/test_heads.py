@@ -335,6 +335,15 @@ def test_wrong_configs_get_one_line(target, tmp_path, family, change, message):
         d.Drafter.from_pretrained(str(tmp_path / "d"), device="cpu")
 
 
+def test_a_confidence_head_that_is_not_in_the_file_is_told(target, tmp_path, caplog):
+    made(target, "vanilla").save_pretrained(tmp_path / "d")
+    path = tmp_path / "d" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({k: v for k, v in tensors.items() if not k.startswith("confidence")}, path)
+    assert not d.Drafter.from_pretrained(str(tmp_path / "d"), device="cpu").has_confidence
+    assert "tensors of that head are missing" in caplog.text
+
+
 # -- losses ---------------------------------------------------------------------------------------------
 
 

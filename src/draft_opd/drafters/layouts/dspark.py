@@ -6,6 +6,7 @@ convention by name. Tensors are those of a DFlash body and `markov_head.*`, `con
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -15,6 +16,8 @@ from draft_opd.utils.errors import UserError
 
 if TYPE_CHECKING:
     from draft_opd.drafters.dspark import DSparkDrafter
+
+log = logging.getLogger(__name__)
 
 ARCHITECTURE = "Qwen3DSparkModel"
 HEAD_KEYS = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
@@ -38,6 +41,8 @@ def read(config: dict, tensors: dict[str, Tensor]) -> body.Files:
         )
     # vLLM takes an absent key for false, SGLang for true: the tensors tell.
     if (weight := files.tensors.get(CONFIDENCE)) is None:
+        if o.get("enable_confidence_head"):
+            log.warning("config.json has enable_confidence_head, but the tensors of that head are missing: off")
         o["enable_confidence_head"] = False
     else:
         o.setdefault("enable_confidence_head", True)
