@@ -42,7 +42,7 @@ def read(config: dict, tensors: dict[str, Tensor]) -> body.Files:
     # vLLM takes an absent key for false, SGLang for true: the tensors tell.
     if (weight := files.tensors.get(CONFIDENCE)) is None:
         if o.get("enable_confidence_head"):
-            log.warning("config.json has enable_confidence_head, but the tensors of that head are missing: off")
+            log.warning("config.json has enable_confidence_head, but no tensors of that head: it is off")
         o["enable_confidence_head"] = False
     else:
         o.setdefault("enable_confidence_head", True)
