@@ -28,6 +28,7 @@ from draft_opd.losses.divergences import cross_entropy, forward_kl, reverse_kl, 
 from draft_opd.losses.heads import confidence_loss, reached, with_heads
 from draft_opd.losses.objectives import ReplayedBlocks
 from draft_opd.losses.sft import SFT_LOSSES
+from draft_opd.models.logit_map import LogitMap
 from draft_opd.report.page import Report
 from draft_opd.serving.export import export
 from draft_opd.training.batches import BatchSource
@@ -44,7 +45,9 @@ SHAPES = {
     "gated": ("dspark", {"markov_head_type": "gated"}),
     "rnn": ("dspark", {"markov_head_type": "rnn", "sample_from_anchor": False}),
     "dflash2": ("dflash2", {"conv_kernel_size": 3, "selector_top_k": 5}),
+    "capped": ("dflash2", {"selector_top_k": 5}),
 }
+KEYS = {"capped": {"output_multiplier": 0.5, "final_logit_softcapping": 4.0}}  # of dflash_config
 SMALL = {"dspark": {"block_size": 5, "markov_rank": 8}, "dflash2": {"block_size": 6, "selector_rank": 8}}
 
 
@@ -52,7 +55,11 @@ def made(target, name, seed=0):
     """A random drafter whose heads matter."""
     family, own = SHAPES[name]
     torch.manual_seed(seed)
-    drafter = FAMILIES[family].create(target, num_layers=2, **SMALL[family], **own).eval()
+    drafter = FAMILIES[family].create(target, num_layers=2, **SMALL[family], **own)
+    if name in KEYS:
+        drafter.config.dflash_config.update(KEYS[name])
+        drafter = FAMILIES[family](drafter.config)
+    drafter.eval()
     with torch.no_grad():
         for parameter in drafter.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -129,7 +136,9 @@ def walk(w, config, h, head, anchor_token):
     o, token, state = config["dflash_config"], anchor_token, None
     tokens, logits = [], []
     for slot in h:
-        base = head @ slot
+        base = (head @ slot) * o.get("output_multiplier", 1.0)
+        if cap := o.get("final_logit_softcapping"):
+            base = cap * (base / cap).tanh()
         if "markov_rank" in o:
             row, kind = w["markov_head.markov_w1.weight"][token], o["markov_head_type"]
             if kind == "gated":
@@ -321,15 +330,20 @@ def test_a_file_for_deepspec_holds_what_its_code_asks_for(target, tmp_path, capl
         ("dflash2", {"selector_top_k": None}, "names no selector_top_k"),
         ("dflash2", {"conv_group_size": 7}, "not a multiple of 7"),
         ("dflash2", {"sample_from_anchor": True}, "sample_from_anchor must be false"),
-        ("dflash2", {"final_logit_softcapping": 30.0}, "logits are capped"),
+        ("dflash2", {"final_logit_softcapping": 30.0, "at": "top"}, "put it into dflash_config"),
+        ("dspark", {"output_multiplier": 2.0, "at": "top"}, "put it into dflash_config"),
     ],
 )
 def test_wrong_configs_get_one_line(target, tmp_path, family, change, message):
     made(target, {"dspark": "vanilla"}.get(family, family)).save_pretrained(tmp_path / "d")
     path = tmp_path / "d" / "config.json"
     config = json.loads(path.read_text())
-    config["dflash_config"].update(change)
-    config.update({k: v for k, v in change.items() if k in config})
+    change = dict(change)
+    if change.pop("at", None) == "top":
+        config.update(change)
+    else:
+        config["dflash_config"].update(change)
+        config.update({k: v for k, v in change.items() if k in config})
     path.write_text(json.dumps(config))
     with pytest.raises(d.UserError, match=message):
         d.Drafter.from_pretrained(str(tmp_path / "d"), device="cpu")
@@ -358,11 +372,13 @@ def parts(seed=0, n=9, widths=(6, 4), vocab=23):
     return hidden, heads, target, weight, labels
 
 
+@pytest.mark.parametrize("draft_map", [LogitMap(), LogitMap(0.5, 2.0), LogitMap(3.0)])
 @pytest.mark.parametrize("candidates", [None, 4])
 @pytest.mark.parametrize("score", [cross_entropy, reverse_kl, forward_kl, total_variation])
-def test_a_head_of_two_parts_is_scored_like_one(score, candidates):
-    """Values and gradients, of the hidden states and the trained part, chunk by chunk."""
+def test_a_head_of_two_parts_is_scored_like_one(score, candidates, draft_map):
+    """Values and gradients, of the hidden states and the trained parts, chunk by chunk."""
     hidden, heads, target, weight, labels = parts()
+    trained = [w.requires_grad_() for w in heads[int(draft_map.is_identity) :]]
     by_label = score is cross_entropy
     found = chunked_score(
         score,
@@ -372,9 +388,10 @@ def test_a_head_of_two_parts_is_scored_like_one(score, candidates):
         teacher_weight=weight,
         labels=labels if by_label else None,
         num_candidates=candidates,
+        draft_map=draft_map,
         chunk=2,
     )
-    unary = hidden[:, :6] @ heads[0].T
+    unary = draft_map(hidden[:, :6] @ heads[0].T)
     logits = unary + hidden[:, 6:] @ heads[1].T
     if candidates:
         out = torch.ones_like(unary, dtype=torch.bool).scatter(
@@ -387,8 +404,8 @@ def test_a_head_of_two_parts_is_scored_like_one(score, candidates):
     torch.testing.assert_close(found, slow)
     scale = torch.linspace(0.5, 2, len(found), dtype=torch.double)
     for ours, theirs in zip(
-        torch.autograd.grad((found * scale).sum(), (hidden, heads[1])),
-        torch.autograd.grad((slow * scale).sum(), (hidden, heads[1])),
+        torch.autograd.grad((found * scale).sum(), (hidden, *trained)),
+        torch.autograd.grad((slow * scale).sum(), (hidden, *trained)),
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)

@@ -19,6 +19,7 @@ from draft_opd.drafters.weights import compare_copies, read_tensors, split_copie
 from draft_opd.models.cpu_linear import prepack
 from draft_opd.models.fused_layers import FusedLayers
 from draft_opd.models.hub import find_drafter_files
+from draft_opd.models.logit_map import IDENTITY, LogitMap
 from draft_opd.utils.errors import UserError, one_line
 from draft_opd.utils.files import replace_folder
 
@@ -90,6 +91,7 @@ class Drafter(nn.Module):
     fused: FusedLayers | None = None  # made when a context first asks for compiled layers
     sft_loss: ClassVar[str] = "cross_entropy"  # of `losses/sft.py`, where the recipe says auto
     has_confidence: bool = False  # see `confidence`
+    logit_map: LogitMap = IDENTITY  # behind the head
     num_candidates: int | None = None  # it drafts only among so many tokens of its body's logits
     weights_per_token: int = 0  # of what `parameters` hold: read anew for every drafted token
     tables: ClassVar[tuple[str, ...]] = ("lm_head",)  # prefixes: matrices that Muon leaves to AdamW
@@ -296,7 +298,7 @@ class Drafter(nn.Module):
     def draft_logits(self, target: Target, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., Vd], over `vocabulary`; -inf for what cannot be drafted."""
         head = self.head(target)
-        return head(hidden.to(head.weight.dtype))
+        return self.logit_map(head(hidden.to(head.weight.dtype)))
 
     def logits(self, target: Target, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V], the target's vocabulary; -inf for what cannot be drafted."""

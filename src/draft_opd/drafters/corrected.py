@@ -45,8 +45,7 @@ class CorrectedDFlash(DFlashDrafter):
         return (*super().head_weights(target), self.correction_weight())
 
     def _body_logits(self, target, hidden: Tensor) -> Tensor:
-        head = self.head(target)
-        return head(hidden.to(head.weight.dtype))
+        return super().draft_logits(target, hidden)
 
     def draft_logits(self, target, hidden: Tensor) -> Tensor:
         h, e = hidden.split([self.config.hidden_size, hidden.shape[-1] - self.config.hidden_size], -1)

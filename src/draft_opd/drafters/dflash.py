@@ -17,9 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3RMSNorm,
-)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from draft_opd.drafters.attention import BlockMask, DenseMask, Rotary
 from draft_opd.drafters.base import Choose, Drafter, Fault
@@ -37,6 +35,7 @@ from draft_opd.drafters.target_config import (
 )
 from draft_opd.models.fused_layers import FusedLayers, LayerSlots
 from draft_opd.models.kv_cache import PositionCache
+from draft_opd.models.logit_map import LogitMap
 from draft_opd.models.target import Target
 from draft_opd.utils.errors import UserError
 
@@ -109,6 +108,7 @@ class DFlashDrafter(Drafter):
         self.mask_token_id: int = options["mask_token_id"]
         # What the target's embedding table is multiplied with; None: whatever the target does.
         self.embedding_scale: float | None = options.get(EMBEDDING_SCALE)
+        self.logit_map = LogitMap(options.get(layout.SCALE) or 1.0, options.get(layout.CAP) or None)
         layers = options.get("target_layer_ids") or default_target_layers(
             config.num_target_layers, config.num_hidden_layers
         )
@@ -226,6 +226,8 @@ class DFlashDrafter(Drafter):
 
     @property
     def formats(self) -> tuple[str, ...]:
+        if not self.logit_map.is_identity:
+            return ("z-lab",)  # others were not seen to apply it
         if self.anchor_first or self.lm_head is not None or self.embed_tokens is not None:
             return ("speculators",) if self.causal is False else ()
         # speculators and vLLM read the causal keys differently; they agree where no layer is causal.

@@ -17,6 +17,7 @@ from draft_opd.losses.closed_form import CLOSED
 from draft_opd.losses.divergences import Score
 from draft_opd.losses.fused_kernels import FUSED, available
 from draft_opd.models.cpu_linear import multiplier
+from draft_opd.models.logit_map import IDENTITY, LogitMap
 from draft_opd.utils.machine import logits_at_once
 
 
@@ -35,11 +36,13 @@ class _Scoring:
     labels: Tensor | None
     teacher_map: Callable[[Tensor], Tensor]
     num_candidates: int | None
+    draft_map: LogitMap
 
     def chunks(
         self, hidden: Tensor, weights: Sequence[Tensor], gradient: bool
-    ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Rows, their scores and (asked for) the scores' gradients to the LM head's output."""
+    ) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor | None]]:
+        """Rows, their scores, and (asked for) the scores' gradients to the logits, and `draft_map`'s slope,
+        with which those are multiplied for the head's first part."""
         products = [multiplier(weight, len(hidden)) for weight in weights]
         teacher_logits_of = products[0]
         if self.teacher_hidden is not None and self.teacher_weight.data_ptr() != weights[0].data_ptr():
@@ -50,7 +53,11 @@ class _Scoring:
         for start in range(0, len(hidden), self.chunk):
             part = slice(start, start + self.chunk)
             pieces = _pieces(hidden[part], weights)
-            draft = unary = products[0](pieces[0].to(weights[0].dtype))
+            draft, bend = products[0](pieces[0].to(weights[0].dtype)), None
+            if not self.draft_map.is_identity:
+                raw = draft.to(wide)
+                draft, bend = self.draft_map(raw), self.draft_map.slope(raw) if gradient else None
+            unary = draft
             for product, piece, weight in zip(products[1:], pieces[1:], weights[1:], strict=True):
                 draft = draft + product(piece.to(weight.dtype)).to(draft.dtype)
             target = labels = None
@@ -62,13 +69,13 @@ class _Scoring:
             if self.num_candidates is not None:
                 draft = draft.masked_fill(~candidate_mask(unary, self.num_candidates, labels), -torch.inf)
             if fused is not None:
-                yield part, *fused(draft, target, labels, self.draft_scale, self.target_scale)
+                yield part, *fused(draft, target, labels, self.draft_scale, self.target_scale), bend
                 continue
             if target is not None:
                 target = _scaled_(target.to(wide), self.target_scale)
             draft = _scaled_(draft.to(wide), self.draft_scale)
             scores, slope = self._scores(draft, target, labels, gradient)
-            yield part, scores, None if slope is None else _scaled_(slope, self.draft_scale)
+            yield part, scores, None if slope is None else _scaled_(slope, self.draft_scale), bend
 
     def _scores(self, draft, target, labels, gradient: bool) -> tuple[Tensor, Tensor | None]:
         if gradient and self.score in CLOSED and self.num_candidates is None:
@@ -97,10 +104,10 @@ class _ChunkedScore(torch.autograd.Function):
         early = ctx.needs_input_grad[0] and not any(ctx.trained)
         gradient = torch.empty_like(hidden) if early else None
         back = _Back(weights, hidden) if early else None
-        for part, found, slope in scoring.chunks(hidden.detach(), [w.detach() for w in weights], early):
+        for part, found, slope, bend in scoring.chunks(hidden.detach(), [w.detach() for w in weights], early):
             scores[part] = found
             if early:
-                gradient[part] = back(slope)
+                gradient[part] = back(_by_part(slope, bend, len(weights)))
         ctx.save_for_backward(*((hidden, *weights) if any(ctx.trained) else (gradient,)))
         return scores
 
@@ -114,28 +121,33 @@ class _ChunkedScore(torch.autograd.Function):
         to_weights = [torch.zeros_like(w) if t else None for w, t in zip(weights, ctx.trained, strict=True)]
         with torch.autocast(*ctx.autocast):  # as it was: the same logits again
             back = _Back(weights, hidden)
-            for part, _, slope in ctx.scoring.chunks(hidden, weights, True):
-                slope = slope.mul_(upstream[part, None])
-                to_hidden[part] = back(slope)
-                for found, piece in zip(to_weights, _pieces(hidden[part], weights), strict=True):
+            for part, _, slope, bend in ctx.scoring.chunks(hidden, weights, True):
+                slopes = _by_part(slope.mul_(upstream[part, None]), bend, len(weights))
+                to_hidden[part] = back(slopes)
+                for found, piece, own in zip(to_weights, _pieces(hidden[part], weights), slopes, strict=True):
                     if found is not None:
-                        found += slope.to(found.dtype).t() @ piece.to(found.dtype)
+                        found += own.to(found.dtype).t() @ piece.to(found.dtype)
         return to_hidden, None, *to_weights
 
 
 class _Back:
-    """Gradients of the head's output [n, Vd] -> those of the hidden states [n, H]."""
+    """Gradients to the output of each of the head's parts [n, Vd] -> those of the hidden states [n, H]."""
 
     def __init__(self, weights: Sequence[Tensor], hidden: Tensor):
         self.weights, self.dtype = weights, hidden.dtype
         self.products = [multiplier(w.t(), len(hidden)) for w in weights]
 
-    def __call__(self, slope: Tensor) -> Tensor:
+    def __call__(self, slopes: Sequence[Tensor]) -> Tensor:
         found = [
             product(slope.to(w.dtype)).to(self.dtype)
-            for product, w in zip(self.products, self.weights, strict=True)
+            for product, w, slope in zip(self.products, self.weights, slopes, strict=True)
         ]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
+def _by_part(slope: Tensor, bend: Tensor | None, parts: int) -> list[Tensor]:
+    """The gradient [n, Vd] to each part's own output; `bend` is that of the map behind the first."""
+    return [slope if bend is None else slope * bend, *[slope] * (parts - 1)]
 
 
 def _pieces(hidden: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -171,6 +183,7 @@ def chunked_score(
     draft_temperature: float = 1.0,
     vocabulary: Tensor | None = None,
     num_candidates: int | None = None,
+    draft_map: LogitMap = IDENTITY,
     chunk: int | None = None,
 ) -> Tensor:
     """`score(hidden @ weight.T, *references)` per token.
@@ -189,6 +202,7 @@ def chunked_score(
         draft_temperature: divides the drafter's logits.
         vocabulary: [Vd] the target's ids of the draft vocabulary; other tokens have q = 0.
         num_candidates: tokens beyond so many of the head's first part have q = 0, but for the label.
+        draft_map: what the drafter does to the output of the head's first part.
         chunk: tokens at a time; by default `logits_at_once`.
 
     Returns: [tokens] scores, float32 (float64 for float64 input), differentiable in `hidden` and,
@@ -211,5 +225,6 @@ def chunked_score(
         labels,
         teacher_map,
         num_candidates,
+        draft_map,
     )
     return _ChunkedScore.apply(hidden, scoring, *weights)

@@ -82,6 +82,7 @@ def agreed(r: ReplayedBlocks, where: Tensor) -> Tensor:
         labels=r.labels[where],
         teacher_weight=r.target_head,
         vocabulary=r.vocabulary,
+        draft_map=r.draft_map,
     )
     return torch.zeros(where.shape, dtype=found.dtype, device=found.device).masked_scatter(where, found)
 

@@ -34,6 +34,7 @@ from draft_opd.losses.divergences import (
     up_to_first_rejection,
 )
 from draft_opd.losses.rounds_to_go import advantages, survival_before
+from draft_opd.models.logit_map import IDENTITY, LogitMap
 
 
 @dataclass
@@ -44,7 +45,8 @@ class ReplayedBlocks:
     them); labels, drafted [N, K]; accepted [N]; valid [N, K]; weight [N]; head: parts [Vd, H_i] with
     Σ H_i = H, which add up; target_head [V, Ht];
     ahead [N, K + 1]: the text's rounds to go at the positions behind the anchor (None as states);
-    decay γ_sft; target_map: what the target does to its logits behind the head; num_candidates: q is 0
+    decay γ_sft; target_map, draft_map: what is done to logits behind the head (its first part);
+    num_candidates: q is 0
     for tokens beyond so many of the head's first part; confidence [N, K]: logits of a drafter that says how
     likely an offset passes, given that those before it did. With a draft
     vocabulary [Vd] q is 0 outside of it, and draftable [N, K] says which
@@ -72,6 +74,7 @@ class ReplayedBlocks:
     ahead: Tensor | None = None
     num_candidates: int | None = None
     confidence: Tensor | None = None
+    draft_map: LogitMap = IDENTITY
 
     @property
     def body(self) -> ReplayedBlocks:
@@ -95,6 +98,7 @@ class ReplayedBlocks:
                 draft_temperature=self.draft_temperature,
                 vocabulary=self.vocabulary,
                 num_candidates=self.num_candidates,
+                draft_map=self.draft_map,
             ),
         )
 
@@ -116,6 +120,7 @@ class ReplayedBlocks:
             draft_temperature=temperature,
             vocabulary=self.vocabulary,
             num_candidates=self.num_candidates,
+            draft_map=self.draft_map,
         )
         return self._dense(self.reachable, values)
 

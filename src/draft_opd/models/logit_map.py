@@ -35,6 +35,15 @@ class LogitMap:
             logits = logits * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
+    def slope(self, logits: Tensor) -> Tensor:
+        """Its derivative there."""
+        if self.cap is None:
+            return torch.full_like(logits, self.scale)
+        return self.scale * (1 - torch.tanh(logits * self.scale / self.cap).square())
+
+
+IDENTITY = LogitMap()
+
 
 def find_logit_map(model: nn.Module, head: nn.Module, config: Any) -> LogitMap | None:
     """The map that config.json names, if the model does just that; None where it does anything else."""

@@ -121,6 +121,7 @@ def replay(
         head=drafter.head_weights(target),
         target_head=target.head_weight(),
         target_map=target.logit_map,
+        draft_map=drafter.logit_map,
         decay=drafter.position_decay(blocks.valid.shape[2]),
         vocabulary=drafter.vocabulary,
         sees_drafts=drafter.sees_drafts,

@@ -24,14 +24,9 @@ KINDS = {  # families of a DFlash body, by keys that only they have
     "dspark": ("markov_rank", "enable_confidence_head"),
     "dflash2": ("conv_kernel_size", "selector_rank"),
 }
-IDENTITY = {"output_multiplier": 1.0}
 SPECULATORS_KEYS = ("draft_vocab_size", "target_hidden_size")
-# Keys that make a drafter of another family of a DFlash body.
-OTHER_FAMILIES = {
-    "gru_hidden_dim": "Domino drafter",
-    "output_multiplier": "drafter whose logits are scaled",
-    "final_logit_softcapping": "drafter whose logits are capped",
-}
+# What is done to logits behind the head: keys of `dflash_config`, as published DFlash2 drafters have them.
+SCALE, CAP = "output_multiplier", "final_logit_softcapping"
 
 
 def kind_of(config: dict) -> str | None:
@@ -90,11 +85,16 @@ def read(
 
 def _read_config(config: dict) -> tuple[dict, str]:
     """config.json of any layout in z-lab's keys, and the layout's name."""
-    more = _with_nested(config)
-    if wrong := next((k for k in OTHER_FAMILIES if more.get(k) and more[k] != IDENTITY.get(k)), None):
+    if _with_nested(config).get("gru_hidden_dim"):
         raise UserError(
-            f"the config.json has {wrong}: it is that of a {OTHER_FAMILIES[wrong]}, which is not supported"
+            "the config.json has gru_hidden_dim: it is that of a Domino drafter, which is not supported"
         )
+    for key, none in ((SCALE, 1.0), (CAP, None)):
+        if config.get(key) not in (None, none):
+            raise UserError(
+                f"the config.json has {key}, which some engines apply to a drafter's logits and some pass "
+                "over: put it into dflash_config if the drafter was trained with it, else remove it"
+            )
     layout = "z-lab"
     if is_speculators(config):
         layout, config = "speculators", _from_speculators(config)
