@@ -227,6 +227,7 @@ def variants(start, seed, progress):
         "margin": ("opd", {}, lambda: dpace_with(margin)),
         "auf_decayed": ("opd", {"opd.objective.kind": "auf"}, lambda: patched_objective("auf", auf_decayed)),
         "alpha_down": ("opd", {}, lambda: annealed(progress, 0.8, 0.3)),
+        "alpha_down_far": ("opd", {}, lambda: annealed(progress, 1.0, 0.1)),
         "alpha_up": ("opd", {}, lambda: annealed(progress, 0.3, 0.8)),
         "chain_tv+ce": (
             "opd",

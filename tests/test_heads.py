@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,36 @@ SHAPES = {
     "rnn": ("dspark", {"markov_head_type": "rnn", "sample_from_anchor": False}),
     "dflash2": ("dflash2", {"conv_kernel_size": 3, "selector_top_k": 5}),
     "capped": ("dflash2", {"selector_top_k": 5}),
+    "gemma4": ("dspark", {"markov_head_type": "vanilla"}),
+    "gemma4, own values": ("dspark", {"markov_head_type": "gated"}),
 }
 KEYS = {"capped": {"output_multiplier": 0.5, "final_logit_softcapping": 4.0}}  # of dflash_config
 SMALL = {"dspark": {"block_size": 5, "markov_rank": 8}, "dflash2": {"block_size": 6, "selector_rank": 8}}
+
+
+def of_gemma4(drafter, shared):
+    """An untrained drafter of that size with DeepSpec's body for Gemma 4."""
+    config = {
+        **drafter.config_dict(),
+        "architectures": ["Gemma4DSparkModel"],
+        "model_type": "gemma4_text",
+        "head_dim": 8,
+        "global_head_dim": 32,
+        "num_key_value_heads": 2,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": shared,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "final_logit_softcapping": 4.0,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "proportional",
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 1000.0,
+            }
+        },
+    }
+    confidence = {"confidence_head.proj.weight": drafter.confidence_head.proj.weight}
+    return type(drafter).from_files(config, confidence)[0]
 
 
 def made(target, name, seed=0):
@@ -59,6 +87,10 @@ def made(target, name, seed=0):
     if name in KEYS:
         drafter.config.dflash_config.update(KEYS[name])
         drafter = FAMILIES[family](drafter.config)
+    if name.startswith("gemma4"):
+        drafter = of_gemma4(drafter, name == "gemma4")
+        for layer in drafter.layers:
+            layer.layer_scalar.fill_(0.7)
     drafter.eval()
     with torch.no_grad():
         for parameter in drafter.parameters():
@@ -74,10 +106,10 @@ def rms(x, weight):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
 
 
-def turned(x, positions, base):
-    """x [heads, n, d] at rotary positions [n]."""
+def turned(x, positions, base, part=1.0):
+    """x [heads, n, d] at rotary positions [n]; part: the share of pairs that turn at all."""
     half = x.shape[-1] // 2
-    angle = positions[:, None] / base ** (torch.arange(half) / half)
+    angle = positions[:, None] / base ** (torch.arange(half) / half) * (torch.arange(half) < part * half)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
@@ -94,7 +126,12 @@ def convolved(x, base, dynamic, group):
 def states(w, config, features, tokens, embed, anchor):
     """The body's normed states [B, H] of one block; features [anchor, F] of all positions in front of it."""
     o, heads, kv = config["dflash_config"], config["num_attention_heads"], config["num_key_value_heads"]
-    size, base = config["head_dim"], config["rope_parameters"]["rope_theta"]
+    gemma, size = "global_head_dim" in config, config.get("global_head_dim", config["head_dim"])
+    rope = config["rope_parameters"]["full_attention"] if gemma else config["rope_parameters"]
+    base, part = rope["rope_theta"], rope.get("partial_rotary_factor", 1.0)
+    shared = gemma and config["attention_k_eq_v"]
+    kv = config["num_global_key_value_heads"] if shared else kv
+    scale, act = (1, partial(F.gelu, approximate="tanh")) if gemma else (size**0.5, F.silu)
     context = rms(features @ w["fc.weight"].T, w["hidden_norm.weight"])
     at = torch.arange(anchor + len(tokens), dtype=torch.float32)
     x = embed[tokens]
@@ -117,16 +154,24 @@ def states(w, config, features, tokens, embed, anchor):
             every = torch.cat([context, y])
             q = rms(split(y @ p["self_attn.q_proj.weight"].T, heads), p["self_attn.q_norm.weight"])
             k = rms(split(every @ p["self_attn.k_proj.weight"].T, kv), p["self_attn.k_norm.weight"])
-            v = split(every @ p["self_attn.v_proj.weight"].T, kv).repeat_interleave(heads // kv, 0)
-            q, k = turned(q, at[anchor:], base), turned(k, at, base).repeat_interleave(heads // kv, 0)
-            weights = (q @ k.transpose(1, 2) / size**0.5).softmax(-1)
+            v = split(every @ p[f"self_attn.{'k' if shared else 'v'}_proj.weight"].T, kv)
+            v = (rms(v, 1.0) if gemma else v).repeat_interleave(heads // kv, 0)
+            q, k = turned(q, at[anchor:], base, part), turned(k, at, base, part)
+            k = k.repeat_interleave(heads // kv, 0)
+            weights = (q @ k.transpose(1, 2) / scale).softmax(-1)
             return (weights @ v).transpose(0, 1).flatten(1) @ p["self_attn.o_proj.weight"].T
 
         def mlp(y, p=p):
-            gate = F.silu(y @ p["mlp.gate_proj.weight"].T)
+            gate = act(y @ p["mlp.gate_proj.weight"].T)
             return (gate * (y @ p["mlp.up_proj.weight"].T)) @ p["mlp.down_proj.weight"].T
 
-        x = x + around("attention_conv", attention, rms(x, p["input_layernorm.weight"]))
+        out = around("attention_conv", attention, rms(x, p["input_layernorm.weight"]))
+        if gemma:  # norms behind attention and MLP, too
+            x = x + rms(out, p["post_attention_layernorm.weight"])
+            out = mlp(rms(x, p["pre_feedforward_layernorm.weight"]))
+            x = (x + rms(out, p["post_feedforward_layernorm.weight"])) * p["layer_scalar"]
+            continue
+        x = x + out
         x = x + around("mlp_conv", mlp, rms(x, p["post_attention_layernorm.weight"]))
     return rms(x, w["norm.weight"])
 

@@ -57,6 +57,20 @@ TARGETS = {  # layers and what differs from a plain decoder
             },
         },
     ),
+    "Gemma-4-12B": (
+        "gemma4_text",
+        48,
+        {
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "num_global_key_value_heads": 1,
+            "global_head_dim": 16,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "sliding_window": 16,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
     "gpt-oss-20b": (
         "gpt_oss",
         24,
@@ -108,6 +122,25 @@ def deepspec(**keys):
         "tie_word_embeddings": False,
         **keys,
     }
+
+
+def deepspec_gemma4(**keys):
+    """The same for Gemma 4: a copy of the target's text config."""
+    rope = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0}
+    own = {
+        **TARGETS["Gemma-4-12B"][2],
+        "architectures": ["Gemma4DSparkModel"],
+        "model_type": "gemma4_text",
+        "target_layer_ids": [5, 17, 29, 41, 46],
+        "num_target_layers": 48,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rope_parameters": {"sliding_attention": {"rope_type": "default"}, "full_attention": rope},
+        "enable_moe_block": False,
+    }
+    plain = deepspec(**own)
+    for key in ("rope_theta", "rope_scaling", "use_sliding_window", "max_window_layers"):
+        del plain[key]
+    return {**plain, **keys}
 
 
 def eagle3(**keys):
@@ -165,6 +198,7 @@ EXTRAS = {
     "speculators DFlash Qwen3-8B, draft vocabulary": {"verifier"},
     "DeepSpec DFlash Qwen3-4B": {"copies"},
     "DeepSpec DSpark Qwen3-4B": {"copies"},
+    "DeepSpec DSpark Gemma-4-12B": {"copies"},
     "EAGLE-3 Qwen3-8B (NVIDIA)": {"rotary", "verifier"},
 }
 DRAFTERS = {
@@ -199,6 +233,14 @@ DRAFTERS = {
             confidence_head_with_markov=True,
             num_nextn_predict_layers=1,
         ),
+    ),
+    "DeepSpec DFlash Gemma-4-12B": (
+        "Gemma-4-12B",
+        deepspec_gemma4(markov_rank=0, enable_confidence_head=False, confidence_head_with_markov=False),
+    ),
+    "DeepSpec DSpark Gemma-4-12B": (
+        "Gemma-4-12B",
+        deepspec_gemma4(markov_rank=16, enable_confidence_head=True, confidence_head_with_markov=True),
     ),
     "SpecForge DSpark Qwen3-8B": (
         "Qwen3-8B",
@@ -445,6 +487,8 @@ def test_published_shapes_load_draft_and_replay(make_target, tmp_path, name):
     drafter.bind(target)
     length = {"DeepSpec DFlash Qwen3-4B": 7, "speculators DFlash Qwen3-8B, anchor first": 8}
     length |= {
+        "DeepSpec DFlash Gemma-4-12B": 7,
+        "DeepSpec DSpark Gemma-4-12B": 7,
         "DeepSpec DSpark Qwen3-4B": 7,
         "SpecForge DSpark Qwen3-8B": 7,
         "z-lab DFlash2 (the 27B's keys)": 7,

@@ -20,9 +20,11 @@ class Rotary:
     the drafter is cast to, since rounded ones drift at far positions."""
 
     def __init__(self, config: PretrainedConfig):
-        """Raises `UserError` for a config that rotates a part of each head only."""
-        part = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor") or 1.0
-        if part != 1.0:
+        """Raises `UserError` for a config that rotates a part of each head only (but for Gemma 4's way, which
+        turns whole heads, most pairs by no angle)."""
+        rope = getattr(config, "rope_parameters", None) or {}
+        part = rope.get("partial_rotary_factor") or 1.0
+        if part != 1.0 and rope.get("rope_type") != "proportional":
             raise UserError(
                 f"the drafter's config.json rotates {part:g} of each head (partial_rotary_factor), which is "
                 "not supported. If draft-opd 0.1 trained it, it rotates whole heads: set 1.0"

@@ -264,12 +264,16 @@ class Drafter(nn.Module):
         faults: dict[str, Fault] = {}
         for by, name in ((1, "one higher"), (-1, "one lower")):
             if self.target_layers[0] + by >= 0 and self.target_layers[-1] + by < num_layers - 1:
-                faults[f"the target's layers are tapped {name} than trained"] = partial(_shifted, shift, by)
-        ours = self.config_dict()["rope_theta"]
+                faults[f"the target's layers are tapped {name} than trained"] = partial(
+                    lambda by, config, _: shift(config, by), by
+                )
+        rope = self.config_dict()["rope_parameters"]
+        ours = rope.get("full_attention", rope)["rope_theta"]
         for theta in (10_000.0, 500_000.0, 1_000_000.0, 5_000_000.0):
 
             def turn(config, _, theta=theta):
-                config["rope_theta"] = config["rope_parameters"]["rope_theta"] = theta
+                rope = config["rope_parameters"]
+                rope.get("full_attention", rope)["rope_theta"] = config["rope_theta"] = theta
 
             if theta != ours:
                 faults[f"the rope base is {theta:g}, trained was {ours:g}"] = turn
@@ -386,10 +390,6 @@ class Drafter(nn.Module):
             if card is not None:
                 (temporary / "README.md").write_text(card, encoding="utf-8")
             write_model(temporary, config, tensors, dtype)
-
-
-def _shifted(shift: Callable[[dict, int], None], by: int, config: dict, _: object) -> None:
-    shift(config, by)
 
 
 def over_target(logits: Tensor, vocabulary: Tensor | None, size: int) -> Tensor:

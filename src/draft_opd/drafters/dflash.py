@@ -22,6 +22,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from draft_opd.drafters.attention import BlockMask, DenseMask, Rotary
 from draft_opd.drafters.base import Choose, Drafter, Fault
 from draft_opd.drafters.dflash_layer import DFlashLayer
+from draft_opd.drafters.gemma4_layer import Gemma4Layer
 from draft_opd.drafters.layouts import dflash as layout
 from draft_opd.drafters.layouts.vocabulary import as_buffers, checked_ids, target_ids
 from draft_opd.drafters.mask_token import find_mask_token
@@ -121,7 +122,9 @@ class DFlashDrafter(Drafter):
         self.feature_size: int = getattr(config, "target_hidden_size", None) or hidden
         self.fc = nn.Linear(len(self.target_layers) * self.feature_size, hidden, bias=False)
         self.hidden_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
+        self.is_gemma4 = hasattr(config, "gemma4")
+        layer = Gemma4Layer if self.is_gemma4 else self.layer_class
+        self.layers = nn.ModuleList(layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
         self.rotary = Rotary(config=config)
         self.embed_tokens = self.lm_head = None
@@ -226,8 +229,8 @@ class DFlashDrafter(Drafter):
 
     @property
     def formats(self) -> tuple[str, ...]:
-        if not self.logit_map.is_identity:
-            return ("z-lab",)  # others were not seen to apply it
+        if self.is_gemma4 or not self.logit_map.is_identity:  # others were not seen to apply it
+            return ("deepspec",) if self.is_gemma4 else ("z-lab",)
         if self.anchor_first or self.lm_head is not None or self.embed_tokens is not None:
             return ("speculators",) if self.causal is False else ()
         # speculators and vLLM read the causal keys differently; they agree where no layer is causal.

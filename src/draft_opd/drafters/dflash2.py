@@ -130,6 +130,8 @@ class DFlash2Drafter(CorrectedDFlash):
         group = config.dflash_config["conv_group_size"]
         if config.hidden_size % group:
             raise UserError(f"conv_group_size: {config.hidden_size} channels are not a multiple of {group}")
+        if hasattr(config, "gemma4"):
+            raise UserError("a DFlash2 drafter has no body of Gemma 4's: begin with another drafter")
         super().__init__(config, own_embeddings=own_embeddings, own_head=own_head)
         if self.vocabulary is not None:
             raise UserError("a DFlash2 drafter has no draft vocabulary: its tables are over all tokens")

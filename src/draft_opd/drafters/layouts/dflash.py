@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from draft_opd.drafters.layouts import gemma4
 from draft_opd.drafters.layouts.speculators import flatten, is_speculators, wrap
 from draft_opd.drafters.layouts.vocabulary import as_buffers, checked_ids
 from draft_opd.drafters.target_config import older_rope_keys
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from draft_opd.drafters.dflash import DFlashDrafter
 
 ARCHITECTURE = "DFlashDraftModel"
-DEEPSPEC = ("Qwen3DSparkModel", "DSparkDraftModel")  # DeepSpec trains DFlash with this class, heads off
+# DeepSpec trains DFlash with these classes, heads off.
+DEEPSPEC = ("Qwen3DSparkModel", "DSparkDraftModel", gemma4.ARCHITECTURE)
 KNOWN = (ARCHITECTURE, *DEEPSPEC, "DFlash2DraftModel")
 KINDS = {  # families of a DFlash body, by keys that only they have
     "dspark": ("markov_rank", "enable_confidence_head"),
@@ -89,17 +91,19 @@ def _read_config(config: dict) -> tuple[dict, str]:
         raise UserError(
             "the config.json has gru_hidden_dim: it is that of a Domino drafter, which is not supported"
         )
+    layout = "z-lab"
+    if any(n in (config.get("architectures") or []) for n in DEEPSPEC) and "dflash_config" not in config:
+        layout, config = "deepspec", _from_deepspec(config)
+    if gemma4.matches(config):
+        config = gemma4.plain(config)
     for key, none in ((SCALE, 1.0), (CAP, None)):
         if config.get(key) not in (None, none):
             raise UserError(
                 f"the config.json has {key}, which some engines apply to a drafter's logits and some pass "
                 "over: put it into dflash_config if the drafter was trained with it, else remove it"
             )
-    layout = "z-lab"
     if is_speculators(config):
         layout, config = "speculators", _from_speculators(config)
-    elif any(n in (config.get("architectures") or []) for n in DEEPSPEC) and "dflash_config" not in config:
-        layout, config = "deepspec", _from_deepspec(config)
     options = config.get("dflash_config")
     if not isinstance(options, dict) or not isinstance(options.get("mask_token_id"), int):
         raise UserError(
@@ -165,7 +169,7 @@ def config_of(drafter: DFlashDrafter) -> dict:
     }
     if drafter.anchor_first:
         config["dflash_config"]["sample_from_anchor"] = True
-    return config
+    return gemma4.restored(config)
 
 
 def speculators_config(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from draft_opd.drafters.layouts import dflash as body
+from draft_opd.drafters.layouts import gemma4
 from draft_opd.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,7 +66,9 @@ def config_of(drafter: DSparkDrafter) -> dict:
     }
     config.setdefault("num_anchors", ANCHORS)
     flat = {k: own[k] for k in (*HEAD_KEYS, "mask_token_id", "target_layer_ids", "sample_from_anchor")}
-    return {**config, **flat, "architectures": [ARCHITECTURE], "dflash_config": own}
+    if not gemma4.matches(config):
+        config["architectures"] = [ARCHITECTURE]
+    return {**config, **flat, "dflash_config": own}
 
 
 def speculators_config(drafter: DSparkDrafter, verifier: dict) -> dict:
