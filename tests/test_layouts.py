@@ -84,6 +84,7 @@ def test_a_whole_vocabulary_has_no_tables(target, tmp_path, verifier):
         ("dflash", {"aux_hidden_state_layer_ids": None}, "aux_hidden_state_layer_ids"),
         ("dflash", {"mask_token_id": None}, "mask_token_id"),
         ("eagle3", {"transformer_layer_config": {"model_type": "gpt2"}}, "gpt2"),
+        ("eagle3", {"architectures": ["Gemma4Eagle3Model"]}, "EAGLE-3 drafters for Gemma 4"),
     ],
     indirect=["family"],
 )

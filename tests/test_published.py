@@ -199,6 +199,7 @@ EXTRAS = {
     "DeepSpec DFlash Qwen3-4B": {"copies"},
     "DeepSpec DSpark Qwen3-4B": {"copies"},
     "DeepSpec DSpark Gemma-4-12B": {"copies"},
+    "DeepSpec EAGLE-3 Qwen3-4B": {"copies"},
     "EAGLE-3 Qwen3-8B (NVIDIA)": {"rotary", "verifier"},
 }
 DRAFTERS = {
@@ -346,6 +347,17 @@ DRAFTERS = {
     ),
     "z-lab gpt-oss-20b": ("gpt-oss-20b", dflash(8, [1, 6, 11, 16, 21], 24, block_size=8)),
     "EAGLE-3 Qwen3-8B": ("Qwen3-8B", eagle3()),
+    "DeepSpec EAGLE-3 Qwen3-4B": (
+        "Qwen3-4B",
+        {
+            **{k: v for k, v in deepspec(num_hidden_layers=1).items() if "markov" not in k},
+            "architectures": ["Qwen3Eagle3Model"],
+            "layer_types": ["full_attention"],
+            "ttt_length": 7,
+            "step_loss_decay": 0.8,
+            "draft_num_hidden_layers": 1,
+        },
+    ),
     "EAGLE-3.1 Qwen3-30B-A3B": (
         "Qwen3-30B-A3B",
         eagle3(num_key_value_heads=1, fc_norm=True, norm_output=True),
@@ -558,6 +570,18 @@ def test_copies_of_another_target_are_told(make_target, tmp_path, caplog):
         drafter.bind(target)
         drafter.bind(target)  # once is enough
         assert [message in r.message for r in caplog.records] == ([True] if message else [])
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [("enable_moe_block", "experts"), ("hidden_size_per_layer_input", "inputs of every layer")],
+)
+def test_parts_of_gemma4_that_no_drafter_has_are_refused(tmp_path, key, what):
+    config = {**SIZES, **DRAFTERS["DeepSpec DSpark Gemma-4-12B"][1], key: 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"fc.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(d.UserError, match=f"{key} \\({what}\\), which is not supported"):
+        d.Drafter.from_pretrained(str(tmp_path), device="cpu")
 
 
 def test_the_slot_convention_shifts_by_one(make_target):

@@ -108,7 +108,7 @@ class Eagle3Drafter(Drafter):
             own_embeddings=files.own_embeddings,
             own_head=files.own_head,
         )
-        drafter.layout = files.layout
+        drafter.layout, drafter.copies = files.layout, files.copies
         return drafter, files.tensors
 
     @classmethod

@@ -1,4 +1,4 @@
-"""EAGLE-3 on disk: the folder that SGLang and vLLM share, SafeAILab's, and speculators'.
+"""EAGLE-3 on disk: the folder that SGLang and vLLM share, SafeAILab's, DeepSpec's, and speculators'.
 
 Two engines spell the tapped layers in two ways, one apart: SGLang reads `eagle_config` (layer outputs),
 vLLM the key at the top (hidden_states, one higher). Both are written.
@@ -15,6 +15,7 @@ from torch import Tensor
 from draft_opd.drafters.layouts.speculators import flatten, is_speculators, wrap
 from draft_opd.drafters.layouts.vocabulary import as_buffers, checked_ids
 from draft_opd.drafters.target_config import older_rope_keys
+from draft_opd.drafters.weights import split_copies
 from draft_opd.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 # Variants that published files name in their config, at the top or in `eagle_config`.
 FLAGS = ("norm_before_residual", "norm_output", "norm_before_fc", "fc_norm")
 LLAMA, QWEN3 = "LlamaForCausalLMEagle3", "Eagle3Qwen3ForCausalLM"  # SGLang's and vLLM's names
+DEEPSPEC, DEEPSPEC_GEMMA4 = "Qwen3Eagle3Model", "Gemma4Eagle3Model"
+COPIES = ("embed_tokens.weight", "lm_head.weight")  # frozen ones of the target's, in DeepSpec's files
 SPECULATORS_KEYS = ("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids", *FLAGS)
 
 
@@ -44,11 +47,17 @@ class Files:
     qk_norm: bool
     own_embeddings: bool
     own_head: bool
+    copies: dict[str, Tensor]
 
 
 def read(config: dict, tensors: dict[str, Tensor]) -> Files:
     """From any of the layouts. Raises `UserError` for what is none of them."""
-    layout = "sglang"
+    layout, copies = "sglang", {}
+    if DEEPSPEC_GEMMA4 in config["architectures"]:
+        raise UserError("DeepSpec's EAGLE-3 drafters for Gemma 4 have layers that are not supported")
+    if DEEPSPEC in config["architectures"]:
+        layout, config = "deepspec", _from_deepspec(config)
+        tensors, copies = split_copies(tensors, COPIES)
     if is_speculators(config):
         layout, (config, num_draft_tokens) = "speculators", flatten(config, SPECULATORS_KEYS)
         config["architectures"] = [QWEN3 if config["model_type"] == "qwen3" else LLAMA]
@@ -77,7 +86,17 @@ def read(config: dict, tensors: dict[str, Tensor]) -> Files:
         own_embeddings="embed_tokens.weight" in tensors,
         # Without it the target's head serves, if the vocabulary is the whole one.
         own_head="lm_head.weight" in tensors or not whole,
+        copies=copies,
     )
+
+
+def _from_deepspec(config: dict) -> dict:
+    """DeepSpec's flat config.json in the other files' keys; its layers are those whose output is tapped."""
+    options = {
+        "eagle_aux_hidden_state_layer_ids": config.get("target_layer_ids"),
+        "draft_length": config.get("ttt_length") or 7,
+    }
+    return {**config, "architectures": [QWEN3], "eagle_config": options}
 
 
 def config_of(drafter: Eagle3Drafter) -> dict:
