@@ -129,8 +129,8 @@ def _wrong(folder, change):
         (lambda c: c["dflash_config"].update(target_layer_ids=[1, 2]), "fc.weight"),
         (lambda c: c.update(num_hidden_layers=3, layer_types=None), "lacks the tensor"),
         (lambda c: c.update(hidden_size="wide"), "describes no drafter"),
-        (lambda c: c.update(block_size="wide"), "block size is wide"),
-        (lambda c: c.update(block_size=1), "block size is 1"),
+        (lambda c: c.update(block_size="wide"), "block_size in config.json is 'wide'"),
+        (lambda c: c.update(block_size=1), "block_size in config.json is 1"),
     ],
 )
 def test_a_broken_folder_says_what_is_wrong(trained, tmp_path, change, message):

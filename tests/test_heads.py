@@ -372,7 +372,16 @@ def test_a_file_for_deepspec_holds_what_its_code_asks_for(target, tmp_path, capl
         ("dspark", {"markov_head_type": "lstm"}, "markov_head_type 'lstm': known are vanilla, gated, rnn"),
         ("dspark", {"markov_rank": 0}, "no markov_rank"),
         ("dspark", {"markov_head_type": "gated"}, "lacks the tensor 'markov_head.gate_proj"),
-        ("dflash2", {"selector_top_k": None}, "names no selector_top_k"),
+        ("dflash2", {"selector_top_k": None}, r"whole number from 1 on for selector_top_k \(None\)"),
+        ("dflash2", {"selector_top_k": 0}, r"selector_top_k \(0\)"),
+        ("dflash2", {"selector_top_k": 10**6}, "selector_top_k: there are 839 tokens"),
+        ("dflash2", {"conv_kernel_size": "2"}, r"conv_kernel_size \('2'\)"),
+        ("dflash2", {"output_multiplier": -1.0}, "output_multiplier in config.json is -1.0"),
+        ("dflash2", {"final_logit_softcapping": "30"}, "it must be a number above 0"),
+        ("dspark", {"sample_from_anchor": "false"}, "sample_from_anchor in config.json is 'false'"),
+        ("dspark", {"target_layer_ids": "1,2"}, "it must be a list of whole numbers"),
+        ("dspark", {"markov_rank": 4, "at": "top"}, "config.json has markov_rank twice"),
+        ("dspark", {"markov_rank": "8"}, "markov_rank in config.json is '8'"),
         ("dflash2", {"conv_group_size": 7}, "not a multiple of 7"),
         ("dflash2", {"sample_from_anchor": True}, "sample_from_anchor must be false"),
         ("dflash2", {"final_logit_softcapping": 30.0, "at": "top"}, "put it into dflash_config"),
@@ -548,7 +557,7 @@ def test_a_dflash_drafter_becomes_another_family(target, data, heldout, tmp_path
     run = Run("sft", load_recipe(f"embedded:{family}", pairs, "sft"), target=target)
     grown = run.drafter
     assert grown.family == family and grown.draft_length == source.draft_length == 5
-    assert any("tensors taken" in r.message for r in caplog.records)
+    assert any("tensors are taken over" in r.message for r in caplog.records)
     with torch.no_grad():
         traces = [d.hindsight_trace(target, x.eval(), heldout[0]) for x in (source, grown)]
     assert traces[0] == traces[1]
@@ -644,7 +653,7 @@ def test_an_evaluation_compares_confidences(target, spark):
     for wrong in ("x", "1", "0.5,-1", ""):
         with pytest.raises(d.UserError, match="give chances"):
             to_confidences(wrong)
-    with pytest.raises(d.UserError, match="does not say how sure it is"):
+    with pytest.raises(d.UserError, match="has no confidence head"):
         sides_of({"y": ("y", other)}, confidences=[0.5])
 
 
@@ -690,14 +699,14 @@ def test_where_a_draft_ends_says_nothing_of_its_last_token(target, heldout, spar
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"confidence": 1.5}, "give a probability between 0 and 1"),
+        ({"confidence": 1.5}, "give a chance above 0 and below 1"),
         ({"confidence": 0.5, "draft_length": "auto"}, "not two of them"),
     ],
 )
 def test_silly_confidences_are_refused(target, spark, options, message):
     with pytest.raises(d.UserError, match=message):
         d.generate(target, spark, [1, 2, 3], **options)
-    with pytest.raises(d.UserError, match="does not say how sure it is"):
+    with pytest.raises(d.UserError, match="has no confidence head"):
         d.generate(target, made(target, "dflash2"), [1, 2, 3], confidence=0.5)
 
 
@@ -796,7 +805,7 @@ def test_options_and_families_that_count_nothing_are_told(target, caplog):
     source.bind(target)
     options = {"num_layers": 3, "markov_rank": 8, "sample_from_anchor": True}
     grown_drafter(Model(family="dspark", options=options), source, target)
-    assert "model.options num_layers, sample_from_anchor count nothing" in caplog.text
+    assert "model.options num_layers, sample_from_anchor are not used" in caplog.text
     assert grown_drafter(Model(family="eagle3"), source, target) is source
     assert "goes on as that" in caplog.text
     with pytest.raises(d.UserError, match="unknown drafter family 'dsprak'"):

@@ -150,6 +150,8 @@ def evaluate(
     sampling, widths = to_sampling(temperature, top_k, top_p, draft), to_widths(tree)
     lengths, confidences = to_lengths(draft_length), to_confidences(confidence)
     sizes = to_numbers(concurrency, "--concurrency")
+    if advise and confidences != [None]:
+        raise UserError("--advise tells about whole drafts: leave --confidence out")
     if hardware and not advise:
         raise UserError("--hardware goes with --advise")
     if lengths and tree:

@@ -39,6 +39,7 @@ from draft_opd.cli.options import (
     at_least,
     example,
     one_length,
+    to_confidences,
     to_drafter,
     to_sampling,
     to_target,
@@ -87,8 +88,11 @@ def generate(
     draft_length: AutoLength = None,
     tree: Tree = None,
     confidence: Annotated[
-        float | None,
-        typer.Option(help="DSpark: end drafts before a token that is less likely to pass; the text stays."),
+        str | None,
+        typer.Option(
+            help="DSpark: end drafts before a token that is less likely to pass (0: never). The text's "
+            "distribution stays the target's."
+        ),
     ] = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
@@ -112,7 +116,10 @@ def generate(
         raise UserError(f"--mark {mark}: choose one of {', '.join(MARKS)}")
     sampling, widths = to_sampling(temperature, top_k, top_p, draft), to_widths(tree)
     # Above temperature 0 the same seed should give the same text, whatever the clock says.
-    usual = "auto" if sampling.greedy and not tree and confidence is None else None
+    least, *more = to_confidences(confidence)
+    if more:
+        raise UserError(f"--confidence {confidence}: give one chance, as 0.5")
+    usual = "auto" if sampling.greedy and not tree and least is None else None
     length = one_length(draft_length) or usual
     text = sys.stdin.read() if prompt is None else prompt
     if not text.strip():
@@ -134,7 +141,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         draft_length=length,
         tree=widths,
-        confidence=confidence,
+        confidence=least,
         sampling=sampling,
         seed=seed,
     )

@@ -26,7 +26,7 @@ AutoLength = Annotated[
     typer.Option(
         "--draft-length",
         help="Tokens drafted a round, or 'auto': what is fastest here. Default: auto when greedy "
-        "and no --tree is given, else all.",
+        "and neither --tree nor --confidence is given, else all.",
     ),
 ]
 Tree = Annotated[

@@ -327,16 +327,17 @@ def speculate(
     return results
 
 
-def check_confidence(drafter: Drafter | None, confidence: float, other: bool) -> None:
-    """Raises `UserError` unless drafts can end by it; other: something else says how long they are."""
-    if drafter is None or not drafter.has_confidence:
-        raise UserError(
-            "confidence: this drafter does not say how sure it is (DSpark's confidence head does)"
-        )
-    if not 0 < confidence < 1:
-        raise UserError(f"confidence {confidence:g}: give a probability between 0 and 1")
+def check_confidence(drafter: Drafter | None, confidence: float, other: bool, where: str = "") -> None:
+    """Raises `UserError`, beginning with `where`, unless drafts can end by it; other: something else says how
+    long they are."""
     if other:
         raise UserError("give a confidence, a tree or an automatic draft length, not two of them")
+    if drafter is None or not drafter.has_confidence:
+        raise UserError(
+            f"{where}it has no confidence head, which a confidence needs (a DSpark drafter can have one)"
+        )
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence {confidence:g}: give a chance above 0 and below 1")
 
 
 def is_sharded(drafter: Drafter | None) -> bool:

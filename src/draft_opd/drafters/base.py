@@ -351,8 +351,8 @@ class Drafter(nn.Module):
         tensors, copies = split_copies(read_tensors(files))
         try:
             drafter, tensors = family.from_files(config, tensors)
-        except UserError:
-            raise
+        except UserError as error:
+            raise UserError(f"'{folder}': {error}") from None
         except Exception as error:
             line = one_line(error)
             raise UserError(f"the config.json of '{folder}' describes no drafter ({line})") from error

@@ -199,7 +199,7 @@ class DFlashDrafter(Drafter):
         name = f"the anchor's slot {what} (sample_from_anchor {str(other).lower()})"
 
         def shift(config, _):
-            config["dflash_config"]["sample_from_anchor"] = other
+            config["dflash_config"]["sample_from_anchor"] = config["sample_from_anchor"] = other
             config["dflash_config"]["block_size"] = config["block_size"] = self.block_size + more
 
         return {name: shift}

@@ -130,6 +130,8 @@ class DFlash2Drafter(CorrectedDFlash):
         group = config.dflash_config["conv_group_size"]
         if config.hidden_size % group:
             raise UserError(f"conv_group_size: {config.hidden_size} channels are not a multiple of {group}")
+        if config.dflash_config["selector_top_k"] > config.vocab_size:
+            raise UserError(f"selector_top_k: there are {config.vocab_size} tokens to choose among")
         if hasattr(config, "gemma4"):
             raise UserError("a DFlash2 drafter has no body of Gemma 4's: begin with another drafter")
         super().__init__(config, own_embeddings=own_embeddings, own_head=own_head)

@@ -111,8 +111,8 @@ class DSparkDrafter(CorrectedDFlash):
 
     @property
     def formats(self) -> tuple[str, ...]:
-        if self.is_gemma4:
-            return ("deepspec",)
+        if self.is_gemma4 or not self.logit_map.is_identity:  # others were not seen to apply it
+            return ("deepspec",) if self.is_gemma4 else ()
         own = self.lm_head is not None or self.embed_tokens is not None
         if self.causal is not False or (own and self.vocabulary is None):
             return ()

@@ -23,6 +23,7 @@ PREFIXES = ("model.", "draft_model.")
 COMPUTED = ("inv_freq", "cos_cached", "sin_cached", "position_ids")
 # What trainers store of the target beside the drafter (speculators).
 VERIFIER = "verifier_"
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 log = logging.getLogger(__name__)
 
 
@@ -41,6 +42,8 @@ def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
                 continue
             if name in found:
                 raise UserError(f"'{file}': the tensor '{name}' is there twice")
+            if tensor.dtype in FLOATS and not bool(tensor.isfinite().all()):
+                raise UserError(f"'{file}': the tensor '{name}' holds values that are no finite numbers")
             found[name] = tensor
     return found
 

@@ -80,30 +80,36 @@ def sides_of(
 
     def label(name: str, length: Length, least: float | None) -> str:
         more = [f"K={length}"] if len(lengths) > 1 else []
-        if len(confidences) > 1:
-            more.append("whole drafts" if least is None else f"confidence {least:g}")
+        if least is not None:
+            more.append(f"confidence {least}")
+        elif len(confidences) > 1:
+            more.append("whole drafts")
         return " ".join([name, *more])
 
-    made, first = [], baseline or next(iter(drafters))
-    ways = list(product(lengths, confidences))
-    for name, (source, drafter) in drafters.items():
-        for i, (length, least) in enumerate(ways):
+    def ways(name: str) -> list[tuple[Length, float | None]]:
+        """Where whole drafts are among the sides, what cannot be had is left out."""
+        drafter, found = drafters[name][1], []
+        for length, least in product(lengths, confidences):
             if length not in (None, "auto"):
                 drafter.checked_length(length)
-            if least is not None:
-                check_confidence(drafter, least, tree is not None or length == "auto")
-            against = label(first, *(ways[i] if name != first else ways[0]))
-            made.append(
-                DecodeConfig(
-                    label(name, length, least),
-                    drafter,
-                    length,
-                    tree,
-                    source,
-                    against if name != first or i else None,
-                    least,
-                )
+            fixed = tree is None and length != "auto"
+            if least is not None and (None not in confidences or (drafter.has_confidence and fixed)):
+                check_confidence(drafter, least, not fixed, f"drafter '{name}': ")
+            elif least is not None:
+                continue
+            found.append((length, least))
+        return found
+
+    made, first = [], baseline or next(iter(drafters))
+    base = ways(first)
+    for name, (source, drafter) in drafters.items():
+        for way in ways(name):
+            mine, other = (
+                label(name, *way),
+                label(first, *(way if way in base and name != first else base[0])),
             )
+            against = None if mine == other else other
+            made.append(DecodeConfig(mine, drafter, way[0], tree, source, against, way[1]))
     return made
 
 

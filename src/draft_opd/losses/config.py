@@ -17,8 +17,8 @@ class Heads(Section):
     )
     confidence_target: Literal["auto", "agreement", "overlap"] = Field(
         "auto",
-        description="what it learns: whether the argmax is the text's token, or Σ min(p, q) at "
-        "sampling.temperature (1 where that is 0, as published); auto: the one that verification goes by",
+        description="what it learns: agreement of the argmax with the text's token, or overlap Σ min(p, q) "
+        "at sampling.temperature (1 where that is 0); auto: agreement where drafts are the argmax, else overlap",
     )
     body_weight: float = Field(
         1.0,

@@ -18,6 +18,18 @@ from draft_opd.utils.console import facts
 from draft_opd.utils.errors import UserError
 from draft_opd.utils.files import read_json
 
+# Keys of a drafter's config that say how it drafts.
+SHAPE = (
+    "block_size",
+    "sample_from_anchor",
+    "markov_head_type",
+    "markov_rank",
+    "selector_top_k",
+    "selector_rank",
+    "output_multiplier",
+    "final_logit_softcapping",
+)
+
 
 def describe(path: str, target: str | None = None, sample: int = 0) -> tuple[dict, list]:
     """Returns (what `--json` prints, what a person sees)."""
@@ -45,6 +57,8 @@ def describe(path: str, target: str | None = None, sample: int = 0) -> tuple[dic
 
 def _drafter(folder: Path) -> dict:
     drafter = Drafter.from_pretrained(str(folder), device="cpu")
+    config = drafter.config_dict()
+    options = {**config, **(config.get("dflash_config") or {})}
     return {
         "kind": "drafter",
         "path": str(folder),
@@ -53,6 +67,9 @@ def _drafter(folder: Path) -> dict:
         "parameters": sum(p.numel() for p in drafter.parameters()),
         "draft_length": drafter.draft_length,
         "target_layers": list(drafter.target_layers),
+        **{k: options[k] for k in SHAPE if options.get(k) is not None},
+        "confidence_head": drafter.has_confidence,
+        "export_formats": list(drafter.formats),
     }
 
 

@@ -179,11 +179,14 @@ def _evaluation(e: EvaluationResult, plot) -> list[dict]:
     found = [_section("Tasks", text, tables)]
     plots, positions = [], {s.side: _positions(s.tasks) for s in sides}
     if any(positions.values()):
-        what = "Share of rounds in which offset k was accepted."
+        what = (
+            "Of the rounds that drafted offset k, the share that accepted it. Where drafts end early "
+            "(a confidence, an automatic length) these are the surer ones."
+        )
         plots.append(plot("positions", charts.by_position(positions), "Acceptance by position", what))
     if all(t.accepted_histogram is not None for t in tasks):
         counts = {s.side: _summed([t.accepted_histogram or [] for t in s.tasks]) for s in sides}
-        what = "Over all tasks; the last bar is a full accept."
+        what = "Over all tasks; where drafts have one length, the last bar is a full accept."
         plots.append(plot("histogram", charts.histogram(counts), "Accepted tokens a round", what))
     found.append(_section("Where drafts are accepted", tables=group_tables(sides), plots=plots))
     if timed := round_table(sides):
@@ -270,7 +273,7 @@ def _analysis(analyses: dict[str, dict], plot) -> dict:
             "Mean KL between target p and drafter q. trajectory: every offset scored on the text, "
             "as teacher forcing sees it; the others in the drafted states."
             + "".join(
-                f" KL(p‖q) of {name} is over the {a['support']} tokens that it can draft."
+                f" KL(p‖q) of {name} is over the {a['support']} tokens that it chooses among."
                 for name, a in analyses.items()
                 if a.get("support")
             ),

@@ -47,7 +47,7 @@ def export(
     trust_remote_code: bool = False,
 ) -> dict:
     """Writes the folder `out`, once it is certain that the drafter fits the target."""
-    formats = (*ENGINES, "speculators", "deepspec")
+    formats = (*ENGINES, "speculators")
     if format not in formats:
         raise UserError(f"--format {format}: choose one of {', '.join(formats)}")
     if dtype not in ("float32", "bfloat16", "float16"):

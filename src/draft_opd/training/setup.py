@@ -111,15 +111,17 @@ def grown_drafter(model: Model, drafter: Drafter, target: Target) -> Drafter:
         grown = family.grow(drafter, target, **model.options)
     unused = sorted(set(model.options) & (set(drafter.options.model_fields) | {"sample_from_anchor"}))
     new = [name for name in grown.state_dict() if name not in drafter.state_dict()]
+    parts = {".".join(p for p in name.split(".")[:-1] if p != "layers" and not p.isdigit()) for name in new}
     log.warning(
-        "a %s drafter from one of %s: %d tensors taken, %d new (%s); it drafts %d tokens a round%s",
+        "this %s drafter begins with a %s drafter: %d tensors are taken over, %d are new (%s); it drafts %d "
+        "tokens a round%s",
         grown.family,
         drafter.family,
         len(drafter.state_dict()),
         len(new),
-        ", ".join(sorted({name.rpartition(".")[0] for name in new if "layers." not in name})),
+        ", ".join(sorted(parts)),
         grown.draft_length,
-        f". Its body is as it was: model.options {', '.join(unused)} count nothing" if unused else "",
+        f". Its body stays as it was, so model.options {', '.join(unused)} are not used" if unused else "",
     )
     grown.bind(target)
     return grown

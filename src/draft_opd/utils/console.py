@@ -120,11 +120,16 @@ def ending(stop: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, before[number])
 
 
+NAME = 30  # characters of a table's first column that stay, however narrow the terminal is
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence], wrap: bool = False) -> Table:
     """First column left, the others right. wrap: long cells go on in the next line."""
     made = Table(title=escape(title) or None, title_justify="left")
+    names = max((len(str(row[0])) for row in rows), default=0)  # these are not shortened to nothing
     for i, name in enumerate(columns):
-        made.add_column(name, justify="right" if i else "left", no_wrap=wrap != bool(i))
+        least = None if i else min(names, NAME)
+        made.add_column(name, justify="right" if i else "left", no_wrap=wrap != bool(i), min_width=least)
     for row in rows:
         made.add_row(*(escape(cell if isinstance(cell, str) else _figure(cell)) for cell in row))
     return made

@@ -31,6 +31,38 @@ SPECULATORS_KEYS = ("draft_vocab_size", "target_hidden_size")
 SCALE, CAP = "output_multiplier", "final_logit_softcapping"
 
 
+def whole_number(config: dict, key: str, least: int = 0, needed: bool = True) -> None:
+    """Raises `UserError` where that key is no whole number from `least` on."""
+    value = config.get(key)
+    if (value is not None or needed) and (type(value) is not int or value < least):
+        raise UserError(f"{key} in config.json is {value!r}: it must be a whole number from {least} on")
+
+
+def _check(config: dict, own_keys: tuple[str, ...]) -> None:
+    """Raises `UserError` for values of `dflash_config` that nothing can be made of."""
+    options = config["dflash_config"]
+    whole_number(options, "mask_token_id")
+    for where in (config, options):
+        whole_number(where, "block_size", 2, needed=False)
+        if not isinstance(where.get("sample_from_anchor"), bool | None):
+            raise UserError(
+                f"sample_from_anchor in config.json is {where['sample_from_anchor']!r}: true or false"
+            )
+    layers = options.get("target_layer_ids")
+    if layers is not None and not (isinstance(layers, list) and all(type(i) is int for i in layers)):
+        raise UserError(f"target_layer_ids in config.json is {layers!r}: it must be a list of whole numbers")
+    for key in (SCALE, CAP):
+        value = options.get(key)
+        if value is not None and not (type(value) in (int, float) and 0 < value < float("inf")):
+            raise UserError(f"{key} in config.json is {value!r}: it must be a number above 0")
+    for key in ("block_size", "sample_from_anchor", *own_keys):
+        if key in options and config.get(key) is not None and config[key] != options[key]:
+            raise UserError(
+                f"config.json has {key} twice, {config[key]!r} and, in dflash_config, {options[key]!r}: "
+                "readers take one or the other. Keep the one that the drafter was trained with"
+            )
+
+
 def kind_of(config: dict) -> str | None:
     """dflash, dspark or dflash2; None for a config.json of none of them."""
     named = config.get("speculators_model_type")
@@ -69,6 +101,7 @@ def read(
     Raises `UserError` for what is none of them."""
     given = _with_nested(config)
     config, layout = _read_config(config)
+    _check(config, own_keys)
     config["dflash_config"] |= {k: given[k] for k in own_keys if given.get(k) is not None}
     if family != "dflash" and "sample_from_anchor" in given:
         config["dflash_config"]["sample_from_anchor"] = given["sample_from_anchor"]

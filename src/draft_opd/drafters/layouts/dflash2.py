@@ -29,8 +29,10 @@ def read(config: dict, tensors: dict[str, Tensor]) -> body.Files:
     """From either layout. Raises `UserError` for what is neither."""
     renamed = {f"{k}.weight" if k in TABLES else k: v for k, v in tensors.items()}
     files = body.read(config, renamed, "dflash2", SIZES)
-    if missing := [k for k in SIZES if not isinstance(files.config["dflash_config"].get(k), int)]:
-        raise UserError(f"the DFlash2 config.json names no {', '.join(missing)}")
+    sizes = files.config["dflash_config"]
+    if wrong := [k for k in SIZES if type(sizes.get(k)) is not int or sizes[k] < 1]:
+        found = ", ".join(f"{k} ({sizes.get(k)!r})" for k in wrong)
+        raise UserError(f"the DFlash2 config.json needs a whole number from 1 on for {found}")
     return files
 
 

@@ -36,6 +36,7 @@ def read(config: dict, tensors: dict[str, Tensor]) -> body.Files:
     o = files.config["dflash_config"]
     if files.layout == "z-lab":  # z-lab has no DSpark
         files.layout = "deepspec" if "markov_rank" in config else "specforge"
+    body.whole_number(o, "markov_rank", needed=False)
     if not o.get("markov_rank"):
         raise UserError(
             "the DSpark config.json has no markov_rank: no drafter without that head is supported"
@@ -45,6 +46,9 @@ def read(config: dict, tensors: dict[str, Tensor]) -> body.Files:
         if o.get("enable_confidence_head"):
             log.warning("config.json has enable_confidence_head, but no tensors of that head: it is off")
         o["enable_confidence_head"] = False
+    elif o.get("enable_confidence_head") is False:
+        log.warning("config.json turns the confidence head off: its tensors in the file are passed over")
+        files.tensors = {k: v for k, v in files.tensors.items() if not k.startswith("confidence_head.")}
     else:
         o.setdefault("enable_confidence_head", True)
         o.setdefault("confidence_head_with_markov", weight.shape[-1] != files.config["hidden_size"])

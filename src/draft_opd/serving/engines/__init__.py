@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from draft_opd.drafters import Drafter
-from draft_opd.serving.engines import sglang, vllm, zlab
+from draft_opd.serving.engines import deepspec, sglang, vllm, zlab
 from draft_opd.utils.errors import UserError
 
 ENGINES: dict[str, Callable[[Drafter, str, Path], str]] = {
     "vllm": vllm.serve_command,
     "sglang": sglang.serve_command,
     "z-lab": zlab.serve_command,
+    "deepspec": deepspec.serve_command,
 }
 
 
