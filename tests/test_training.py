@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import draft_opd as d
 from draft_opd.data.trajectory import Trajectory
 from draft_opd.drafters import dflash
+from draft_opd.losses.config import Objective
 from draft_opd.training.anchors import random_anchors
 from draft_opd.training.batches import (
     BatchSource,
@@ -91,6 +92,35 @@ def test_every_objective_lowers_its_own_loss(target, recipe_for, trained_folder,
     Run("opd", recipe, target=target).train()
     losses = [m["loss"] for m in metrics(tmp_path / "run") if "loss" in m]
     assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
+
+
+def test_dpace_alpha_goes_in_a_straight_line():
+    objective = Objective(kind="dpace", dpace_alpha=0.8, dpace_alpha_end=0.3)
+    assert [objective.at(x).dpace_alpha for x in (0, 0.5, 1)] == pytest.approx([0.8, 0.55, 0.3])
+    assert Objective(kind="dpace").at(0.5) == Objective(kind="dpace")
+
+
+@pytest.mark.parametrize("family", ["dflash"], indirect=True)
+def test_a_run_follows_dpace_alpha(target, family, recipe_for, trained_folder, tmp_path):
+    """The same first step; the second has another alpha where an end is given."""
+    losses = []
+    for end in ("null", "0.5", "0.0"):
+        recipe = recipe_for(
+            "opd",
+            tmp_path / end,
+            f"drafter={trained_folder}",
+            "opd.objective.kind=dpace",
+            f"opd.objective.dpace_alpha_end={end}",
+            "steps=2",
+            "batch_size=2",
+            "evaluation.every=2",
+            "data.max_length=80",
+            "data.heldout_limit=1",
+        )
+        Run("opd", recipe, target=target).train()
+        losses.append([m["loss"] for m in metrics(tmp_path / end) if "loss" in m])
+    stays, same, falls = losses
+    assert stays == same and falls[0] == stays[0] and falls[1] != stays[1]
 
 
 def test_live_and_hindsight_rollouts_are_one(target, trained, heldout):

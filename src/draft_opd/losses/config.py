@@ -18,7 +18,7 @@ class Heads(Section):
     confidence_target: Literal["auto", "agreement", "overlap"] = Field(
         "auto",
         description="what it learns: agreement of the argmax with the text's token, or overlap Σ min(p, q) "
-        "at sampling.temperature (1 where that is 0); auto: agreement where drafts are the argmax, else overlap",
+        "at sampling.temperature (1 where that is 0); auto: the first where drafts are the argmax",
     )
     body_weight: float = Field(
         1.0,
@@ -80,6 +80,9 @@ class Objective(Section):
     )
     top_k: int = Field(64, ge=1, description="tokens that the estimator top_k looks at")
     dpace_alpha: float = Field(0.5, ge=0, le=1, description="smoothing of D-PACE's and advantage's weights")
+    dpace_alpha_end: float | None = Field(
+        None, ge=0, le=1, description="where it ends, step by step in a straight line; null: it stays"
+    )
     value_sharpness: float = Field(
         1.0, gt=0, description="β: rounds and advantage take q(y)^β for the acceptance of argmax drafts"
     )
@@ -88,3 +91,10 @@ class Objective(Section):
     trajectory_weight: float = Field(
         0.0, ge=0, description="adds this times the SFT loss over the whole replayed block"
     )
+
+    def at(self, done: float) -> Objective:
+        """The same once that share of the steps (0 to 1) is done."""
+        if self.dpace_alpha_end is None:
+            return self
+        alpha = self.dpace_alpha + (self.dpace_alpha_end - self.dpace_alpha) * done
+        return self.model_copy(update={"dpace_alpha": alpha})

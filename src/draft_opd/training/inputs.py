@@ -158,6 +158,7 @@ def as_resolved(recipe: Recipe, before: dict) -> Recipe:
     opd = before.get("opd")
     if isinstance(opd, dict) and isinstance(opd.get("objective"), dict):
         opd["objective"].setdefault("value_sharpness", 1.0)
+        opd["objective"].setdefault("dpace_alpha_end", None)
     before.setdefault("heads", Heads().model_dump())
     if isinstance(before.get("sft"), dict):
         before["sft"].setdefault("loss", "auto")

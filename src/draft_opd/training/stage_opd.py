@@ -124,18 +124,20 @@ class OpdStage:
     def __init__(self, context: StageContext):
         self.context = context
 
-    def prepare(self, index: int) -> tuple[Batch, Traces]:
-        return self.context.rollouts.batch(index)
+    def prepare(self, index: int) -> tuple[Batch, Traces, Opd]:
+        recipe = self.context.recipe
+        objective = recipe.opd.objective.at(index / (recipe.steps * recipe.accumulate))
+        return *self.context.rollouts.batch(index), recipe.opd.model_copy(update={"objective": objective})
 
-    def forward_loss(self, prepared: tuple[Batch, Traces], seed: str) -> StepOutput:
-        c, (batch, traces) = self.context, prepared
+    def forward_loss(self, prepared: tuple[Batch, Traces, Opd], seed: str) -> StepOutput:
+        c, (batch, traces, options) = self.context, prepared
         return StepOutput(
             *opd_loss(
                 c.target,
                 c.drafter,
                 batch,
                 traces,
-                c.recipe.opd,
+                options,
                 sampling=c.recipe.sampling,
                 heads=c.recipe.heads,
                 clock=c.clock,
