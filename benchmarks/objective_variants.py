@@ -36,13 +36,6 @@ from draft_opd.training.trainer import Run
 EMA = 0.98
 
 
-class Progress:
-    """How far a run is, for what is annealed."""
-
-    def __init__(self):
-        self.step, self.steps = 0, 250
-
-
 def dpace_with(weigh):
     """D-PACE whose weights [N, K] are `weigh(r, weights)`."""
 
@@ -86,15 +79,6 @@ def auf_decayed(r, o):
     used = up_to_first_rejection(r.accepted, r.reachable)
     decay = torch.exp(-torch.arange(used.shape[1]) / r.decay)
     return r.mean(r.label_nll, used * decay), {}
-
-
-def annealed(progress, first, last):
-    def loss(r, o):
-        alpha = first + (last - first) * progress.step / progress.steps
-        weights = dpace_weights((-r.label_nll).exp(), r.reachable, alpha)
-        return r.block_mean((r.label_nll * weights).sum(1), r.valid), {}
-
-    return patched_objective("dpace", loss)
 
 
 def moved(shift=0, share=0.0):
@@ -209,7 +193,12 @@ class Average:
                 parameter.copy_(self.kept[name])
 
 
-def variants(start, seed, progress):
+def falling(first, last):
+    """Keys of an α of D-PACE that goes from one to the other."""
+    return {"opd.objective.dpace_alpha": first, "opd.objective.dpace_alpha_end": last}
+
+
+def variants(start, seed):
     """{name: (stage, keys, patch)}"""
     other = str(start).replace("{seed}", str(seed + 1))
     own = str(start).replace("{seed}", str(seed))
@@ -226,9 +215,9 @@ def variants(start, seed, progress):
         "near_misses": ("opd", {}, lambda: dpace_with(near_misses)),
         "margin": ("opd", {}, lambda: dpace_with(margin)),
         "auf_decayed": ("opd", {"opd.objective.kind": "auf"}, lambda: patched_objective("auf", auf_decayed)),
-        "alpha_down": ("opd", {}, lambda: annealed(progress, 0.8, 0.3)),
-        "alpha_down_far": ("opd", {}, lambda: annealed(progress, 1.0, 0.1)),
-        "alpha_up": ("opd", {}, lambda: annealed(progress, 0.3, 0.8)),
+        "alpha_down": ("opd", falling(0.8, 0.3), none),
+        "alpha_down_far": ("opd", falling(1.0, 0.1), none),
+        "alpha_up": ("opd", falling(0.3, 0.8), none),
         "chain_tv+ce": (
             "opd",
             {"opd.objective.kind": "chain_tv", "opd.objective.trajectory_weight": 0.1},
@@ -245,8 +234,7 @@ def variants(start, seed, progress):
 
 
 def run_one(plan, start, seed, name):
-    progress = Progress()
-    stage, keys, patch = variants(start, seed, progress)[name]
+    stage, keys, patch = variants(start, seed)[name]
     with tempfile.TemporaryDirectory() as out:
         pairs = {
             **plan["common"],
@@ -256,11 +244,9 @@ def run_one(plan, start, seed, name):
             "drafter": str(start).format(seed=seed),
         }
         recipe = load_recipe(plan["recipe"], [f"{k}={json.dumps(v)}" for k, v in pairs.items()], "opd")
-        progress.steps = recipe.steps
         average = Average(EMA) if name.endswith("ema") else None
         with patch(), average.patch() if average else contextlib.nullcontext():
             run = Run(stage, recipe)
-            run.on_metrics = lambda line: setattr(progress, "step", line["step"])
             result = run.train()
         tau = result.tau
         if average:
@@ -282,7 +268,7 @@ def main():
     plan, out = yaml.safe_load(Path(a.plan).read_text()), Path(a.out)
     rows = json.loads(out.read_text())["runs"] if out.exists() else []
     for seed in map(int, a.seeds.split(",")):
-        for name in a.only.split(",") if a.only else variants(a.start, seed, Progress()):
+        for name in a.only.split(",") if a.only else variants(a.start, seed):
             if any((r["variant"], r["seed"]) == (name, seed) for r in rows):
                 continue
             rows.append(run_one(plan, a.start, seed, name))
