@@ -377,6 +377,7 @@ def test_a_file_for_deepspec_holds_what_its_code_asks_for(target, tmp_path, capl
         ("dflash2", {"selector_top_k": 10**6}, "selector_top_k: there are 839 tokens"),
         ("dflash2", {"conv_kernel_size": "2"}, r"conv_kernel_size \('2'\)"),
         ("dflash2", {"output_multiplier": -1.0}, "output_multiplier in config.json is -1.0"),
+        ("dflash2", {"output_multiplier": 0}, "output_multiplier in config.json is 0"),
         ("dflash2", {"final_logit_softcapping": "30"}, "it must be a number above 0"),
         ("dspark", {"sample_from_anchor": "false"}, "sample_from_anchor in config.json is 'false'"),
         ("dspark", {"target_layer_ids": "1,2"}, "it must be a list of whole numbers"),

@@ -53,7 +53,9 @@ def _check(config: dict, own_keys: tuple[str, ...]) -> None:
         raise UserError(f"target_layer_ids in config.json is {layers!r}: it must be a list of whole numbers")
     for key in (SCALE, CAP):
         value = options.get(key)
-        if value is not None and not (type(value) in (int, float) and 0 < value < float("inf")):
+        if value is None or (key == CAP and value == 0):  # engines take that for none
+            continue
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
             raise UserError(f"{key} in config.json is {value!r}: it must be a number above 0")
     for key in ("block_size", "sample_from_anchor", *own_keys):
         if key in options and config.get(key) is not None and config[key] != options[key]:
