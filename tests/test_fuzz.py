@@ -30,6 +30,8 @@ SCALARS = (
     | st.text(max_size=8)
     | st.sampled_from([10**400, -(10**400), 1 << 70, "1", "hot", ".inf"])
 )
+EVERY_FAMILY = ("test_a_drafters_config_may_be_anything",)
+
 VALUES = st.recursive(
     SCALARS,
     lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=6), x, max_size=4),

@@ -19,7 +19,7 @@ from draft_opd.drafters.dflash import DFlashOptions, default_decay
 from draft_opd.drafters.layouts import dspark as layout
 from draft_opd.drafters.registry import register
 from draft_opd.drafters.target_config import initialise
-from draft_opd.utils.errors import UserError
+from draft_opd.utils.errors import UserError, one_line
 
 MarkovKind = Literal["vanilla", "gated", "rnn"]
 KINDS = get_args(MarkovKind)
@@ -92,7 +92,9 @@ class DSparkDrafter(CorrectedDFlash):
         o, hidden = config.dflash_config, config.hidden_size
         rank, kind = o["markov_rank"], o.get("markov_head_type") or "vanilla"
         if kind not in KINDS:
-            raise UserError(f"the config.json has markov_head_type '{kind}': known are {', '.join(KINDS)}")
+            raise UserError(
+                f"the config.json has markov_head_type '{one_line(kind, 60)}': known are {', '.join(KINDS)}"
+            )
         drafted = config.vocab_size if self.vocabulary is None else len(self.d2t)
         self.markov_head = MarkovHead(kind, config.vocab_size, drafted, hidden, rank)
         self.has_confidence = bool(o.get("enable_confidence_head"))

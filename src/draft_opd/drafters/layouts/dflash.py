@@ -13,7 +13,7 @@ from draft_opd.drafters.layouts.speculators import flatten, is_speculators, wrap
 from draft_opd.drafters.layouts.vocabulary import as_buffers, checked_ids
 from draft_opd.drafters.target_config import older_rope_keys
 from draft_opd.drafters.weights import split_copies
-from draft_opd.utils.errors import UserError
+from draft_opd.utils.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from draft_opd.drafters.dflash import DFlashDrafter
@@ -31,11 +31,16 @@ SPECULATORS_KEYS = ("draft_vocab_size", "target_hidden_size")
 SCALE, CAP = "output_multiplier", "final_logit_softcapping"
 
 
+def shown(value: object) -> str:
+    """A config's value in a message; it may be anything, of any length."""
+    return one_line(repr(value), 60)
+
+
 def whole_number(config: dict, key: str, least: int = 0, needed: bool = True) -> None:
     """Raises `UserError` where that key is no whole number from `least` on."""
     value = config.get(key)
     if (value is not None or needed) and (type(value) is not int or value < least):
-        raise UserError(f"{key} in config.json is {value!r}: it must be a whole number from {least} on")
+        raise UserError(f"{key} in config.json is {shown(value)}: it must be a whole number from {least} on")
 
 
 def _check(config: dict, own_keys: tuple[str, ...]) -> None:
@@ -46,21 +51,24 @@ def _check(config: dict, own_keys: tuple[str, ...]) -> None:
         whole_number(where, "block_size", 2, needed=False)
         if not isinstance(where.get("sample_from_anchor"), bool | None):
             raise UserError(
-                f"sample_from_anchor in config.json is {where['sample_from_anchor']!r}: true or false"
+                f"sample_from_anchor in config.json is {shown(where['sample_from_anchor'])}: true or false"
             )
     layers = options.get("target_layer_ids")
     if layers is not None and not (isinstance(layers, list) and all(type(i) is int for i in layers)):
-        raise UserError(f"target_layer_ids in config.json is {layers!r}: it must be a list of whole numbers")
+        raise UserError(
+            f"target_layer_ids in config.json is {shown(layers)}: it must be a list of whole numbers"
+        )
     for key in (SCALE, CAP):
         value = options.get(key)
         if value is None or (key == CAP and value == 0):  # engines take that for none
             continue
         if type(value) not in (int, float) or not 0 < value < float("inf"):
-            raise UserError(f"{key} in config.json is {value!r}: it must be a number above 0")
+            raise UserError(f"{key} in config.json is {shown(value)}: it must be a number above 0")
     for key in ("block_size", "sample_from_anchor", *own_keys):
         if key in options and config.get(key) is not None and config[key] != options[key]:
+            one, other = shown(config[key]), shown(options[key])
             raise UserError(
-                f"config.json has {key} twice, {config[key]!r} and, in dflash_config, {options[key]!r}: "
+                f"config.json has {key} twice, {one} and, in dflash_config, {other}: "
                 "readers take one or the other. Keep the one that the drafter was trained with"
             )
 

@@ -31,7 +31,7 @@ def read(config: dict, tensors: dict[str, Tensor]) -> body.Files:
     files = body.read(config, renamed, "dflash2", SIZES)
     sizes = files.config["dflash_config"]
     if wrong := [k for k in SIZES if type(sizes.get(k)) is not int or sizes[k] < 1]:
-        found = ", ".join(f"{k} ({sizes.get(k)!r})" for k in wrong)
+        found = ", ".join(f"{k} ({body.shown(sizes.get(k))})" for k in wrong)
         raise UserError(f"the DFlash2 config.json needs a whole number from 1 on for {found}")
     return files
 
