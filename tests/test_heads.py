@@ -380,7 +380,7 @@ def test_a_file_for_deepspec_holds_what_its_code_asks_for(target, tmp_path, capl
         ("dflash2", {"output_multiplier": 0}, "output_multiplier in config.json is 0"),
         ("dflash2", {"final_logit_softcapping": "30"}, "it must be a number above 0"),
         ("dspark", {"sample_from_anchor": "false"}, "sample_from_anchor in config.json is 'false'"),
-        ("dspark", {"target_layer_ids": "1,2"}, "it must list whole numbers"),
+        ("dspark", {"target_layer_ids": "1,2"}, "it must be a list of whole numbers"),
         ("dspark", {"markov_rank": 4, "at": "top"}, "config.json has markov_rank twice"),
         ("dspark", {"markov_rank": "8"}, "markov_rank in config.json is '8'"),
         ("dflash2", {"conv_group_size": 7}, "not a multiple of 7"),
