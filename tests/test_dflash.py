@@ -12,7 +12,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import draft_opd as d
 from draft_opd.drafters.attention import TILE, BlockMask, attend
-from draft_opd.drafters.dflash import DFlashDrafter, default_target_layers
+from draft_opd.drafters.dflash import DFlashDrafter
+from draft_opd.drafters.dflash_options import default_target_layers
 from draft_opd.training.batches import BatchSource
 from draft_opd.training.blocks import pack_anchors, replay_hidden
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import draft_opd as d
 from draft_opd.data.trajectory import Trajectory
-from draft_opd.drafters import dflash
+from draft_opd.drafters.dflash_options import default_decay
 from draft_opd.losses.config import Objective
 from draft_opd.training.anchors import random_anchors
 from draft_opd.training.batches import (
@@ -335,7 +335,7 @@ def test_random_anchors_have_a_next_token(target, heldout):
 
 
 def test_schedules(recipe_for, tmp_path):
-    assert [dflash.default_decay(b) for b in (8, 10, 16)] == [4, 5, 7]
+    assert [default_decay(b) for b in (8, 10, 16)] == [4, 5, 7]
     recipe = recipe_for("sft", tmp_path, "optim.warmup=0.1", "optim.learning_rate=1.0")
     rates = [learning_rate(s, 100, recipe.optim) for s in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == 1.0

@@ -327,14 +327,15 @@ def speculate(
     return results
 
 
-def check_confidence(drafter: Drafter | None, confidence: float, other: bool, where: str = "") -> None:
-    """Raises `UserError`, beginning with `where`, unless drafts can end by it; other: something else says how
-    long they are."""
+def check_confidence(
+    drafter: Drafter | None, confidence: float, other: bool, name: str = "this drafter"
+) -> None:
+    """Raises `UserError` unless drafts can end by it; other: something else says how long they are."""
     if other:
         raise UserError("give a confidence, a tree or an automatic draft length, not two of them")
     if drafter is None or not drafter.has_confidence:
         raise UserError(
-            f"{where}it has no confidence head, which a confidence needs (a DSpark drafter can have one)"
+            f"{name} has no confidence head, which a confidence needs (a DSpark drafter can have one)"
         )
     if not 0 < confidence < 1:
         raise UserError(f"confidence {confidence:g}: give a chance above 0 and below 1")

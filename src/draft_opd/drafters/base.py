@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from draft_opd.drafters.registry import FAMILIES, family_of
+from draft_opd.drafters.target_config import full_attention
 from draft_opd.drafters.weights import compare_copies, read_tensors, split_copies, write_model
 from draft_opd.models.cpu_linear import prepack
 from draft_opd.models.fused_layers import FusedLayers
@@ -264,16 +264,16 @@ class Drafter(nn.Module):
         faults: dict[str, Fault] = {}
         for by, name in ((1, "one higher"), (-1, "one lower")):
             if self.target_layers[0] + by >= 0 and self.target_layers[-1] + by < num_layers - 1:
-                faults[f"the target's layers are tapped {name} than trained"] = partial(
-                    lambda by, config, _: shift(config, by), by
-                )
-        rope = self.config_dict()["rope_parameters"]
-        ours = rope.get("full_attention", rope)["rope_theta"]
+
+                def move(config, _, by=by):
+                    shift(config, by)
+
+                faults[f"the target's layers are tapped {name} than trained"] = move
+        ours = full_attention(self.config_dict()["rope_parameters"])["rope_theta"]
         for theta in (10_000.0, 500_000.0, 1_000_000.0, 5_000_000.0):
 
             def turn(config, _, theta=theta):
-                rope = config["rope_parameters"]
-                rope.get("full_attention", rope)["rope_theta"] = config["rope_theta"] = theta
+                config["rope_theta"] = full_attention(config["rope_parameters"])["rope_theta"] = theta
 
             if theta != ours:
                 faults[f"the rope base is {theta:g}, trained was {ours:g}"] = turn
@@ -383,13 +383,13 @@ class Drafter(nn.Module):
     ) -> None:
         """Writes config.json and model.safetensors; the folder appears whole or not at all. verifier: write
         speculators' layout instead of the family's own. card: README.md. copies: the target's, added."""
-        own = (self.config_dict(), self.tensors()) if verifier is None else self.speculators_files(verifier)
-        config, tensors = own[0], {**own[1], **copies}
-        dtype = dtype or next(self.parameters()).dtype
+        config, tensors = self.config_dict(), self.tensors()
+        if verifier is not None:
+            config, tensors = self.speculators_files(verifier)
         with replace_folder(Path(folder)) as temporary:
             if card is not None:
                 (temporary / "README.md").write_text(card, encoding="utf-8")
-            write_model(temporary, config, tensors, dtype)
+            write_model(temporary, config, {**tensors, **copies}, dtype or next(self.parameters()).dtype)
 
 
 def over_target(logits: Tensor, vocabulary: Tensor | None, size: int) -> Tensor:

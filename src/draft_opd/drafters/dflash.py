@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -22,13 +21,14 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from draft_opd.drafters.attention import BlockMask, DenseMask, Rotary
 from draft_opd.drafters.base import Choose, Drafter, Fault
 from draft_opd.drafters.dflash_layer import DFlashLayer
+from draft_opd.drafters.dflash_options import DFlashOptions, default_decay, default_target_layers
 from draft_opd.drafters.gemma4_layer import Gemma4Layer
 from draft_opd.drafters.layouts import dflash as layout
+from draft_opd.drafters.layouts import gemma4
 from draft_opd.drafters.layouts.vocabulary import as_buffers, checked_ids, target_ids
 from draft_opd.drafters.mask_token import find_mask_token
 from draft_opd.drafters.registry import register
 from draft_opd.drafters.target_config import (
-    ShapeOptions,
     adopt_final_norm,
     config_for,
     initialise,
@@ -48,33 +48,6 @@ FIRST_NORM = (
 )
 
 
-def default_target_layers(num_target_layers: int, count: int) -> tuple[int, ...]:
-    """`count` layers spread from the second to the third-last (0-based), as z-lab does."""
-    if count == 1:
-        return (num_target_layers // 2,)
-    span = num_target_layers - 4
-    return tuple(round(1 + i * span / (count - 1)) for i in range(count))
-
-
-def default_decay(block_size: int) -> float:
-    """γ_sft of the published recipe: 7 for 16, 5 for 10, 4 for 8 (linear between)."""
-    if block_size <= 10:
-        return max(1.0, 4 + (block_size - 8) / 2)
-    return 5 + (block_size - 10) / 3
-
-
-class DFlashOptions(ShapeOptions):
-    """Shape of a new drafter; None means "as the target has it"."""
-
-    num_layers: int = Field(1, ge=1, description="draft layers")
-    block_size: int = Field(16, ge=2, description="B: the anchor's token and B - 1 drafted ones")
-    target_layers: tuple[int, ...] | None = Field(
-        None, min_length=1, description="0-based layers that are tapped; None: spread evenly"
-    )
-    num_target_features: int | None = Field(None, ge=1, description="how many, if spread evenly")
-    mask_token_id: int | None = Field(None, ge=0, description="None: one that the target never says")
-
-
 @dataclass
 class Unwritten:
     """Features [1, m, F] at slots start.. of a cache, whose keys have not been made yet."""
@@ -92,6 +65,7 @@ class DFlashDrafter(Drafter):
     first_context_norm = False  # an engine's bug, for `known_faults`
     options = DFlashOptions
     layout_module: ClassVar[ModuleType] = layout
+    mapped_formats: ClassVar[tuple[str, ...]] = ("z-lab",)  # whose readers were seen to apply a `logit_map`
     layer_class: ClassVar[type[DFlashLayer]] = DFlashLayer
 
     def __init__(self, config: Qwen3Config, *, own_embeddings: bool = False, own_head: bool = False):
@@ -100,8 +74,6 @@ class DFlashDrafter(Drafter):
         options = getattr(config, "dflash_config", None) or {}
         self.config = config
         self.block_size: int = getattr(config, "block_size", None) or options.get("block_size", 16)
-        if type(self.block_size) is not int or self.block_size < 2:
-            raise UserError(f"the block size is {self.block_size}: it must be 2 or more")
         # Whether the anchor's slot predicts too: a block of B slots drafts B tokens then, not B - 1.
         given = options.get("sample_from_anchor", getattr(config, "sample_from_anchor", None))
         self.anchor_first = bool(given)
@@ -122,7 +94,9 @@ class DFlashDrafter(Drafter):
         self.feature_size: int = getattr(config, "target_hidden_size", None) or hidden
         self.fc = nn.Linear(len(self.target_layers) * self.feature_size, hidden, bias=False)
         self.hidden_norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.is_gemma4 = hasattr(config, "gemma4")
+        self.is_gemma4 = hasattr(config, gemma4.KEY)
+        if self.is_gemma4 and self.layer_class is not DFlashLayer:
+            raise UserError(f"a {self.family} drafter has layers of its own, and cannot have Gemma 4's")
         layer = Gemma4Layer if self.is_gemma4 else self.layer_class
         self.layers = nn.ModuleList(layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(hidden, eps=config.rms_norm_eps)
@@ -229,8 +203,13 @@ class DFlashDrafter(Drafter):
 
     @property
     def formats(self) -> tuple[str, ...]:
-        if self.is_gemma4 or not self.logit_map.is_identity:  # others were not seen to apply it
-            return ("deepspec",) if self.is_gemma4 else ("z-lab",)
+        if self.is_gemma4:
+            return ("deepspec",)
+        return self.plain_formats if self.logit_map.is_identity else self.mapped_formats
+
+    @property
+    def plain_formats(self) -> tuple[str, ...]:
+        """Where the body is the usual one and nothing is done to logits."""
         if self.anchor_first or self.lm_head is not None or self.embed_tokens is not None:
             return ("speculators",) if self.causal is False else ()
         # speculators and vLLM read the causal keys differently; they agree where no layer is causal.

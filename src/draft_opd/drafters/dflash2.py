@@ -22,8 +22,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from draft_opd.drafters.corrected import CorrectedDFlash, table
-from draft_opd.drafters.dflash import DFlashOptions
 from draft_opd.drafters.dflash_layer import DFlashLayer
+from draft_opd.drafters.dflash_options import DFlashOptions
 from draft_opd.drafters.layouts import dflash2 as layout
 from draft_opd.drafters.registry import register
 from draft_opd.drafters.target_config import initialise
@@ -132,8 +132,6 @@ class DFlash2Drafter(CorrectedDFlash):
             raise UserError(f"conv_group_size: {config.hidden_size} channels are not a multiple of {group}")
         if config.dflash_config["selector_top_k"] > config.vocab_size:
             raise UserError(f"selector_top_k: there are {config.vocab_size} tokens to choose among")
-        if hasattr(config, "gemma4"):
-            raise UserError("a DFlash2 drafter has no body of Gemma 4's: begin with another drafter")
         super().__init__(config, own_embeddings=own_embeddings, own_head=own_head)
         if self.vocabulary is not None:
             raise UserError("a DFlash2 drafter has no draft vocabulary: its tables are over all tokens")

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from draft_opd.drafters.corrected import CorrectedDFlash, table
-from draft_opd.drafters.dflash import DFlashOptions, default_decay
+from draft_opd.drafters.dflash_options import DFlashOptions, default_decay
 from draft_opd.drafters.layouts import dspark as layout
 from draft_opd.drafters.registry import register
 from draft_opd.drafters.target_config import initialise
@@ -84,6 +84,7 @@ class DSparkDrafter(CorrectedDFlash):
     vllm_method = "dspark"
     options = DSparkOptions
     layout_module = layout
+    mapped_formats = ()
     sft_loss = "dspark"
     tables = ("lm_head", "markov_head.markov_w", "confidence_head")
 
@@ -112,9 +113,7 @@ class DSparkDrafter(CorrectedDFlash):
         return self.markov_head.markov_w2.weight.numel()
 
     @property
-    def formats(self) -> tuple[str, ...]:
-        if self.is_gemma4 or not self.logit_map.is_identity:  # others were not seen to apply it
-            return ("deepspec",) if self.is_gemma4 else ()
+    def plain_formats(self) -> tuple[str, ...]:
         own = self.lm_head is not None or self.embed_tokens is not None
         if self.causal is not False or (own and self.vocabulary is None):
             return ()

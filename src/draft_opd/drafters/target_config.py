@@ -24,11 +24,14 @@ class ShapeOptions(BaseModel):
     head_dim: int | None = Field(None, ge=2, multiple_of=2, description="width of a head")
 
 
+def full_attention(rope: dict) -> dict:
+    """The parameters themselves, also where there is one entry per layer type."""
+    return rope.get("full_attention", rope)
+
+
 def rope_parameters(config) -> dict:
     """Rotary parameters of a transformers config, whichever release wrote it."""
-    rope = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
-    if "full_attention" in rope:  # one entry per layer type
-        rope = rope["full_attention"]
+    rope = full_attention(getattr(config, "rope_parameters", None) or {"rope_type": "default"})
     return {"rope_theta": getattr(config, "rope_theta", None) or 10000.0, **rope}
 
 

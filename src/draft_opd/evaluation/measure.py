@@ -94,7 +94,7 @@ def sides_of(
                 drafter.checked_length(length)
             fixed = tree is None and length != "auto"
             if least is not None and (None not in confidences or (drafter.has_confidence and fixed)):
-                check_confidence(drafter, least, not fixed, f"drafter '{name}': ")
+                check_confidence(drafter, least, not fixed, f"drafter '{name}'")
             elif least is not None:
                 continue
             found.append((length, least))
@@ -104,10 +104,8 @@ def sides_of(
     base = ways(first)
     for name, (source, drafter) in drafters.items():
         for way in ways(name):
-            mine, other = (
-                label(name, *way),
-                label(first, *(way if way in base and name != first else base[0])),
-            )
+            same = way if way in base and name != first else base[0]
+            mine, other = label(name, *way), label(first, *same)
             against = None if mine == other else other
             made.append(DecodeConfig(mine, drafter, way[0], tree, source, against, way[1]))
     return made

@@ -284,9 +284,9 @@ def _analysis(analyses: dict[str, dict], plot) -> dict:
     if sure:
         errors = (f"{name} {100 * found['error']:.1f} %" for name, found in sure.items())
         what = (
-            "The chance that a drafted token passes, as the drafter said and as it came, by tenths of what "
+            "The chance that a drafted token is accepted: what the drafter said against what came, by tenths "
+            f"of what was said. Expected calibration error: {', '.join(errors)}."
         )
-        what += f"was said. Expected calibration error: {', '.join(errors)}."
         plots.append(plot("confidence", charts.confidence(sure), "Confidence", what))
     misread = " ".join(f"{name}: {line}." for name, a in analyses.items() for line in a.get("misread", ()))
     text = f"Is the drafter read rightly? {misread}" if misread else ""

@@ -142,7 +142,7 @@ def first_drafter(recipe: Recipe, resume_from: Path | None, target: Target, trai
         drafter = new_drafter(recipe.model, target, counts)
     drafter.gradient_checkpointing = recipe.gradient_checkpointing
     for key in unused_keys(recipe.heads, drafter):
-        log.warning("heads.%s counts nothing: a %s drafter has nothing that it is for", key, drafter.family)
+        log.warning("heads.%s is not used: a %s drafter has no part that it applies to", key, drafter.family)
     return drafter
 
 

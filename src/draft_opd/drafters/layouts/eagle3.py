@@ -92,10 +92,9 @@ def read(config: dict, tensors: dict[str, Tensor]) -> Files:
 
 def _from_deepspec(config: dict) -> dict:
     """DeepSpec's flat config.json in the other files' keys; its layers are those whose output is tapped."""
-    options = {
-        "eagle_aux_hidden_state_layer_ids": config.get("target_layer_ids"),
-        "draft_length": config.get("ttt_length") or 7,
-    }
+    options = {"eagle_aux_hidden_state_layer_ids": config.get("target_layer_ids")}
+    if config.get("ttt_length"):
+        options["draft_length"] = config["ttt_length"]
     return {**config, "architectures": [QWEN3], "eagle_config": options}
 
 

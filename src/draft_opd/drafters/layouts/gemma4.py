@@ -5,6 +5,7 @@ They are read into the keys of the other DFlash bodies, and written back as they
 
 from __future__ import annotations
 
+from draft_opd.drafters.target_config import full_attention
 from draft_opd.utils.errors import UserError
 
 ARCHITECTURE = "Gemma4DSparkModel"
@@ -33,7 +34,6 @@ def plain(config: dict) -> dict:
     # transformers 5.23 writes what the full-attention layers have otherwise layer by layer.
     layer = (config.get("per_layer_config") or {}).get("0") or {}
     kv_heads = config.get("num_global_key_value_heads") or layer.get("num_key_value_heads")
-    rope = config.get("rope_parameters") or {}
     options = dict(config.get("dflash_config") or {})
     if cap := config.get("final_logit_softcapping"):
         options["final_logit_softcapping"] = cap
@@ -42,7 +42,7 @@ def plain(config: dict) -> dict:
         "head_dim": config.get("global_head_dim") or layer.get("head_dim") or config.get("head_dim"),
         "num_key_value_heads": (shared and kv_heads) or config.get("num_key_value_heads"),
         "hidden_act": config.get("hidden_activation") or "gelu_pytorch_tanh",
-        "rope_parameters": rope.get("full_attention", rope),
+        "rope_parameters": full_attention(config.get("rope_parameters") or {}),
         "final_logit_softcapping": None,
     }
     replaced = {key: config[key] for key in (*new, *OTHERS) if key in config}
