@@ -48,6 +48,7 @@ def main() -> None:
                 f"model.options={shape}",
                 f"steps={STEPS}",
                 "precision=float32",
+                "optim.final_ratio=0",
                 f"out={OUT}",
                 f"evaluation.every={STEPS // 3}",
                 f"optim.learning_rate={RATES.get(family, 6e-3)}",

@@ -178,6 +178,7 @@ def recipe_for(data, family):
             "opd.trace_every=1",
             f"model.options={SHAPES[family]}",
             "precision=float32",
+            "optim.final_ratio=0",
             f"out={out}",
         ]
         return load_recipe(f"embedded:{family}", [*small, *pairs], stage)

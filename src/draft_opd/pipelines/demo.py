@@ -39,7 +39,7 @@ ANALYSED = 32  # held-out texts that the analyses look at
 SPEED_PROMPTS = 8  # enough to see a ratio; the rest of the prompts are decoded in batches
 LABELS = {
     "untrained": "untrained",
-    "sft": "SFT, at its plateau",
+    "sft": "SFT, constant rate",
     "sft_continued": "SFT, continued",
     "draft_opd": "Draft-OPD",
 }
@@ -112,19 +112,19 @@ def run_demo(
         sample = torch.zeros(8, 256, dtype=torch.long)
         threads = tune_num_threads(lambda: target.trajectories(sample))
         screen.say(f"{threads} CPU thread{'s' * (threads > 1)}: the fastest here and now")
-    common = [
-        f"seed={seed}",
-        f"data.trajectories={out / 'data' / 'train'}",
-        f"data.heldout={out / 'data' / 'heldout'}",
-        *(overrides or []),
-    ]
 
-    def recipe(stage: str, name: str, *more: str):
-        pairs = [*common, f"out={out / name}", *more]
-        return load_recipe(f"{EMBEDDED}:{family}", pairs, stage)
+    def recipe(stage: str, name: str, data: str, *more: str):
+        pairs = [
+            f"seed={seed}",
+            f"data.trajectories={out / 'data' / data}",
+            f"data.heldout={out / 'data' / 'heldout'}",
+            f"out={out / name}",
+        ]
+        return load_recipe(f"{EMBEDDED}:{family}", [*pairs, *more, *(overrides or [])], stage)
 
-    sft, opd = recipe("sft", "sft"), recipe("opd", "draft_opd", f"drafter={out / 'sft' / 'last'}")
-    # The control: the SFT loss with Draft-OPD's steps, batches, schedule and number of blocks.
+    sft = recipe("sft", "sft", "train")
+    opd = recipe("opd", "draft_opd", "fresh", f"drafter={out / 'sft' / 'last'}")
+    # The control: the SFT loss with Draft-OPD's text, steps, batches, schedule and number of blocks.
     control = opd.model_copy(
         update={
             "out": str(out / "sft_continued"),
@@ -132,7 +132,7 @@ def run_demo(
         }
     )
     heldout = read_prompts(f"{EMBEDDED}:heldout", sft.data.heldout_limit)
-    asked = {"train": read_prompts(f"{EMBEDDED}:train", sft.data.limit), "heldout": heldout}
+    asked = {**_train_prompts(sft.data.limit, opd.data.limit), "heldout": heldout}
     every, before = sum(map(len, asked.values())), 0
     with clock.stage("collect"):
         for part, prompts in asked.items():
@@ -191,6 +191,12 @@ def run_demo(
     return summary
 
 
+def _train_prompts(first: int, fresh: int) -> dict[str, list[Prompt]]:
+    """Those of SFT, and as many others as the stages behind it take: {folder: prompts}."""
+    prompts = read_prompts(f"{EMBEDDED}:train", first + fresh)
+    return {"train": prompts[:first], "fresh": prompts[first:]}
+
+
 def _take_up(out: Path, asked: dict) -> None:
     """Makes the folder, or makes sure that it holds an unfinished demo of the same kind."""
     about = out / "demo.json"
@@ -209,12 +215,14 @@ def _take_up(out: Path, asked: dict) -> None:
 
 
 def _show(update, left: Left, steps: int):
-    last = {"loss": float("nan"), "tau": float("nan")}
+    last = {"loss": "", "tau": ""}
 
     def show(line: dict) -> None:
-        last.update({k: line[k] for k in last if k in line})
-        note = left(line["step"] / steps)
-        update(line["step"], f"loss {last['loss']:.3f}  τ {last['tau']:.2f}  {note}")
+        if "loss" in line:
+            last["loss"] = f"loss {line['loss']:.3f}"
+        if "tau" in line:
+            last["tau"] = f"τ {line['tau']:.2f}"
+        update(line["step"], "  ".join(filter(None, [*last.values(), left(line["step"] / steps)])))
 
     return show
 
@@ -302,9 +310,9 @@ def _report(summary: dict, supervised: dict, parts: dict, prompts: int) -> Repor
     title = f"{prompts} held-out prompts, greedy; speed on {min(prompts, SPEED_PROMPTS)} of them"
     return Report(
         "Draft-OPD demo",
-        f"A {summary['family']} drafter for the shipped target, trained by SFT to its plateau; "
-        "from there, once by more SFT and once by Draft-OPD, with equal steps, batches, schedule "
-        f"and draft blocks. Seed {summary['seed']}.",
+        f"A {summary['family']} drafter for the shipped target, trained by SFT at a constant rate; "
+        "from there, while the rate decays, once by more SFT and once by Draft-OPD, with equal fresh text, "
+        f"steps, batches, schedule and draft blocks. Seed {summary['seed']}.",
         tiles=[
             {
                 "value": f"{100 * gain:+.1f} %",
