@@ -1,7 +1,7 @@
 """Prompts of the embedded target's kind that are neither its training nor its held-out ones.
 
     python benchmarks/validation_prompts.py > runs/validation.jsonl
-    python benchmarks/validation_prompts.py --count 8000 --seed 4242 --but runs/validation.jsonl > runs/more.jsonl
+    python benchmarks/validation_prompts.py --count 8000 --seed 4242 --but runs/validation.jsonl
 
 The first are for measuring, the second are more text to train on.
 """

@@ -108,11 +108,12 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
 
 SMALL = [  # the walk through docs/your-model.md, with the shipped target and small sizes
     (r"T=\S+ Q=\S+ E=\S+", "T=embedded Q=q.jsonl E=e.jsonl"),
+    (r"--skip \d+", "--skip 6"),
     (r"--limit \d+", "--limit 6"),
     (r"--max-new-tokens \d+", "--max-new-tokens 30"),
     (r"\bevery: \d+", "every: 2"),
     (r"trace_every: \d+", "trace_every: 2"),
-    (r"(?<!_)steps: \d+", "steps: 2"),
+    (r"(?<!_)steps(: |=)\d+", r"steps\g<1>2"),
     (r"block_size: 16", "block_size: 4"),
 ]
 
@@ -126,7 +127,7 @@ def test_the_walk_through_runs_as_it_is_written(tmp_path):
         for pattern, small in SMALL:
             block = re.sub(pattern, small, block)
         lines.append(block)
-    assert len(lines) == 5
+    assert len(lines) == 6
     for name, part in (("q.jsonl", "train"), ("e.jsonl", "heldout")):
         prompts = (ROOT / "src" / "draft_opd" / "embedded" / f"{part}.jsonl").read_text()
         (tmp_path / name).write_text(prompts)

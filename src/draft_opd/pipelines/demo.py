@@ -271,7 +271,7 @@ def _measure(
     speed = {n: side.mean.speedup for n, side in zip(folders, evaluation.sides, strict=True)}
     analyses = {
         LABELS[name]: analyse(target, drafters[name], drawn(list(alone.values()), ANALYSED))
-        for name in ("sft", "draft_opd")
+        for name in ("sft_continued", "draft_opd")
     }
     taus = {name: tau(r for rounds in rows for r in rounds) for name, rows in traces.items()}
     value = {
