@@ -46,7 +46,7 @@ LABELS = {
 
 
 # What the stages took on one machine, in seconds: only their proportions count.
-USUAL = {"collect": 69, "sft": 196, "sft_continued": 43, "draft_opd": 53, "evaluate": 78}
+USUAL = {"collect": 212, "sft": 458, "sft_continued": 187, "draft_opd": 190, "evaluate": 237}
 Left = Callable[[float], str]  # part of a stage that is done -> a note
 
 
