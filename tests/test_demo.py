@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import yaml
 
 import draft_opd as d
+from draft_opd.data.trajectory import read_trajectories
 from draft_opd.pipelines.demo import run_demo
 from draft_opd.utils.console import Screen
 
@@ -48,6 +50,17 @@ def test_both_ways_on_start_alike_and_see_as_much(demo):
     assert [x.get("lr") for x in a] == [x.get("lr") for x in b]
     total = [sum(x.get("supervised", 0) for x in lines) for lines in (a, b)]
     assert total[1] == pytest.approx(total[0], rel=0.1)
+
+
+def test_they_go_on_with_text_that_sft_has_not_seen(demo):
+    out, _ = demo
+    first, fresh = (
+        {tuple(t.prompt_ids) for t in read_trajectories(out / "data" / part)} for part in ("train", "fresh")
+    )
+    assert len(first) == len(fresh) == 12 and not first & fresh
+    for name in ("sft_continued", "draft_opd"):
+        recipe = yaml.safe_load((out / name / "recipe.yaml").read_text())
+        assert recipe["data"]["trajectories"] == str(out / "data" / "fresh")
 
 
 def test_the_report_opens_offline(demo):
