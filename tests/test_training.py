@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -280,6 +281,30 @@ def test_unknown_families_and_options_are_named(target, recipe_for, tmp_path):
     for option in ("num_layers=two", "num_layers=0", "block_size=8.5", "head_dim=7", "num_attention_heads=7"):
         with pytest.raises(d.UserError, match=r"model\.options"):
             Run("sft", recipe_for("sft", tmp_path / "c", f"model.options.{option}"), target=target)
+
+
+def test_a_run_that_names_no_family_has_its_drafters_and_can_be_run_again(
+    target, data, trained_folder, family, tmp_path
+):
+    keys = {
+        "target": "embedded",
+        "drafter": str(trained_folder),
+        "out": str(tmp_path / "run"),
+        "data": {"trajectories": str(data / "train"), "heldout": str(data / "heldout"), "limit": 8},
+        "steps": 1,
+        "batch_size": 4,
+        "precision": "float32",
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(keys))
+    written = tmp_path / "run" / "recipe.yaml"
+    Run("sft", load_recipe(tmp_path / "r.yaml", [], "sft"), target=target).train()
+    for place, pairs, resume in (
+        (tmp_path / "r.yaml", [], True),
+        (written, [], True),
+        (written, [f"out={tmp_path / 'again'}"], False),
+    ):
+        run = Run("sft", load_recipe(place, pairs, "sft"), target=target, resume=resume)
+        assert run.drafter.family == family
 
 
 def test_an_epoch_visits_everything_once_and_depends_on_its_seed_only():

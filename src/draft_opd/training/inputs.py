@@ -160,6 +160,8 @@ def as_resolved(recipe: Recipe, before: dict) -> Recipe:
         opd["objective"].setdefault("value_sharpness", 1.0)
         opd["objective"].setdefault("dpace_alpha_end", None)
     before.setdefault("heads", Heads().model_dump())
+    if isinstance(before.get("model"), dict):
+        before["model"].setdefault("family", recipe.model.family)
     if isinstance(before.get("sft"), dict):
         before["sft"].setdefault("loss", "auto")
     optim, evaluation = before.get("optim"), before.get("evaluation")

@@ -124,6 +124,8 @@ class Record:
         self.out = make_folder(Path(recipe.out))
         self.metrics = self.out / "metrics.jsonl"
         tree = recipe.model_dump(mode="json")
+        if recipe.drafter and "family" not in recipe.model.model_fields_set:
+            del tree["model"]["family"]  # the drafter's own, which nobody named
         # Before recipe.yaml: if the tracker does not start, the folder is not a run yet.
         self.tracker = open_tracker(recipe.tracker, self.out, tree, step)
         write_text(self.out / "recipe.yaml", yaml.safe_dump(tree, sort_keys=False))
