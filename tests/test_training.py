@@ -111,6 +111,7 @@ def test_a_run_follows_dpace_alpha(target, family, recipe_for, trained_folder, t
             tmp_path / end,
             f"drafter={trained_folder}",
             "opd.objective.kind=dpace",
+            "opd.objective.dpace_alpha=0.5",
             f"opd.objective.dpace_alpha_end={end}",
             "steps=2",
             "batch_size=2",

@@ -97,14 +97,14 @@ def _named_options(model: Model, family: type[Drafter]) -> Iterator[None]:
 
 def grown_drafter(model: Model, drafter: Drafter, target: Target) -> Drafter:
     """A drafter to go on from; where the recipe names another family that can begin with it, one of that
-    family, whose own parts are new. Raises `UserError` where it cannot."""
+    family, whose own parts are new."""
     family = _family(model)
     if drafter.family not in family.taken_from:
         if family is not type(drafter) and "family" in model.model_fields_set:
-            begin = ", ".join(n for n, f in FAMILIES.items() if drafter.family in (n, *f.taken_from))
-            raise UserError(
-                f"model.family is {model.family}, but the drafter is one of {drafter.family}: "
-                f"it can go on as {begin}"
+            log.warning(
+                "model.family is %s, but the drafter is one of %s and goes on as that",
+                model.family,
+                drafter.family,
             )
         return drafter
     with _named_options(model, family):
