@@ -15,6 +15,7 @@ import json
 import random
 import shutil
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -24,10 +25,13 @@ import torch.nn.functional as F
 import yaml
 from machine import machine
 
+from draft_opd.decoding.sampling import Sampling
 from draft_opd.drafters import Drafter
+from draft_opd.hindsight.occupancy import expected_tau
 from draft_opd.losses import objectives
 from draft_opd.losses.chunked import chunked_score
 from draft_opd.losses.divergences import dpace_weights, rank_of_label, up_to_first_rejection
+from draft_opd.losses.rounds_to_go import advantages, survival_before
 from draft_opd.training import anchors, blocks, rollouts, stage_opd, values
 from draft_opd.training.config import load_recipe
 from draft_opd.training.optimizer import Optimizer
@@ -79,6 +83,46 @@ def auf_decayed(r, o):
     used = up_to_first_rejection(r.accepted, r.reachable)
     decay = torch.exp(-torch.arange(used.shape[1]) / r.decay)
     return r.mean(r.label_nll, used * decay), {}
+
+
+def from_first_rejection(r, o):
+    """Cross-entropy with weight 1 up to the first rejected offset, decayed from there as SFT's is."""
+    behind = torch.arange(r.labels.shape[1]) - r.accepted[:, None]
+    return r.mean(r.label_nll, r.reachable * torch.exp(-behind.clamp_min(0) / r.decay)), {}
+
+
+def log_ratio(draft_logits, target_logits, labels):
+    """log min(1, q(y) / p(y)): of the chance that a sampled draft lets the text's token through."""
+    log_q, log_p = (
+        x.log_softmax(-1).gather(-1, labels[..., None])[..., 0] for x in (draft_logits, target_logits)
+    )
+    return (log_q - log_p).clamp_max(0)
+
+
+def rounds_sampled():
+    """`rounds` at temperature 1, with what verification accepts of sampled drafts: α = min(1, q(y) / p(y)).
+    So far as its summary says, EDR's gradient: occupancy × survival × what the token is worth."""
+
+    def loss(r, o):
+        accept = r.score(log_ratio, r.valid, r.labels).exp() * r.valid
+        fixed = accept.detach()
+        saved = survival_before(fixed) * advantages(fixed, r.ahead)
+        return r.block_mean(-(accept * saved).sum(1), r.valid), {}
+
+    def ahead(target, drafter, batch, made, objective):
+        def alpha(*where, **keys):
+            keys["sharpness"] = None
+            return everywhere(*where[:4], Sampling(temperature=1.0), **keys)
+
+        everywhere = values.acceptance_everywhere
+        with mock.patch.object(values, "acceptance_everywhere", alpha):
+            return values.rounds_ahead(target, drafter, batch, made, objective)
+
+    spec = replace(objectives.OBJECTIVES["rounds"], loss=loss, needs_target_states=True)
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.dict(objectives.OBJECTIVES, {"rounds": spec}))
+    stack.enter_context(mock.patch.object(stage_opd, "rounds_ahead", ahead))
+    return stack
 
 
 def moved(shift=0, share=0.0):
@@ -215,6 +259,13 @@ def variants(start, seed):
         "near_misses": ("opd", {}, lambda: dpace_with(near_misses)),
         "margin": ("opd", {}, lambda: dpace_with(margin)),
         "auf_decayed": ("opd", {"opd.objective.kind": "auf"}, lambda: patched_objective("auf", auf_decayed)),
+        "first_rejection": (
+            "opd",
+            {"opd.objective.kind": "auf"},
+            lambda: patched_objective("auf", from_first_rejection),
+        ),
+        "rounds_sampled": ("opd", {"opd.objective.kind": "rounds"}, rounds_sampled),
+        "rounds_sampled_drawn": ("opd", {**occupancy, "opd.objective.kind": "rounds"}, rounds_sampled),
         "alpha_down": ("opd", falling(0.8, 0.3), none),
         "alpha_down_far": ("opd", falling(1.0, 0.1), none),
         "alpha_up": ("opd", falling(0.3, 0.8), none),
@@ -247,14 +298,21 @@ def run_one(plan, start, seed, name):
         average = Average(EMA) if name.endswith("ema") else None
         with patch(), average.patch() if average else contextlib.nullcontext():
             run = Run(stage, recipe)
+            began = time.process_time()
             result = run.train()
+            spent = time.process_time() - began
         tau = result.tau
-        if average:
+        if not recipe.sampling.takes_argmax:
+            run.drafter.eval()
+            where = {"draft_length": recipe.draft_length, "sampling": recipe.sampling}
+            tau = expected_tau(run.target, run.drafter, run.held_out, **where)
+        elif average:
             average.apply(run.drafter)
             counts = run.held_out_counts()
             tau = sum((n + 1) * c for n, c in enumerate(counts)) / sum(counts)
         shutil.rmtree(f"{out}/run")
-    return {"variant": name, "seed": seed, "tau": tau, "seconds": round(result.seconds, 1)}
+    seconds = {"seconds": round(result.seconds, 1), "cpu_seconds": round(spent, 1)}
+    return {"variant": name, "seed": seed, "tau": tau, **seconds}
 
 
 def main():
