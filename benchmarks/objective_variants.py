@@ -251,6 +251,8 @@ def variants(start, seed):
     return {
         "sft": ("sft", {"sft.anchors": 16}, none),
         "dpace": ("opd", {}, none),
+        # of one step: what loading and measuring τ take of `cpu_seconds`
+        "one_step": ("sft", {"steps": 1, "evaluation.every": 1}, none),
         "sft_ema": ("sft", {"sft.anchors": 16}, none),
         "ema": ("opd", {}, none),
         "jitter1": ("opd", {}, lambda: moved(1)),
