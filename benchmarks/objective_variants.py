@@ -101,7 +101,7 @@ def log_ratio(draft_logits, target_logits, labels):
 
 def rounds_sampled():
     """`rounds` at temperature 1, with what verification accepts of sampled drafts: α = min(1, q(y) / p(y)).
-    So far as its summary says, EDR's gradient: occupancy × survival × what the token is worth."""
+    As far as its summary says, EDR's gradient: occupancy × survival × what the token is worth."""
 
     def loss(r, o):
         accept = r.score(log_ratio, r.valid, r.labels).exp() * r.valid
